@@ -1,0 +1,48 @@
+"""Edge runtime for LFM2-VL vision-language models: pictures in, answers out, on llama.cpp's kernels.
+
+from lfm2vl_edge import Model
+
+with Model.open("LFM2-VL-450M-F16.gguf") as model:
+    print(model.ask("photo.jpg", "What is this?"))
+"""
+
+from lfm2vl_edge.config import ImageConfig, Options, Sampling
+from lfm2vl_edge.errors import (
+    ConfigError,
+    ConvertError,
+    EdgeError,
+    EngineError,
+    ImageError,
+    ModelNotFound,
+    PromptError,
+)
+from lfm2vl_edge.generate import Chunk
+from lfm2vl_edge.geometry import TilePlan, View, plan
+from lfm2vl_edge.image import load_image
+from lfm2vl_edge.model import Model
+from lfm2vl_edge.preprocess import Tile, preprocess
+from lfm2vl_edge.stats import Stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Chunk",
+    "ConfigError",
+    "ConvertError",
+    "EdgeError",
+    "EngineError",
+    "ImageConfig",
+    "ImageError",
+    "Model",
+    "ModelNotFound",
+    "Options",
+    "PromptError",
+    "Sampling",
+    "Stats",
+    "Tile",
+    "TilePlan",
+    "View",
+    "load_image",
+    "plan",
+    "preprocess",
+]

@@ -1,0 +1,46 @@
+"""The command line: one file per command. Heavy imports are inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lfm2vl_edge.cli.convert import convert
+from lfm2vl_edge.cli.plan import plan
+from lfm2vl_edge.cli.run import run
+
+app = typer.Typer(
+    name="lfm2vl-edge",
+    help="Ask LFM2-VL vision-language models about pictures, on the machine at hand.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(run)
+app.command()(plan)
+app.command()(convert)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from lfm2vl_edge import __version__
+
+        typer.echo(f"lfm2vl-edge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,53 @@
+"""From command-line words to a model and pictures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lfm2vl_edge.cli.options import ImageOptions, ModelOptions
+from lfm2vl_edge.errors import ModelNotFound
+
+if TYPE_CHECKING:
+    from lfm2vl_edge.image import ImageInput, Pixels
+    from lfm2vl_edge.model import Model
+
+STDIN = "-"
+
+
+def model_path(options: ModelOptions) -> Path:
+    """Return the path of the model that was asked for.
+
+    Raises:
+        ModelNotFound: none was.
+    """
+    if options.model is None:
+        raise ModelNotFound("no model; give one with --model PATH, or set LFM2VL_MODEL")
+    return Path(options.model)
+
+
+def open_model(options: ModelOptions, image: ImageOptions, verbose: int) -> Model:
+    """Open the model that was asked for, with its image settings changed as asked."""
+    from lfm2vl_edge.model import Model
+
+    path = model_path(options)
+    if verbose > 1:
+        from lfm2vl_edge.engine.ffi import LOG
+
+        LOG.verbose = True
+    return Model.open(
+        path,
+        mmproj=options.mmproj,
+        image_settings=image.changes(),
+        n_ctx=options.ctx_size,
+        n_threads=options.threads,
+    )
+
+
+def load_picture(argument: str, max_megapixels: float) -> Pixels:
+    """Return the pixels of a picture given as a path, a data URL, or - for stdin."""
+    from lfm2vl_edge.image import load_image
+
+    source: ImageInput = sys.stdin.buffer.read() if argument == STDIN else argument
+    return load_image(source, max_pixels=int(max_megapixels * 1_000_000))

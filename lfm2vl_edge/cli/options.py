@@ -1,0 +1,147 @@
+"""Options that several commands share, in groups, so that they read and behave the same everywhere."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+
+class Resample(str, Enum):
+    """Resizing filters by name."""
+
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+def _option(*names: str, help: str, panel: str, **more: Any) -> Any:  # noqa: A002 - typer's own name
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+_image = functools.partial(_option, panel="Image settings (default: the model's own)")
+_answer = functools.partial(_option, panel="Answer (default: the model's own)")
+_machine = functools.partial(_option, panel="Model and machine")
+_output = functools.partial(_option, panel="Output")
+
+Verbose = Annotated[
+    int, _output("--verbose", "-v", count=True, help="Timings on stderr; twice: the engine's log too.")
+]
+Quiet = Annotated[bool, _output("--quiet", "-q", help="No progress on stderr.")]
+Json = Annotated[bool, _output("--json", help="One JSON object on stdout.")]
+Force = Annotated[bool, _output("--force", "-f", help="Overwrite files.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    model: Annotated[
+        str | None,
+        _machine("--model", "-m", envvar="LFM2VL_MODEL", metavar="PATH", help="Language GGUF, or its folder."),
+    ] = None
+    mmproj: Annotated[
+        Path | None,
+        _machine("--mmproj", metavar="PATH", help="Vision GGUF; default: the one beside the model."),
+    ] = None
+    threads: Annotated[int | None, _machine("--threads", "-t", min=1, help="Default: one per physical core.")] = None
+    ctx_size: Annotated[
+        int, _machine("--ctx-size", "-c", min=1, help="Tokens of context to begin with; it grows if needed.")
+    ] = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageOptions:
+    """Changes to the model's image settings."""
+
+    min_image_tokens: Annotated[
+        int | None, _image("--min-image-tokens", min=1, help="Fewest tokens of a single view.")
+    ] = None
+    max_image_tokens: Annotated[
+        int | None, _image("--max-image-tokens", min=1, help="Most tokens of a single view; above it, tiles.")
+    ] = None
+    no_splitting: Annotated[bool, _image("--no-splitting", help="Never cut a picture into tiles.")] = False
+    min_tiles: Annotated[int | None, _image("--min-tiles", min=1, help="Fewest tiles of a grid.")] = None
+    max_tiles: Annotated[int | None, _image("--max-tiles", min=1, help="Most tiles of a grid.")] = None
+    no_thumbnail: Annotated[bool, _image("--no-thumbnail", help="Leave out the small view of a tiled picture.")] = (
+        False
+    )
+    resample: Annotated[Resample | None, _image("--resample", help="Resizing filter.")] = None
+    tolerance: Annotated[
+        float | None, _image("--tolerance", help="Tile above this many times the area of a single view.")
+    ] = None
+
+    def changes(self) -> dict[str, Any]:
+        """Return the fields of `ImageConfig` that these options change."""
+        from lfm2vl_edge.config import RESAMPLE_NAMES
+
+        values = {
+            "min_image_tokens": self.min_image_tokens,
+            "max_image_tokens": self.max_image_tokens,
+            "do_image_splitting": False if self.no_splitting else None,
+            "min_tiles": self.min_tiles,
+            "max_tiles": self.max_tiles,
+            "use_thumbnail": False if self.no_thumbnail else None,
+            "resample": RESAMPLE_NAMES[self.resample.value] if self.resample else None,
+            "max_pixels_tolerance": self.tolerance,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+MaxMegapixels = Annotated[float, _image("--max-megapixels", min=0.0001, help="Refuse larger pictures.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions:
+    """How the answer is drawn; the fields are those of `Options`."""
+
+    max_tokens: Annotated[int, _answer("--max-tokens", "-n", help="Longest answer, tokens.")] = 512
+    temperature: Annotated[float | None, _answer("--temperature", help="0 always takes the likeliest token.")] = None
+    min_p: Annotated[float | None, _answer("--min-p", help="Drop tokens below this share of the likeliest.")] = None
+    repetition_penalty: Annotated[float | None, _answer("--repetition-penalty", help="1 turns it off.")] = None
+    top_k: Annotated[int | None, _answer("--top-k", help="Keep this many tokens; 0 keeps all.")] = None
+    top_p: Annotated[float | None, _answer("--top-p", help="Keep the likeliest up to this probability.")] = None
+    seed: Annotated[int | None, _answer("--seed", help="The same seed gives the same answer.")] = None
+    stop: Annotated[list[str] | None, _answer("--stop", help="End before this text; may be repeated.")] = None
+
+    def values(self) -> dict[str, Any]:
+        """Return the options by the names of `Options`' fields."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "stop": tuple(self.stop or ())}
+
+
+def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command have parameters that are groups of options: typer sees their fields, the command the group."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in groups:
+            parameters += _parameters_of(groups[parameter.name])
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def gathered(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    gathered.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect honours it
+    gathered.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return gathered
+
+
+def _parameters_of(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(group)
+    ]

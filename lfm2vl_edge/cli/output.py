@@ -1,0 +1,94 @@
+"""stdout is the answer and nothing else; everything for humans goes to stderr; the exit code tells the truth."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from lfm2vl_edge.errors import EdgeError
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+_GRACE_SECONDS = 0.5
+"""How long a native call may take to notice Ctrl-C; encoding a view cannot be stopped from inside."""
+
+
+@contextmanager
+def reporting() -> Iterator[None]:
+    """Turn our errors into one line on stderr and exit code 1, and Ctrl-C into 130."""
+    try:
+        yield
+    except EdgeError as error:
+        message = " ".join(str(error).split())
+        typer.echo(f"error: {message}", err=True)
+        raise typer.Exit(EXIT_FAILED) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:  # the reader of our stdout left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_FAILED) from None
+
+
+class Interrupt:
+    """Lets Ctrl-C reach a native call: Python itself notices it only after the call returns."""
+
+    def __init__(self) -> None:
+        self.cancel: Callable[[], None] | None = None
+        """Called from another thread at Ctrl-C."""
+        self.happened = threading.Event()
+        self._left = threading.Event()
+
+    def watch(self, reader: int) -> None:
+        """Wait for the signal's number on a pipe; leave the process if the main thread does not stop in time."""
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGINT:
+                self.happened.set()
+                if self.cancel:
+                    self.cancel()
+                if not self._left.wait(_GRACE_SECONDS):
+                    os._exit(EXIT_INTERRUPTED)
+
+    def leave(self) -> None:
+        """Say that the main thread has stopped."""
+        self._left.set()
+
+
+@contextmanager
+def at_once() -> Iterator[Interrupt]:
+    """Make Ctrl-C end the block at once, also inside a native call."""
+    interrupt = Interrupt()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=interrupt.watch, args=(reader,), daemon=True)
+    watcher.start()
+    try:
+        yield interrupt
+    except EdgeError:
+        if interrupt.happened.is_set():
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        interrupt.leave()
+        signal.set_wakeup_fd(previous)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
+
+
+def refuse_overwrite(path: Path, force: bool) -> None:
+    """Raise an EdgeError if a file is there and may not be replaced."""
+    if path.exists() and not force:
+        raise EdgeError(f"{path} is there already; give another name, or --force to replace it")
+
+
+def shows_progress(quiet: bool) -> bool:
+    """Tell whether a progress bar is wanted: on a terminal, and not with --quiet."""
+    return sys.stderr.isatty() and not quiet

@@ -1,0 +1,96 @@
+"""What the rest of the package knows of an inference engine: this protocol, arrays and numbers.
+
+A test's engine needs about 60 lines; `llama.py` is the one that runs models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2vl_edge.config import Sampling
+from lfm2vl_edge.image import Pixels
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """Facts about a loaded engine."""
+
+    n_embd: int
+    """Width of an embedding."""
+    n_vocab: int
+    """Length of the logits."""
+    n_ctx: int
+    """Tokens that fit into the context now."""
+    n_threads: int
+    """Threads that compute."""
+    system: str
+    """The engine's own words on the instructions that it was built for."""
+
+
+class Engine(Protocol):
+    """A language tower with its encoder, and the one sequence that it holds.
+
+    Every method raises EngineError when a native call fails.
+    """
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the engine."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of plain text; names of control tokens in it are only letters."""
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; nothing for a control token."""
+
+    def is_end(self, token: int) -> bool:
+        """Tell whether a token ends the model's turn."""
+
+    def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
+        """Return the embeddings of one view.
+
+        Args:
+            pixels: uint8 `[height, width, 3]`, both sides whole image tokens.
+            n_tokens: how many embeddings the plan expects; anything else is an EngineError.
+
+        Returns:
+            float32 `[n_tokens, n_embd]`.
+        """
+
+    def reserve(self, n_tokens: int) -> None:
+        """Forget the sequence and make room for `n_tokens` tokens.
+
+        Raises:
+            PromptError: the model has no context that long.
+        """
+
+    def decode_tokens(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the sequence."""
+
+    def decode_embeddings(self, embeddings: Floats) -> None:
+        """Append float32 `[n, n_embd]` embeddings to the sequence."""
+
+    def logits(self) -> Floats:
+        """Return float32 `[n_vocab]`: the scores of what follows the sequence."""
+
+    def sample(self, sampling: Sampling, seed: int | None, seen: Sequence[int]) -> Iterator[int]:
+        """Yield tokens, each appended to the sequence when the next one is asked for, without end.
+
+        Args:
+            sampling: how to draw.
+            seed: of the draw; `None` draws a fresh one.
+            seen: the prompt's tokens, which the repetition penalty counts like the reference's.
+        """
+
+    def cancel(self) -> None:
+        """Stop the running or next decode, from any thread; it raises EngineError."""
+
+    def close(self) -> None:
+        """Free the native memory; a second call does nothing."""

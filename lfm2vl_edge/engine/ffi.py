@@ -1,0 +1,153 @@
+"""The only file that imports llama_cpp: libllama and libmtmd through ctypes, with owners and checked codes.
+
+Every native object is handed out by a context manager or freed by its owner's `close`; every return code goes through
+`check` or `require`. Nothing of ctypes leaves the engine package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import llama_cpp as llama
+from llama_cpp import mtmd_cpp as mtmd
+
+from lfm2vl_edge.errors import EngineError
+
+__all__ = [
+    "ABORTED",
+    "LOG",
+    "NO_MEMORY_SLOT",
+    "AbortFlag",
+    "bitmap",
+    "check",
+    "floats",
+    "image_chunk",
+    "llama",
+    "mtmd",
+    "require",
+]
+
+ABORTED: Final = 2
+"""llama_decode's code after the abort callback said yes."""
+NO_MEMORY_SLOT: Final = 1
+"""llama_decode's code when the context is full."""
+_WARNING: Final = 2
+_CONTINUATION: Final = 5
+_LAST_LINES: Final = 20
+
+
+class NativeLog:
+    """Keeps the last lines of llama.cpp's log, and prints them when asked to.
+
+    llama.cpp has one log for the process, so there is one of these, made when the library is loaded.
+    """
+
+    def __init__(self) -> None:
+        self.verbose = False
+        self._lines: deque[str] = deque(maxlen=_LAST_LINES)
+        self._level = 0
+        self._callback = llama.llama_log_callback(self._take)
+        llama.llama_log_set(self._callback, ctypes.c_void_p(0))
+        mtmd.mtmd_helper_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _take(self, level: int, text: bytes, _: ctypes.c_void_p) -> None:
+        self._level = self._level if level == _CONTINUATION else level
+        line = text.decode("utf-8", "replace")
+        if self.verbose:
+            sys.stderr.write(line)
+        if self._level >= _WARNING and line.strip(" .\n"):
+            self._lines.append(line.strip())
+
+    def forget(self) -> None:
+        """Drop what was logged, so that the next error names its own line."""
+        self._lines.clear()
+
+    def last(self) -> str:
+        """Return the last warning or error as an addition to a message, or nothing."""
+        return f" ({self._lines[-1]})" if self._lines else ""
+
+
+LOG: Final = NativeLog()
+
+
+def check(function: str, code: int) -> None:
+    """Raise an EngineError that names the function, unless its return code is 0."""
+    if code != 0:
+        raise EngineError(f"{function} failed with code {code}{LOG.last()}")
+
+
+def require(function: str, handle: Any, hint: str = "") -> Any:
+    """Return a native pointer, or raise an EngineError that names the function which gave none."""
+    if not handle:
+        raise EngineError(f"{function} failed{hint}{LOG.last()}")
+    return handle
+
+
+def floats(pointer: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Return a copy of native floats; the native memory may be reused at once."""
+    return np.ctypeslib.as_array(pointer, shape).astype(np.float32, copy=True)
+
+
+@contextmanager
+def bitmap(pixels: npt.NDArray[np.uint8]) -> Iterator[Any]:
+    """Own an mtmd bitmap of uint8 `[height, width, 3]` pixels, which are copied."""
+    height, width = pixels.shape[:2]
+    data = np.ascontiguousarray(pixels).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    handle = require("mtmd_bitmap_init", mtmd.mtmd_bitmap_init(width, height, data))
+    try:
+        yield handle
+    finally:
+        mtmd.mtmd_bitmap_free(handle)
+
+
+@contextmanager
+def image_chunk(context: Any, picture: Any) -> Iterator[Any]:
+    """Own mtmd's chunks of one finished view and give the one that is an image.
+
+    mtmd puts its own begin and end markers around it; the prompt has ours, so they are passed over.
+    """
+    chunks = require("mtmd_input_chunks_init", mtmd.mtmd_input_chunks_init())
+    try:
+        part = mtmd.mtmd_input_part(text=None, bitmap=picture)
+        parts = (ctypes.POINTER(mtmd.mtmd_input_part) * 1)(ctypes.pointer(part))
+        check("mtmd_tokenize_from_parts", mtmd.mtmd_tokenize_from_parts(context, chunks, parts, 1, False))
+        count = mtmd.mtmd_input_chunks_size(chunks)
+        every = [mtmd.mtmd_input_chunks_get(chunks, index) for index in range(count)]
+        images = [one for one in every if mtmd.mtmd_input_chunk_get_type(one) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE]
+        if len(images) != 1:
+            raise EngineError(f"mtmd cut one finished view into {len(images)} images; it must stay one")
+        yield images[0]
+    finally:
+        mtmd.mtmd_input_chunks_free(chunks)
+
+
+class AbortFlag:
+    """Stops a running llama_decode from any thread.
+
+    llama.cpp asks its abort callback at every node of the graph, thousands of times a second, so the callback is no
+    Python function but libc's `atoi` on a one-letter string: "0" goes on, "1" stops.
+    """
+
+    def __init__(self) -> None:
+        self._letter = ctypes.create_string_buffer(b"0")
+        atoi = ctypes.CDLL(None).atoi
+        self._callback = llama.ggml_abort_callback(ctypes.cast(atoi, ctypes.c_void_p).value or 0)
+
+    def attach(self, context: Any) -> None:
+        """Let this flag stop the decodes of a llama context."""
+        llama.llama_set_abort_callback(context, self._callback, ctypes.cast(self._letter, ctypes.c_void_p))
+
+    def raise_(self) -> None:
+        """Stop the decode that runs now, or the next one."""
+        self._letter.value = b"1"
+
+    def lower(self) -> None:
+        """Allow decodes again."""
+        self._letter.value = b"0"

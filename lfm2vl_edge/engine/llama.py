@@ -1,0 +1,271 @@
+"""The engine on llama.cpp: the language tower through libllama, the encoder through libmtmd."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from lfm2vl_edge.config import MAX_SEED, Sampling
+from lfm2vl_edge.engine import EngineInfo, Floats
+from lfm2vl_edge.engine.ffi import (
+    ABORTED,
+    LOG,
+    NO_MEMORY_SLOT,
+    AbortFlag,
+    bitmap,
+    check,
+    floats,
+    image_chunk,
+    llama,
+    mtmd,
+    require,
+)
+from lfm2vl_edge.errors import EngineError, PromptError
+from lfm2vl_edge.image import Pixels
+
+N_BATCH: Final = 2048
+"""Most tokens of one llama_decode call."""
+_FLASH_ATTENTION: Final = 1
+"""llama.cpp's "enabled"; its "auto" costs a trial run, and the encoder is a fifth faster with it than without."""
+_CONTEXT_STEP: Final = 256
+"""llama.cpp rounds contexts up to this many tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How a model is loaded."""
+
+    n_threads: int
+    """Threads that compute."""
+    n_ctx: int
+    """Tokens of context to begin with; it grows when a prompt needs more."""
+    n_ctx_max: int
+    """Longest context that the model allows, tokens."""
+    max_view_tokens: int
+    """Image tokens of the largest view that is expected; a larger one makes the encoder reopen its file."""
+    gpu_layers: int = 0
+    """Layers that a GPU takes, where the installed llama.cpp has one; -1 means all."""
+
+
+class LlamaEngine:
+    """See `lfm2vl_edge.engine.Engine`. Not safe for several threads at a time, but for `cancel`.
+
+    Raises:
+        EngineError: llama.cpp refuses a file; the message has its last log line.
+    """
+
+    def __init__(self, model: Path, mmproj: Path, settings: EngineSettings) -> None:
+        self._model: Any = None
+        self._context: Any = None
+        self._vision: Any = None
+        self._mmproj = mmproj
+        self._settings = settings
+        self._view_tokens = settings.max_view_tokens
+        self._abort = AbortFlag()
+        LOG.forget()
+        llama.llama_backend_init()
+        try:
+            self._model = _load_model(model, settings)
+            self._vocab = llama.llama_model_get_vocab(self._model)
+            self._n_embd = llama.llama_model_n_embd(self._model)
+            self._n_vocab = llama.llama_vocab_n_tokens(self._vocab)
+            self._open_context(settings.n_ctx)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the engine."""
+        return EngineInfo(
+            n_embd=self._n_embd,
+            n_vocab=self._n_vocab,
+            n_ctx=self._n_ctx,
+            n_threads=self._settings.n_threads,
+            system=llama.llama_print_system_info().decode("utf-8", "replace").strip(),
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of plain text; see the protocol."""
+        raw = text.encode("utf-8", "replace")
+        room = len(raw) + 8  # no token stands for less than a byte
+        tokens = (llama.llama_token * room)()
+        count = llama.llama_tokenize(self._vocab, raw, len(raw), tokens, room, False, False)
+        if count < 0:
+            raise EngineError(f"llama_tokenize failed with code {count}{LOG.last()}")
+        return list(tokens[:count])
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; see the protocol."""
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            count = llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+            if count >= 0:
+                return buffer.raw[:count]
+            room = -count
+
+    def is_end(self, token: int) -> bool:
+        """Tell whether a token ends the model's turn."""
+        return bool(llama.llama_vocab_is_eog(self._vocab, token))
+
+    def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
+        """Return the embeddings of one view; see the protocol."""
+        vision = self._vision_for(n_tokens)
+        LOG.forget()
+        with bitmap(pixels) as picture, image_chunk(vision, picture) as chunk:
+            found = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+            if found != n_tokens:
+                raise EngineError(f"mtmd makes {found} image tokens of a view that was planned with {n_tokens}")
+            check("mtmd_encode_chunk", mtmd.mtmd_encode_chunk(vision, chunk))
+            output = require("mtmd_get_output_embd", mtmd.mtmd_get_output_embd(vision))
+            return floats(output, (n_tokens, self._n_embd))
+
+    def reserve(self, n_tokens: int) -> None:
+        """Forget the sequence and make room; see the protocol."""
+        self._abort.lower()
+        if n_tokens > self._settings.n_ctx_max:
+            raise PromptError(
+                f"the prompt and the answer need {n_tokens} tokens of context; the limit is "
+                f"{self._settings.n_ctx_max}: use fewer or smaller images, a shorter text or fewer max_tokens"
+            )
+        if n_tokens > self._n_ctx:
+            self._open_context(n_tokens)
+        else:
+            llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
+
+    def decode_tokens(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the sequence."""
+        for begin in range(0, len(tokens), N_BATCH):
+            part = tokens[begin : begin + N_BATCH]
+            array = (llama.llama_token * len(part))(*part)
+            self._decode(llama.llama_batch(n_tokens=len(part), token=array))
+
+    def decode_embeddings(self, embeddings: Floats) -> None:
+        """Append float32 `[n, n_embd]` embeddings to the sequence."""
+        if embeddings.ndim != 2 or embeddings.shape[1] != self._n_embd:
+            raise EngineError(f"embeddings of shape {embeddings.shape} do not fit width {self._n_embd}")
+        for begin in range(0, len(embeddings), N_BATCH):
+            part = np.ascontiguousarray(embeddings[begin : begin + N_BATCH], np.float32)
+            pointer = part.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            self._decode(llama.llama_batch(n_tokens=len(part), embd=pointer))
+
+    def logits(self) -> Floats:
+        """Return float32 `[n_vocab]`; see the protocol."""
+        pointer = require("llama_get_logits_ith", llama.llama_get_logits_ith(self._context, -1))
+        return floats(pointer, (self._n_vocab,))
+
+    def sample(self, sampling: Sampling, seed: int | None, seen: Sequence[int]) -> Iterator[int]:
+        """Yield tokens without end; see the protocol."""
+        with _sampler_chain(sampling, seed, self._n_vocab, self._n_ctx) as chain:
+            for token in seen:
+                llama.llama_sampler_accept(chain, token)
+            single = (llama.llama_token * 1)()
+            batch = llama.llama_batch(n_tokens=1, token=single)
+            while True:
+                single[0] = llama.llama_sampler_sample(chain, self._context, -1)
+                yield single[0]
+                self._decode(batch)
+
+    def cancel(self) -> None:
+        """Stop the running or next decode, from any thread."""
+        self._abort.raise_()
+
+    def close(self) -> None:
+        """Free the native memory; a second call does nothing."""
+        if self._vision:
+            mtmd.mtmd_free(self._vision)
+        if self._context:
+            llama.llama_free(self._context)
+        if self._model:
+            llama.llama_model_free(self._model)
+        self._vision = self._context = self._model = None
+
+    def _open_context(self, n_tokens: int) -> None:
+        if self._context:
+            llama.llama_free(self._context)
+            self._context = None
+        params = llama.llama_context_default_params()
+        params.n_ctx = min(-(-n_tokens // _CONTEXT_STEP) * _CONTEXT_STEP, self._settings.n_ctx_max)
+        params.n_batch = N_BATCH
+        params.n_threads = params.n_threads_batch = self._settings.n_threads
+        params.flash_attn_type = _FLASH_ATTENTION
+        params.no_perf = True
+        context = llama.llama_init_from_model(self._model, params)
+        self._context = require(
+            "llama_init_from_model", context, f": no memory for a context of {params.n_ctx} tokens?"
+        )
+        self._n_ctx = int(llama.llama_n_ctx(self._context))
+        self._abort.attach(self._context)
+
+    def _vision_for(self, n_tokens: int) -> Any:
+        """Return the encoder, opened at first use, and again when a view is larger than it was opened for."""
+        if self._vision and n_tokens <= self._view_tokens:
+            return self._vision
+        if self._vision:
+            mtmd.mtmd_free(self._vision)
+            self._vision = None
+        self._view_tokens = max(n_tokens, self._view_tokens)
+        params = mtmd.mtmd_context_params_default()
+        params.use_gpu = self._settings.gpu_layers != 0
+        params.print_timings = False
+        params.n_threads = self._settings.n_threads
+        params.flash_attn_type = _FLASH_ATTENTION
+        params.warmup = False
+        params.image_min_tokens = 1
+        params.image_max_tokens = self._view_tokens
+        LOG.forget()
+        vision = mtmd.mtmd_init_from_file(str(self._mmproj).encode(), self._model, params)
+        self._vision = require("mtmd_init_from_file", vision, f" on {self._mmproj}")
+        return self._vision
+
+    def _decode(self, batch: Any) -> None:
+        LOG.forget()
+        code = llama.llama_decode(self._context, batch)
+        if code == ABORTED:
+            raise EngineError("the answer was cancelled")
+        if code == NO_MEMORY_SLOT:
+            raise PromptError(f"the context of {self._n_ctx} tokens is full")
+        check("llama_decode", code)
+
+
+def _load_model(path: Path, settings: EngineSettings) -> Any:
+    params = llama.llama_model_default_params()
+    params.n_gpu_layers = settings.gpu_layers
+    model = llama.llama_model_load_from_file(str(path).encode(), params)
+    return require("llama_model_load_from_file", model, f" on {path}")
+
+
+@contextmanager
+def _sampler_chain(sampling: Sampling, seed: int | None, n_vocab: int, n_ctx: int) -> Iterator[Any]:
+    """Own a chain with the reference's order: penalty, temperature, top-k, top-p, min-p, draw."""
+    chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+    try:
+        for sampler in _samplers(sampling, seed, n_vocab, n_ctx):
+            llama.llama_sampler_chain_add(chain, sampler)  # the chain owns it from here
+        yield chain
+    finally:
+        llama.llama_sampler_free(chain)
+
+
+def _samplers(sampling: Sampling, seed: int | None, n_vocab: int, n_ctx: int) -> Iterator[Any]:
+    if sampling.repetition_penalty != 1:
+        yield llama.llama_sampler_init_penalties(n_vocab, n_ctx, sampling.repetition_penalty, 0.0, 0.0)
+    if sampling.temperature == 0:
+        yield llama.llama_sampler_init_greedy()
+        return
+    yield llama.llama_sampler_init_temp(sampling.temperature)
+    if sampling.top_k:
+        yield llama.llama_sampler_init_top_k(sampling.top_k)
+    if sampling.top_p < 1:
+        yield llama.llama_sampler_init_top_p(sampling.top_p, 1)
+    if sampling.min_p:
+        yield llama.llama_sampler_init_min_p(sampling.min_p, 1)
+    yield llama.llama_sampler_init_dist(random.SystemRandom().randrange(MAX_SEED) if seed is None else seed)

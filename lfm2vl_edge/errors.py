@@ -1,0 +1,32 @@
+"""Every error that the library raises on purpose; anything else is a bug and keeps its traceback."""
+
+
+class EdgeError(Exception):
+    """Base class: catch this one to catch everything that is not a bug.
+
+    The message is one line that names the value at fault and what to do about it.
+    """
+
+
+class ConfigError(EdgeError):
+    """A setting is out of range, of the wrong type, or contradicts another one."""
+
+
+class ImageError(EdgeError):
+    """The input is no picture, is damaged, or is larger than the limit."""
+
+
+class PromptError(EdgeError):
+    """The messages cannot be made into a prompt, or the prompt does not fit into the context."""
+
+
+class ModelNotFound(EdgeError):
+    """No model lies where the caller pointed; the message names what does."""
+
+
+class EngineError(EdgeError):
+    """A native call failed; the message names the function, its code and the last native log line."""
+
+
+class ConvertError(EdgeError):
+    """A checkpoint cannot be converted; the message names the file or tensor, and what was expected."""

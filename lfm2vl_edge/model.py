@@ -1,0 +1,206 @@
+"""Model: two files opened, pictures and questions in, answers out."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+
+from lfm2vl_edge.config import Options
+from lfm2vl_edge.engine import Engine, Floats
+from lfm2vl_edge.errors import ConfigError, EngineError
+from lfm2vl_edge.generate import Chunk, look, prefill, prepare, stream
+from lfm2vl_edge.hardware import physical_cores
+from lfm2vl_edge.image import ImageInput
+from lfm2vl_edge.modelfile import ModelConfig, find_pair, read_config
+from lfm2vl_edge.prompt import Message
+from lfm2vl_edge.stats import Stopwatch
+
+DEFAULT_PROMPT: Final = "Describe this image."
+DEFAULT_CONTEXT: Final = 4096
+"""Tokens of context that a model begins with: room for a picture of ten tiles and a talk about it."""
+
+
+class Model:
+    """An opened model. Use it in a `with` block, or call `close`.
+
+    It answers one request at a time; a second one meanwhile is an EngineError, not a mixed-up answer.
+    """
+
+    def __init__(self, engine: Engine, config: ModelConfig, *, load_seconds: float = 0.0) -> None:
+        self.engine = engine
+        """The inference engine; for those who need more than this class offers."""
+        self.config = config
+        """What the model's files say, and the image settings in use."""
+        self.load_seconds = load_seconds
+        """Time that opening took."""
+        self._answering = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        mmproj: str | os.PathLike[str] | None = None,
+        image_settings: Mapping[str, Any] | None = None,
+        n_ctx: int = DEFAULT_CONTEXT,
+        n_threads: int | None = None,
+        gpu_layers: int = 0,
+    ) -> Model:
+        """Open a model's two files.
+
+        Args:
+            path: the language GGUF, or the folder that holds it.
+            mmproj: the vision encoder's GGUF; by default the one beside the language GGUF.
+            image_settings: fields of `ImageConfig` that replace the model's own.
+            n_ctx: tokens of context to begin with; it grows when a prompt needs more.
+            n_threads: threads that compute; by default one per physical core.
+            gpu_layers: layers that a GPU takes, where the installed llama.cpp has one; -1 means all.
+
+        Raises:
+            ModelNotFound: a file is missing.
+            ConfigError: the files do not fit together, or a setting is out of range.
+            EngineError: llama.cpp refuses a file.
+        """
+        begin = time.perf_counter()
+        _check_count("n_ctx", n_ctx)
+        _check_count("n_threads", 1 if n_threads is None else n_threads)
+        pair = find_pair(Path(path), Path(mmproj) if mmproj is not None else None)
+        config = with_image_settings(read_config(pair), image_settings or {})
+        from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
+
+        settings = EngineSettings(
+            n_threads=n_threads or physical_cores(),
+            n_ctx=min(n_ctx, config.n_ctx_train),
+            n_ctx_max=config.n_ctx_train,
+            max_view_tokens=max(config.image.max_image_tokens, config.image.tile_tokens),
+            gpu_layers=gpu_layers,
+        )
+        engine = LlamaEngine(pair.model, pair.mmproj, settings)
+        return cls(engine, config, load_seconds=time.perf_counter() - begin)
+
+    def ask(self, images: ImageInput | Sequence[ImageInput], prompt: str = DEFAULT_PROMPT, **options: Any) -> str:
+        """Return the answer to a question about one or several pictures.
+
+        Args:
+            images: one picture or a list of them, each in any form that `load_image` takes; `[]` for none.
+            prompt: the question.
+            **options: fields of `Options`, such as `temperature=0.0, max_tokens=64`.
+
+        Raises:
+            EdgeError: see `stream`.
+        """
+        return "".join(chunk.text for chunk in self.stream(images, prompt, **options))
+
+    def stream(
+        self, images: ImageInput | Sequence[ImageInput], prompt: str = DEFAULT_PROMPT, **options: Any
+    ) -> Iterator[Chunk]:
+        """Yield the answer piece by piece; the last chunk carries `finish` and `stats`. Arguments as for `ask`.
+
+        Raises:
+            ConfigError: an option is unknown or out of range.
+            ImageError: an input is no picture.
+            PromptError: the prompt does not fit into the model's context.
+            EngineError: a native call failed, or the model is busy.
+        """
+        return self.chat([user_message(images, prompt)], **options)
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
+        """Yield the model's next turn of a talk in the Hugging Face form, piece by piece.
+
+        Raises:
+            EdgeError: see `stream`.
+        """
+        return self._stream(messages, Options.of(**options))
+
+    def _stream(self, messages: Sequence[Message], options: Options) -> Iterator[Chunk]:
+        with self._exclusive():
+            yield from stream(self.engine, self.config, messages, options)
+
+    def token_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Return the prompt's ids as the reference's input_ids: the image token repeated for every embedding.
+
+        Raises:
+            EdgeError: see `stream`.
+        """
+        return prepare(self.engine, self.config, messages).token_ids
+
+    def embed_image(self, image: ImageInput) -> Floats:
+        """Return float32 `[n, n_embd]`: the embeddings of all views of a picture, in prompt order.
+
+        Raises:
+            ImageError: the input is no picture.
+            EngineError: a native call failed.
+        """
+        tiles = look(image, self.config.image).tiles
+        with self._exclusive():
+            return np.concatenate([self.engine.encode(tile.pixels, tile.n_tokens) for tile in tiles])
+
+    def next_token_logits(self, messages: Sequence[Message]) -> Floats:
+        """Return float32 `[n_vocab]`: the scores of the first token of the model's next turn.
+
+        Raises:
+            EdgeError: see `stream`.
+        """
+        prompt = prepare(self.engine, self.config, messages)
+        with self._exclusive():
+            self.engine.reserve(len(prompt.token_ids))
+            prefill(self.engine, prompt, Stopwatch())
+            return self.engine.logits()
+
+    def cancel(self) -> None:
+        """Stop the answer that is being made, from any thread; its stream raises EngineError."""
+        self.engine.cancel()
+
+    def close(self) -> None:
+        """Free the model's memory; a second call does nothing."""
+        self.engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._answering.acquire(blocking=False):
+            raise EngineError("the model is answering already; read that stream to its end or close it first")
+        try:
+            yield
+        finally:
+            self._answering.release()
+
+
+def user_message(images: ImageInput | Sequence[ImageInput], prompt: str) -> dict[str, Any]:
+    """Return a message of the user: the pictures first, then the text."""
+    several = list(images) if isinstance(images, (list, tuple)) else [images]
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in several]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
+
+
+def with_image_settings(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
+    """Return the config with some image settings replaced, and the replacement named in `image_source`.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+    """
+    if not changes:
+        return config
+    image = config.image.with_changes(changes)
+    return replace(config, image=image, image_source=f"{config.image_source}; changed: {', '.join(changes)}")
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number, 1 or more")

@@ -1,0 +1,261 @@
+"""The two files of a model: found, checked against each other, and read into a ModelConfig, without the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from lfm2vl_edge.config import (
+    ImageConfig,
+    Sampling,
+    stated_image_settings,
+    states_tiling,
+)
+from lfm2vl_edge.errors import ConfigError, ModelNotFound
+from lfm2vl_edge.metadata import read_metadata
+from lfm2vl_edge.published import Published, find_published
+
+_CONTROL: Final = 3
+"""llama.cpp's token type of control tokens."""
+_MARKER_KEYS: Final[Mapping[str, str]] = {
+    "<image>": "lfm2vl.image_token_id",
+    "<|image_start|>": "lfm2vl.image_start_token_id",
+    "<|image_end|>": "lfm2vl.image_end_token_id",
+    "<|img_thumbnail|>": "lfm2vl.image_thumbnail_token_id",
+}
+IMAGE, IMAGE_START, IMAGE_END, THUMBNAIL = _MARKER_KEYS
+"""Texts of the image markers; their ids differ from vocabulary to vocabulary."""
+_SAMPLING_KEYS: Final[Mapping[str, str]] = {
+    "temperature": "general.sampling.temp",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+}
+_MMPROJ_PREFERENCE: Final = ("F16", "BF16", "F32", "Q8_0")
+"""Of several mmproj types beside a model: the fastest that is exact everywhere first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """The two files of a model."""
+
+    model: Path
+    """The language tower."""
+    mmproj: Path
+    """The vision encoder and the projector."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What a model's files say about it."""
+
+    name: str
+    """`general.name` of the language file, or the file's own name."""
+    n_embd: int
+    """Width of the language tower and of every image embedding."""
+    n_vocab: int
+    """Entries of the vocabulary."""
+    n_ctx_train: int
+    """Longest context that the model was trained for, tokens."""
+    chat_template: str
+    """Jinja source that turns messages into a prompt."""
+    bos_token: str
+    """Text of the begin-of-text token, which the template writes itself."""
+    eos_token: str
+    """Text of the end-of-turn token."""
+    control_tokens: Mapping[str, int]
+    """Text -> id of every control token, image markers included."""
+    image: ImageConfig
+    """How pictures are cut."""
+    image_source: str
+    """Where those settings came from."""
+    sampling: Sampling
+    """The model's own decoding defaults."""
+
+
+def find_pair(path: Path, mmproj: Path | None = None) -> Pair:
+    """Return the files of a model, given its language GGUF or the folder that holds it.
+
+    Raises:
+        ModelNotFound: there is no such file, the folder holds none or several, or no mmproj lies beside it.
+    """
+    model = _only_model(path) if path.is_dir() else path
+    if not model.is_file():
+        raise ModelNotFound(f"no model {str(path)!r}; {_what_exists(Path())}; give the path of a .gguf file")
+    if _is_mmproj(model):
+        raise ModelNotFound(f"{model.name} is the mmproj of a model; give the language file beside it")
+    if mmproj is not None and not mmproj.is_file():
+        raise ModelNotFound(f"no mmproj at {str(mmproj)!r}; check the path")
+    return Pair(model=model, mmproj=mmproj or _mmproj_beside(model))
+
+
+def _is_mmproj(path: Path) -> bool:
+    return "mmproj" in path.name.lower()
+
+
+def _ggufs(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.gguf") if path.is_file())
+
+
+def _only_model(folder: Path) -> Path:
+    models = [path for path in _ggufs(folder) if not _is_mmproj(path)]
+    if len(models) == 1:
+        return models[0]
+    if not models:
+        raise ModelNotFound(f"no language model in {folder}; {_what_exists(folder)}")
+    raise ModelNotFound(f"{len(models)} models in {folder}: {_names(models)}; give the path of one")
+
+
+def _what_exists(folder: Path) -> str:
+    found = _ggufs(folder)
+    where = "the current folder" if folder == Path() else str(folder)
+    return f"{where} holds {_names(found)}" if found else f"{where} holds no .gguf file"
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths)
+
+
+def _mmproj_beside(model: Path) -> Path:
+    found = [path for path in _ggufs(model.parent) if _is_mmproj(path)]
+    if not found:
+        raise ModelNotFound(
+            f"no mmproj beside {model}: the model would be blind; put its mmproj-*.gguf there or name it (--mmproj)"
+        )
+    own = [path for path in found if _family(path) == _family(model)]
+    return min(own or found, key=_preference)
+
+
+def _family(path: Path) -> str:
+    """Return the name without the mmproj prefix and without the quantization type at its end."""
+    stem = path.stem.lower().replace("mmproj-", "").replace("-mmproj", "")
+    return stem.rpartition("-")[0] or stem
+
+
+def _preference(path: Path) -> tuple[int, str]:
+    quant = path.stem.upper().rpartition("-")[2]
+    rank = _MMPROJ_PREFERENCE.index(quant) if quant in _MMPROJ_PREFERENCE else len(_MMPROJ_PREFERENCE)
+    return rank, path.name
+
+
+def read_config(pair: Pair) -> ModelConfig:
+    """Return what the two files say, after checking that each is what it should be and that they fit.
+
+    Raises:
+        ModelNotFound: a file is gone.
+        ConfigError: a file is damaged, is of another kind, or the two do not belong together.
+    """
+    language, vision = read_metadata(pair.model), read_metadata(pair.mmproj)
+    _check_kinds(pair, language, vision)
+    tokens = _token_table(pair.model, language)
+    controls = _control_tokens(pair.model, language)
+    _check_fit(pair, language, vision, controls)
+    published = _published(language, pair.model)
+    image, source = image_settings(vision, pair.mmproj)
+    return ModelConfig(
+        name=str(language.get("general.name") or pair.model.stem),
+        n_embd=int(language["lfm2.embedding_length"]),
+        n_vocab=len(tokens),
+        n_ctx_train=int(_need(language, "lfm2.context_length", pair.model)),
+        chat_template=str(_need(language, "tokenizer.chat_template", pair.model)),
+        bos_token=_token_text(tokens, language.get("tokenizer.ggml.bos_token_id")),
+        eos_token=_token_text(tokens, language.get("tokenizer.ggml.eos_token_id")),
+        control_tokens=controls,
+        image=image,
+        image_source=source,
+        sampling=_sampling(language, published),
+    )
+
+
+def image_settings(vision: Mapping[str, Any], path: Path) -> tuple[ImageConfig, str]:
+    """Return the image settings of an mmproj file's metadata, and a phrase that says where they came from.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+    try:
+        stated = stated_image_settings(vision)
+        if states_tiling(stated):
+            return ImageConfig().with_changes(stated), f"the model's file {path.name}"
+        published = _published(vision, path)
+        if published is not None:
+            return ImageConfig().with_changes({**published.image, **stated}), f"the published {published.name}"
+        return ImageConfig().with_changes(stated), "the documented defaults (the model's file states none)"
+    except ConfigError as error:
+        raise ConfigError(f"{path.name} has a wrong image setting: {error}") from error
+
+
+def _published(metadata: Mapping[str, Any], path: Path) -> Published | None:
+    return find_published(str(metadata.get("general.name", ""))) or find_published(path.name)
+
+
+def _need(metadata: Mapping[str, Any], key: str, path: Path) -> Any:
+    if key not in metadata:
+        raise ConfigError(f"{path} does not state {key}; it is no complete model: convert it again")
+    return metadata[key]
+
+
+def _check_kinds(pair: Pair, language: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
+    kind = language.get("general.architecture")
+    if kind != "lfm2":
+        raise ConfigError(f"{pair.model} is a {kind!r} model, not the language tower of an LFM2-VL model")
+    kind = vision.get("general.architecture")
+    if kind != "clip":
+        raise ConfigError(f"{pair.mmproj} is a {kind!r} model, not an mmproj file (vision encoder and projector)")
+    projector = vision.get("clip.projector_type", vision.get("clip.vision.projector_type"))
+    if projector != "lfm2":
+        raise ConfigError(f"{pair.mmproj} has a {projector!r} projector; LFM2-VL needs 'lfm2'")
+
+
+def _check_fit(
+    pair: Pair, language: Mapping[str, Any], vision: Mapping[str, Any], controls: Mapping[str, int]
+) -> None:
+    width = _need(language, "lfm2.embedding_length", pair.model)
+    projected = _need(vision, "clip.vision.projection_dim", pair.mmproj)
+    if width != projected:
+        raise ConfigError(
+            f"{pair.mmproj.name} does not belong to {pair.model.name}: "
+            f"it projects to width {projected}, the model has width {width}"
+        )
+    for text, key in _MARKER_KEYS.items():
+        if text not in controls:
+            raise ConfigError(f"{pair.model} has no token {text}; it is a text-only LFM2 model, not LFM2-VL")
+        if vision.get(key, controls[text]) != controls[text]:
+            raise ConfigError(
+                f"{pair.mmproj.name} does not belong to {pair.model.name}: "
+                f"{text} has id {vision[key]} there and {controls[text]} in the model's vocabulary"
+            )
+
+
+def _token_table(path: Path, language: Mapping[str, Any]) -> Any:
+    return _need(language, "tokenizer.ggml.tokens", path)
+
+
+def _control_tokens(path: Path, language: Mapping[str, Any]) -> dict[str, int]:
+    """Markers count as control tokens whatever their type: text typed by a user must never become one."""
+    tokens = _token_table(path, language)
+    types = np.asarray(_need(language, "tokenizer.ggml.token_type", path))
+    if len(types) != len(tokens):
+        raise ConfigError(f"{path} has {len(tokens)} tokens and {len(types)} token types; convert it again")
+    controls = {tokens[int(index)]: int(index) for index in np.flatnonzero(types == _CONTROL)}
+    ordinary = {tokens[int(index)]: int(index) for index in np.flatnonzero((types != _CONTROL) & (types != 1))}
+    return controls | {text: ordinary[text] for text in _MARKER_KEYS if text in ordinary}
+
+
+def _token_text(tokens: Any, token: object) -> str:
+    return str(tokens[token]) if isinstance(token, int) and 0 <= token < len(tokens) else ""
+
+
+def _sampling(language: Mapping[str, Any], published: Published | None) -> Sampling:
+    """GGUF keeps 32-bit floats; seven digits are what they hold."""
+    default = published.sampling if published else Sampling()
+    stated = {name: language[key] for name, key in _SAMPLING_KEYS.items() if key in language}
+    rounded: dict[str, Any] = {
+        name: value if name == "top_k" else float(f"{value:.7g}") for name, value in stated.items()
+    }
+    return replace(default, **rounded)

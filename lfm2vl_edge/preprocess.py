@@ -1,0 +1,67 @@
+"""Pixels for the encoder: resize the picture and cut it, exactly as the plan says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from lfm2vl_edge.config import ImageConfig
+from lfm2vl_edge.geometry import TilePlan, View, plan
+from lfm2vl_edge.image import ImageInput, Pixels, load_image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tile:
+    """One view with its pixels."""
+
+    view: View
+    """Its place in the picture, its size and its token count."""
+    pixels: Pixels
+    """uint8 `[view.height, view.width, 3]`, RGB, before normalisation."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Image tokens that the encoder returns for it."""
+        return self.view.n_tokens
+
+
+def preprocess(image: ImageInput, config: ImageConfig) -> list[Tile]:
+    """Return the views of a picture, in prompt order.
+
+    Raises:
+        ImageError: the input is no picture; see `load_image`.
+    """
+    pixels = load_image(image)
+    height, width = pixels.shape[:2]
+    return cut(pixels, plan(height, width, config), config)
+
+
+def cut(pixels: Pixels, tile_plan: TilePlan, config: ImageConfig) -> list[Tile]:
+    """Return the planned views of the picture.
+
+    Args:
+        pixels: uint8 `[tile_plan.height, tile_plan.width, 3]`.
+        tile_plan: what `plan` returned for this size and `config`.
+        config: gives the filter and the tile's side.
+    """
+    picture = Image.fromarray(pixels)
+    if not tile_plan.is_tiled:
+        (view,) = tile_plan.views
+        return [Tile(view=view, pixels=_resize(picture, view.height, view.width, config))]
+    side = config.tile_size
+    grid = _resize(picture, tile_plan.rows * side, tile_plan.cols * side, config)
+    return [Tile(view=view, pixels=_pixels_of(view, picture, grid, config)) for view in tile_plan.views]
+
+
+def _pixels_of(view: View, picture: Image.Image, grid: Pixels, config: ImageConfig) -> Pixels:
+    if view.kind == "thumbnail":
+        return _resize(picture, view.height, view.width, config)
+    top, left = view.row * view.height, view.col * view.width
+    return np.ascontiguousarray(grid[top : top + view.height, left : left + view.width])
+
+
+def _resize(picture: Image.Image, height: int, width: int, config: ImageConfig) -> Pixels:
+    """Pillow's filters are antialiased like the reference's: at most 1 of 255 apart."""
+    return np.asarray(picture.resize((width, height), Image.Resampling(config.resample)))

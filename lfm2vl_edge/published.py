@@ -1,0 +1,53 @@
+"""What the published checkpoints state and their GGUF files do not: image settings and decoding defaults.
+
+Source: the processor_config.json, generation_config.json and model cards of the LiquidAI repositories.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from lfm2vl_edge.config import BICUBIC, Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """One published model, as far as its settings differ from the documented defaults."""
+
+    name: str
+    """As its repository is called, without the organisation."""
+    image: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `ImageConfig` that differ from the class defaults."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """Decoding defaults of its model card."""
+
+
+_MODELS: Final = (
+    Published(name="LFM2-VL-450M"),
+    Published(name="LFM2-VL-1.6B"),
+    Published(name="LFM2-VL-3B", image={"resample": BICUBIC}),
+    Published(name="LFM2.5-VL-450M"),
+    Published(name="LFM2.5-VL-1.6B"),
+    Published(
+        name="LFM2.5-VL-3B",
+        image={"resample": BICUBIC, "min_tiles": 1},
+        sampling=Sampling(temperature=0.2, min_p=0.0, top_k=50, repetition_penalty=1.0),
+    ),
+)
+_NAME: Final = re.compile(r"lfm2([.\-_ ]?5)?[.\-_ ]?vl[.\-_ ](450m|1[.\-_ ]?6b|3b)(?![a-z0-9])", re.IGNORECASE)
+
+
+def find_published(text: str) -> Published | None:
+    """Return the published model that a name, title or file name mentions, or None.
+
+    "mmproj-LFM2.5-VL-450m-Q8_0.gguf" and "LFM2.5 VL 450M" both mention LFM2.5-VL-450M.
+    """
+    match = _NAME.search(text)
+    if match is None:
+        return None
+    size = "1.6B" if match[2].startswith("1") else match[2].upper()
+    wanted = f"LFM2{'.5' if match[1] else ''}-VL-{size}"
+    return next(model for model in _MODELS if model.name == wanted)
