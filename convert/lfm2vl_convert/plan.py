@@ -1,0 +1,182 @@
+"""The plan of a conversion: which tensor becomes which, decided in full before a byte is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from lfm2vl_edge.errors import ConvertError
+
+from lfm2vl_convert.shards import SourceTensor
+
+BYTES_PER_VALUE: Final[Mapping[str, int]] = {"F32": 4, "F16": 2, "BF16": 2}
+"""The types that can be read and written."""
+UNUSED_ANYWHERE: Final = (".rotary_emb.inv_freq", ".position_ids")
+"""Ends of the names of buffers that older versions of transformers saved and that are computed, not learned."""
+
+
+class Rearrangement(str, Enum):
+    """What happens to a tensor's values on the way, besides the change of type."""
+
+    NONE = "as stored"
+    SQUEEZED = "[n, 1, k] to [n, k]"
+    CHANNELS_FIRST = "[n, side * side * channels] to [n, channels, side, side]"
+    ZEROS = "zeros for a bias that the checkpoint does not have"
+
+
+class Precision(str, Enum):
+    """How exactly llama.cpp needs a tensor; the file's type decides the rest."""
+
+    FILE = "the file's type"
+    FULL = "F32 always"
+    CONVOLUTION = "F16 in F16 files, else F32: there is no BF16 kernel for it"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A tensor that one of the two files must hold."""
+
+    source: str
+    """Name in the checkpoint, in the one spelling of `canonical`."""
+    shape: tuple[int, ...]
+    """Shape in the checkpoint, slowest axis first."""
+    target: str
+    """Name in the GGUF file."""
+    target_shape: tuple[int, ...]
+    """Shape in the GGUF file, slowest axis first."""
+    rearrangement: Rearrangement = Rearrangement.NONE
+    """What happens to the values on the way."""
+    precision: Precision = Precision.FILE
+    """How exactly it must be stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlan:
+    """One tensor's way from the checkpoint into a GGUF file."""
+
+    source: SourceTensor | None
+    """Where the values come from; None for zeros."""
+    target: str
+    """Name in the GGUF file."""
+    shape: tuple[int, ...]
+    """Shape in the GGUF file, slowest axis first."""
+    type: str
+    """F32, F16 or BF16."""
+    rearrangement: Rearrangement
+    """What happens to the values on the way."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in the GGUF file without padding, bytes."""
+        return math.prod(self.shape) * BYTES_PER_VALUE[self.type]
+
+    def __str__(self) -> str:
+        origin = f"{self.source.name} {_shown(self.source)}" if self.source else "(none)"
+        note = "" if self.rearrangement is Rearrangement.NONE else f"  ({self.rearrangement.value})"
+        return f"{origin} -> {self.target} {list(self.shape)} {self.type}{note}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The whole conversion."""
+
+    model: tuple[TensorPlan, ...]
+    """Tensors of the language file."""
+    mmproj: tuple[TensorPlan, ...]
+    """Tensors of the encoder's and projector's file."""
+    unused: tuple[str, ...]
+    """Tensors of the checkpoint that no file needs, as the checkpoint spells them."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all tensors in both files without padding, bytes."""
+        return sum(tensor.n_bytes for tensor in (*self.model, *self.mmproj))
+
+    def __str__(self) -> str:
+        lines = [str(tensor) for tensor in (*self.model, *self.mmproj)]
+        return "\n".join(lines + [f"{name} -> (unused)" for name in self.unused])
+
+
+def canonical(name: str) -> str:
+    """Return a tensor's name in one spelling, whichever version of transformers saved it."""
+    name = name.removeprefix("model.")
+    return name.replace("vision_tower.vision_model.", "vision_tower.", 1) if name.startswith("vision_tower.") else name
+
+
+def make_plan(
+    tensors: Mapping[str, SourceTensor],
+    model: tuple[Iterable[Wanted], str],
+    mmproj: tuple[Iterable[Wanted], str],
+    unused_prefixes: tuple[str, ...],
+) -> Plan:
+    """Return how every tensor of the checkpoint is used.
+
+    Args:
+        tensors: what the checkpoint holds.
+        model: what the language file must hold, and its type (F32, F16, BF16).
+        mmproj: the same for the encoder's and projector's file.
+        unused_prefixes: beginnings of the canonical names that are known to be unused.
+
+    Raises:
+        ConvertError: a tensor is missing, unknown, of the wrong shape or type, or stands twice.
+    """
+    left = _by_canonical_name(tensors)
+    plans = [tuple(_take(left, wanted, quant) for wanted in wanteds) for wanteds, quant in (model, mmproj)]
+    unused = [name for name in left if name.startswith(unused_prefixes) or name.endswith(UNUSED_ANYWHERE)]
+    for name, tensor in left.items():
+        if name not in unused:
+            raise ConvertError(
+                f"tensor {tensor.name!r} {_shown(tensor)} has no place in an LFM2-VL model of this config.json; "
+                "the two do not belong together, or the model is of a newer kind"
+            )
+    return Plan(model=plans[0], mmproj=plans[1], unused=tuple(left[name].name for name in unused))
+
+
+def _by_canonical_name(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+    found: dict[str, SourceTensor] = {}
+    for tensor in tensors.values():
+        other = found.setdefault(canonical(tensor.name), tensor)
+        if other is not tensor:
+            raise ConvertError(f"tensors {other.name!r} and {tensor.name!r} are the same one in two spellings")
+    return found
+
+
+def _take(left: dict[str, SourceTensor], wanted: Wanted, quant: str) -> TensorPlan:
+    source = None
+    if wanted.rearrangement is not Rearrangement.ZEROS:
+        source = left.pop(wanted.source, None)
+        _check(source, wanted)
+    return TensorPlan(
+        source=source,
+        target=wanted.target,
+        shape=wanted.target_shape,
+        type=_stored_type(wanted, quant),
+        rearrangement=wanted.rearrangement,
+    )
+
+
+def _check(source: SourceTensor | None, wanted: Wanted) -> None:
+    expected = f"{list(wanted.shape)} was expected from config.json"
+    if source is None:
+        raise ConvertError(f"tensor 'model.{wanted.source}' is missing; {expected}")
+    if source.shape != wanted.shape:
+        raise ConvertError(f"tensor {source.name!r} has shape {list(source.shape)}; {expected}")
+    if source.dtype not in BYTES_PER_VALUE:
+        known = ", ".join(BYTES_PER_VALUE)
+        raise ConvertError(f"tensor {source.name!r} {list(source.shape)} is stored as {source.dtype}; known: {known}")
+
+
+def _stored_type(wanted: Wanted, quant: str) -> str:
+    """Return the type in the file: whatever has one axis is small and stays exact, as in llama.cpp."""
+    if wanted.precision is Precision.FULL or len(wanted.target_shape) == 1:
+        return "F32"
+    if wanted.precision is Precision.CONVOLUTION and quant != "F16":
+        return "F32"
+    return quant
+
+
+def _shown(tensor: SourceTensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype}"
