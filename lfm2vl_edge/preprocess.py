@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from lfm2vl_edge.config import ImageConfig
 from lfm2vl_edge.geometry import TilePlan, View, plan
 from lfm2vl_edge.image import ImageInput, Pixels, load_image
+from lfm2vl_edge.resample import resize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,22 +46,16 @@ def cut(pixels: Pixels, tile_plan: TilePlan, config: ImageConfig) -> list[Tile]:
         tile_plan: what `plan` returned for this size and `config`.
         config: gives the filter and the tile's side.
     """
-    picture = Image.fromarray(pixels)
     if not tile_plan.is_tiled:
         (view,) = tile_plan.views
-        return [Tile(view=view, pixels=_resize(picture, view.height, view.width, config))]
+        return [Tile(view=view, pixels=resize(pixels, view.height, view.width, config.resample))]
     side = config.tile_size
-    grid = _resize(picture, tile_plan.rows * side, tile_plan.cols * side, config)
-    return [Tile(view=view, pixels=_pixels_of(view, picture, grid, config)) for view in tile_plan.views]
+    grid = resize(pixels, tile_plan.rows * side, tile_plan.cols * side, config.resample)
+    return [Tile(view=view, pixels=_pixels_of(view, pixels, grid, config)) for view in tile_plan.views]
 
 
-def _pixels_of(view: View, picture: Image.Image, grid: Pixels, config: ImageConfig) -> Pixels:
+def _pixels_of(view: View, pixels: Pixels, grid: Pixels, config: ImageConfig) -> Pixels:
     if view.kind == "thumbnail":
-        return _resize(picture, view.height, view.width, config)
+        return resize(pixels, view.height, view.width, config.resample)
     top, left = view.row * view.height, view.col * view.width
     return np.ascontiguousarray(grid[top : top + view.height, left : left + view.width])
-
-
-def _resize(picture: Image.Image, height: int, width: int, config: ImageConfig) -> Pixels:
-    """Pillow's filters are antialiased like the reference's: at most 1 of 255 apart."""
-    return np.asarray(picture.resize((width, height), Image.Resampling(config.resample)))

@@ -1,0 +1,98 @@
+"""Fixtures that several tests share: the reference checkpoints, and pairs converted from them once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from lfm2vl_convert import convert_checkpoint
+
+from lfm2vl_edge import Model
+
+REFERENCE = Path(__file__).parent / "data" / "reference"
+PICTURES = REFERENCE / "a"
+"""All three references saw the same pictures; they lie here once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Talk:
+    """What the reference implementation computed on one talk."""
+
+    name: str
+    messages: list[dict[str, Any]]
+    images: list[Path]
+    input_ids: list[int]
+    logits: npt.NDArray[np.float32]
+    embeddings: npt.NDArray[np.float32] | None
+
+
+@cache
+def talks(name: str) -> dict[str, Talk]:
+    """Return the talks of a reference checkpoint by name."""
+    cases = json.loads((REFERENCE / name / "reference.json").read_text())["cases"]
+    with np.load(REFERENCE / name / "reference.npz") as arrays:
+        return {case["name"]: _talk(case, dict(arrays)) for case in cases}
+
+
+def _talk(case: dict[str, Any], arrays: dict[str, Any]) -> Talk:
+    images = [PICTURES / image for image in case["images"]]
+    waiting = list(images)
+    messages = [
+        {
+            **message,
+            "content": [
+                {"type": "image", "image": waiting.pop(0)} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in case["messages"]
+    ]
+    return Talk(
+        name=case["name"],
+        messages=messages,
+        images=images,
+        input_ids=arrays[f"{case['name']}.input_ids"].tolist(),
+        logits=arrays[f"{case['name']}.logits"],
+        embeddings=arrays.get(f"{case['name']}.embeddings"),
+    )
+
+
+Pair = Callable[[str, str], Path]
+"""From a reference's name and a type to the folder with the converted pair."""
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    @cache
+    def make(name: str, quant: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"{name}-{quant}")
+        convert_checkpoint(REFERENCE / name / "checkpoint", folder, quant=quant, mmproj_quant=quant)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def opened(pair: Pair) -> Iterator[Callable[[str, str], Model]]:
+    """Open models once for the whole session; a test that changes one opens its own."""
+    with ExitStack() as stack:
+
+        @cache
+        def open_once(name: str, quant: str) -> Model:
+            return stack.enter_context(Model.open(pair(name, quant)))
+
+        yield open_once
+
+
+@pytest.fixture(scope="session")
+def model(opened: Callable[[str, str], Model]) -> Model:
+    """A small random model, float32, of the common layout."""
+    return opened("a", "F32")

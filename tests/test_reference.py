@@ -1,0 +1,56 @@
+"""The whole line against the reference implementation's own figures: ids, embeddings and logits of every talk."""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from lfm2vl_edge import Model
+from tests.conftest import talks
+
+NAMES = ("a", "b", "c")
+TALKS = [(name, talk) for name in NAMES for talk in talks(name)]
+Opened = Callable[[str, str], Model]
+
+
+def divergence(reference: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
+    """Kullback-Leibler divergence of the next-token distributions, nats."""
+    p, q = (values.astype(np.float64) for values in (reference, found))
+    p, q = (values - np.logaddexp.reduce(values) for values in (p, q))
+    return float(np.sum(np.exp(p) * (p - q)))
+
+
+def relative_error(reference: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
+
+
+@pytest.mark.parametrize(("name", "talk"), TALKS)
+def test_token_ids_are_the_reference_input_ids(opened: Opened, name: str, talk: str) -> None:
+    reference = talks(name)[talk]
+    assert opened(name, "F32").token_ids(reference.messages) == reference.input_ids
+
+
+@pytest.mark.parametrize(("name", "talk"), TALKS)
+def test_logits_in_float32(opened: Opened, name: str, talk: str) -> None:
+    reference = talks(name)[talk]
+    logits = opened(name, "F32").next_token_logits(reference.messages)
+    assert divergence(reference.logits, logits) <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "talk"), TALKS)
+@pytest.mark.parametrize(("quant", "most"), [("F16", 1e-3), ("BF16", 5e-2)])
+def test_logits_in_sixteen_bits(opened: Opened, name: str, talk: str, quant: str, most: float) -> None:
+    reference = talks(name)[talk]
+    logits = opened(name, quant).next_token_logits(reference.messages)
+    assert divergence(reference.logits, logits) <= most
+
+
+@pytest.mark.parametrize(("name", "talk"), [(name, talk) for name, talk in TALKS if talks(name)[talk].images])
+def test_embeddings_in_float32(opened: Opened, name: str, talk: str) -> None:
+    reference = talks(name)[talk]
+    model = opened(name, "F32")
+    found = np.concatenate([model.embed_image(image) for image in reference.images])
+    assert reference.embeddings is not None
+    assert found.shape == reference.embeddings.shape
+    assert relative_error(reference.embeddings, found) <= 6e-4
