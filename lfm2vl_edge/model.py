@@ -82,6 +82,7 @@ class Model:
             n_ctx=min(n_ctx, config.n_ctx_train),
             n_ctx_max=config.n_ctx_train,
             max_view_tokens=max(config.image.max_image_tokens, config.image.tile_tokens),
+            exact=config.is_float32,
             gpu_layers=gpu_layers,
         )
         engine = LlamaEngine(pair.model, pair.mmproj, settings)

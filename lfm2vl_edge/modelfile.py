@@ -19,6 +19,8 @@ from lfm2vl_edge.errors import ConfigError, ModelNotFound
 from lfm2vl_edge.metadata import read_metadata
 from lfm2vl_edge.published import Published, find_published
 
+_ALL_F32: Final = 0
+"""llama.cpp's file type of files without 16-bit or quantized matrices."""
 _CONTROL: Final = 3
 """llama.cpp's token type of control tokens."""
 _MARKER_KEYS: Final[Mapping[str, str]] = {
@@ -76,6 +78,8 @@ class ModelConfig:
     """Where those settings came from."""
     sampling: Sampling
     """The model's own decoding defaults."""
+    is_float32: bool
+    """Whether the language tower's matrices are float32: such a file is made to be exact, not fast."""
 
 
 def find_pair(path: Path, mmproj: Path | None = None) -> Pair:
@@ -169,6 +173,7 @@ def read_config(pair: Pair) -> ModelConfig:
         image=image,
         image_source=source,
         sampling=_sampling(language, published),
+        is_float32=language.get("general.file_type") == _ALL_F32,
     )
 
 

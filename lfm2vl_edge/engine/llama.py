@@ -33,7 +33,9 @@ from lfm2vl_edge.image import Pixels
 N_BATCH: Final = 2048
 """Most tokens of one llama_decode call."""
 _FLASH_ATTENTION: Final = 1
-"""llama.cpp's "enabled"; its "auto" costs a trial run, and the encoder is a fifth faster with it than without."""
+"""llama.cpp's "enabled"; its "auto" costs a trial run. The encoder is a fifth faster with it and no less exact."""
+_EXACT_ATTENTION: Final = 0
+"""llama.cpp's "disabled": flash attention rounds keys and values of the language tower to 16 bits."""
 _CONTEXT_STEP: Final = 256
 """llama.cpp rounds contexts up to this many tokens."""
 
@@ -50,6 +52,8 @@ class EngineSettings:
     """Longest context that the model allows, tokens."""
     max_view_tokens: int
     """Image tokens of the largest view that is expected; a larger one makes the encoder reopen its file."""
+    exact: bool = False
+    """Whether exactness counts more than speed: attention without 16-bit shortcuts, a fifth slower to prefill."""
     gpu_layers: int = 0
     """Layers that a GPU takes, where the installed llama.cpp has one; -1 means all."""
 
@@ -196,7 +200,7 @@ class LlamaEngine:
         params.n_ctx = min(-(-n_tokens // _CONTEXT_STEP) * _CONTEXT_STEP, self._settings.n_ctx_max)
         params.n_batch = N_BATCH
         params.n_threads = params.n_threads_batch = self._settings.n_threads
-        params.flash_attn_type = _FLASH_ATTENTION
+        params.flash_attn_type = _EXACT_ATTENTION if self._settings.exact else _FLASH_ATTENTION
         params.no_perf = True
         context = llama.llama_init_from_model(self._model, params)
         self._context = require(

@@ -1,0 +1,126 @@
+"""The tokenizer's metadata: ids, types, padding, and what is added to a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gguf
+import pytest
+
+from tests.convert.conftest import Convert, Parted
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = (
+    int(kind)
+    for kind in (
+        gguf.TokenType.NORMAL,
+        gguf.TokenType.CONTROL,
+        gguf.TokenType.USER_DEFINED,
+        gguf.TokenType.UNUSED,
+    )
+)
+BOS = {"SpecialToken": {"id": "<|startoftext|>", "type_id": 0}}
+EOS = {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}
+A, B = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+
+
+def template(single: list[Any], pair: list[Any]) -> dict[str, Any]:
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {}}
+
+
+def test_ids_types_and_padding(parted: Parted, convert: Convert) -> None:
+    parts = parted("a")
+    tokenizer = parts.tokenizer
+    vocabulary = tokenizer["model"]["vocab"]
+    removed = {text: number for text, number in vocabulary.items() if number >= 2040}
+    for text in removed:
+        del vocabulary[text]
+    tokenizer["model"]["merges"] = [pair for pair in tokenizer["model"]["merges"] if "".join(pair) not in removed]
+    tokenizer["added_tokens"] += [
+        {"id": 2040, "content": "a word", "special": False},
+        {"id": 2041, "content": "<|tool|>", "special": False},
+        {"id": 2042, "content": "special", "special": True},
+    ]
+    found = convert(parts)
+    tokens, types = found.value("tokenizer.ggml.tokens"), found.value("tokenizer.ggml.token_type")
+    assert tokens[2040:] == ["a word", "<|tool|>", "special", *(f"[PAD{number}]" for number in range(2043, 2048))]
+    assert types[2040:] == [USER_DEFINED, CONTROL, CONTROL, *[UNUSED] * 5]
+    added = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    for number in range(2040):
+        assert tokens[number] in (added.get(number), *(text for text in vocabulary if vocabulary[text] == number))
+        assert types[number] == (CONTROL if number in added else NORMAL)
+
+
+def test_merges_keep_their_order_and_hide_spaces(parted: Parted, convert: Convert) -> None:
+    parts = parted("a")
+    model = parts.tokenizer["model"]
+    ordinary = [text for text in model["vocab"] if len(text) > 3][-1]
+    number = model["vocab"].pop(ordinary)
+    model["merges"] = [pair for pair in model["merges"] if ordinary not in (*pair, "".join(pair))]
+    model["vocab"] |= {"e e": number}
+    model["merges"].append(["e", " e"])
+    model["vocab"] |= {" e": number + 1} if number + 1 not in model["vocab"].values() else {}
+    if " e" not in model["vocab"]:
+        other = [text for text in model["vocab"] if len(text) > 3][-1]
+        model["merges"] = [pair for pair in model["merges"] if other not in (*pair, "".join(pair))]
+        model["vocab"][" e"] = model["vocab"].pop(other)
+    merges = convert(parts).value("tokenizer.ggml.merges")
+    assert merges[:3] == ["e e", "e t", "e a"]
+    assert merges[-1] == "e \u0120e"
+
+
+@pytest.mark.parametrize(
+    ("processor", "config", "expected"),
+    [
+        (template([BOS, A], [BOS, A, B]), {}, {"bos": True}),
+        (template([BOS, A, EOS], [BOS, A, B, EOS]), {}, {"bos": True, "eos": True}),
+        (template([BOS, A], [BOS, A, BOS, B]), {}, {"bos": True, "sep": False}),
+        (template([BOS, A], [BOS, A, EOS, B]), {}, {"bos": True, "sep": True}),
+        (template([EOS, A], [EOS, A, B]), {}, {"bos": False}),
+        (
+            {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template([BOS, A], [BOS, A, B])]},
+            {},
+            {"bos": True, "eos": False},
+        ),
+        (None, {"add_bos_token": True, "add_eos_token": False}, {"bos": True, "eos": False}),
+        (template([BOS, A], [BOS, A, B]), {"add_bos_token": False}, {"bos": True}),
+    ],
+)
+def test_what_is_added_to_a_text(
+    processor: Any, config: dict[str, bool], expected: dict[str, bool], parted: Parted, convert: Convert
+) -> None:
+    parts = parted("a")
+    parts.tokenizer["post_processor"] = processor
+    del parts.json["tokenizer_config.json"]["add_bos_token"]
+    parts.json["tokenizer_config.json"] |= config
+    found = convert(parts)
+    values = {kind: found.value(f"tokenizer.ggml.add_{kind}_token") for kind in ("bos", "eos", "sep")}
+    assert {kind: value for kind, value in values.items() if value is not None} == expected
+
+
+def test_a_template_file_comes_before_tokenizer_config(parted: Parted, convert: Convert) -> None:
+    parts = parted("a")
+    parts.json["tokenizer_config.json"]["chat_template"] = "an older one"
+    assert convert(parts).value("tokenizer.chat_template") == parts.texts["chat_template.jinja"]
+
+
+def test_named_templates(parted: Parted, convert: Convert) -> None:
+    parts = parted("a")
+    del parts.texts["chat_template.jinja"]
+    parts.json["tokenizer_config.json"]["chat_template"] = [
+        {"name": "default", "template": "one"},
+        {"name": "tool_use", "template": "two"},
+    ]
+    found = convert(parts)
+    assert found.value("tokenizer.chat_template") == "one"
+    assert found.value("tokenizer.chat_template.tool_use") == "two"
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_special_ids_are_those_of_the_tokenizer(name: str, parted: Parted, originals: Any) -> None:
+    added = {token["content"]: token["id"] for token in parted(name).tokenizer["added_tokens"]}
+    value = originals[name].value
+    assert value("tokenizer.ggml.bos_token_id") == added["<|startoftext|>"]
+    assert value("tokenizer.ggml.eos_token_id") == added["<|im_end|>"]
+    assert value("tokenizer.ggml.padding_token_id") == added["<|pad|>"]
+    assert value("lfm2vl.image_token_id") == added["<image>"]
+    assert value("lfm2vl.image_thumbnail_token_id") == added["<|img_thumbnail|>"]
