@@ -43,6 +43,7 @@ class Model:
         self.load_seconds = load_seconds
         """Time that opening took."""
         self._answering = threading.Lock()
+        self._is_closed = False
 
     @classmethod
     def open(
@@ -132,7 +133,8 @@ class Model:
         Raises:
             EdgeError: see `stream`.
         """
-        return prepare(self.engine, self.config, messages).token_ids
+        with self._exclusive():
+            return prepare(self.engine, self.config, messages).token_ids
 
     def embed_image(self, image: ImageInput) -> Floats:
         """Return float32 `[n, n_embd]`: the embeddings of all views of a picture, in prompt order.
@@ -151,8 +153,8 @@ class Model:
         Raises:
             EdgeError: see `stream`.
         """
-        prompt = prepare(self.engine, self.config, messages)
         with self._exclusive():
+            prompt = prepare(self.engine, self.config, messages)
             self.engine.reserve(len(prompt.token_ids))
             prefill(self.engine, prompt, Stopwatch())
             return self.engine.logits()
@@ -163,6 +165,7 @@ class Model:
 
     def close(self) -> None:
         """Free the model's memory; a second call does nothing."""
+        self._is_closed = True
         self.engine.close()
 
     def __enter__(self) -> Model:
@@ -178,6 +181,8 @@ class Model:
         if not self._answering.acquire(blocking=False):
             raise EngineError("the model is answering already; read that stream to its end or close it first")
         try:
+            if self._is_closed:
+                raise EngineError("the model is closed; open it again")
             yield
         finally:
             self._answering.release()

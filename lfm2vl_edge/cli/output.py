@@ -62,25 +62,32 @@ class Interrupt:
 
 @contextmanager
 def at_once() -> Iterator[Interrupt]:
-    """Make Ctrl-C end the block at once, also inside a native call."""
+    """Make Ctrl-C end the block at once, also inside a native call.
+
+    Python's own handler raises in whatever Python code runs next, which may be a callback of the native log, where
+    the exception would be lost. So the signal is only noted, and the watching thread does what must be done.
+    """
     interrupt = Interrupt()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    previous_handler = signal.signal(signal.SIGINT, lambda *_: None)
     watcher = threading.Thread(target=interrupt.watch, args=(reader,), daemon=True)
     watcher.start()
     try:
         yield interrupt
     except EdgeError:
-        if interrupt.happened.is_set():
-            raise KeyboardInterrupt from None
-        raise
+        if not interrupt.happened.is_set():
+            raise
     finally:
         interrupt.leave()
-        signal.set_wakeup_fd(previous)
+        signal.signal(signal.SIGINT, previous_handler)
+        signal.set_wakeup_fd(previous_fd)
         os.close(writer)
         watcher.join()
         os.close(reader)
+    if interrupt.happened.is_set():
+        raise KeyboardInterrupt
 
 
 def refuse_overwrite(path: Path, force: bool) -> None:

@@ -79,7 +79,7 @@ def _is_picture(argument: str) -> bool:
     if argument == STDIN or argument.startswith("data:image/"):
         return True
     try:
-        exists = Path(argument).exists()
+        exists = Path(argument).exists() and not Path(argument).is_dir()
     except (OSError, ValueError):  # too long for a name, or with a zero byte: a question
         return False
     return exists or Path(argument).suffix.lower() in _PICTURE_SUFFIXES

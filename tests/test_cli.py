@@ -1,0 +1,225 @@
+"""The command line as a shell sees it: stdout, stderr, exit codes, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lfm2vl_edge import Model
+from lfm2vl_edge.cli.run import split_arguments
+from tests.conftest import PICTURES, REFERENCE, Pair
+
+SMALL, WIDE, PHOTO = (PICTURES / f"{name}.png" for name in ("small", "wide", "photo"))
+Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run the command in an empty folder, away from the caller's settings."""
+
+    def in_shell(*arguments: object, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
+        clean = {name: value for name, value in os.environ.items() if name != "LFM2VL_MODEL"}
+        command = [sys.executable, "-m", "lfm2vl_edge", *map(str, arguments)]
+        return subprocess.run(command, input=stdin, capture_output=True, cwd=tmp_path, env=clean | environment)
+
+    return in_shell
+
+
+def failed(result: subprocess.CompletedProcess[bytes], message: str, code: int = 1) -> bool:
+    """One line on stderr that begins with error:, nothing on stdout, no traceback."""
+    lines = result.stderr.decode().splitlines()
+    assert result.returncode == code, result
+    assert result.stdout == b""
+    assert len(lines) == 1, lines
+    assert re.search(message, lines[0]), lines[0]
+    return lines[0].startswith("error: ")
+
+
+GREEDY = ("--temperature", 0, "-n", 12)
+
+
+def test_run_prints_the_answer_and_nothing_else(run: Run, pair: Pair, model: Model) -> None:
+    result = run("run", SMALL, "What is this?", "-m", pair("a", "F32"), *GREEDY)
+    assert result.returncode == 0
+    assert result.stderr == b""
+    assert result.stdout.decode() == model.ask(SMALL, "What is this?", temperature=0.0, max_tokens=12) + "\n"
+
+
+def test_run_takes_several_pictures_stdin_and_a_system_prompt(run: Run, pair: Pair, model: Model) -> None:
+    folder = pair("a", "F32")
+    data = WIDE.read_bytes()
+    result = run("run", SMALL, "-", "And?", "--system", "Be brief.", *GREEDY, stdin=data, LFM2VL_MODEL=str(folder))
+    pictures = [{"type": "image", "image": image} for image in (SMALL, data)]
+    talk: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [*pictures, {"type": "text", "text": "And?"}]},
+    ]
+    expected = "".join(chunk.text for chunk in model.chat(talk, temperature=0.0, max_tokens=12))
+    assert result.stdout.decode() == expected + "\n"
+
+
+def test_run_as_json_is_one_object(run: Run, pair: Pair, model: Model) -> None:
+    result = run("run", SMALL, "-m", pair("a", "F32"), "--json", *GREEDY)
+    shown = json.loads(result.stdout)
+    assert result.stdout.count(b"\n") == 1
+    assert shown["answer"] == model.ask(SMALL, temperature=0.0, max_tokens=12)
+    assert shown["finish"] in ("stop", "length")
+    assert shown["stats"]["image_tokens"] == len(model.embed_image(SMALL))
+
+
+def test_verbose_figures_go_to_stderr(run: Run, pair: Pair) -> None:
+    result = run("run", SMALL, "hi", "-m", pair("a", "F32"), "-v", *GREEDY)
+    shown = result.stderr.decode()
+    assert all(word in shown for word in ("open ", "encode", "prefill", "first token", "decode", "memory", "settings"))
+    assert "llama_" not in shown
+    assert "llama_" in run("run", SMALL, "hi", "-m", pair("a", "F32"), "-vv", *GREEDY).stderr.decode()
+
+
+def test_image_options_work_in_run(run: Run, pair: Pair) -> None:
+    options = ("--no-splitting", "--max-image-tokens", 64, "--json", *GREEDY)
+    shown = json.loads(run("run", PHOTO, "-m", pair("a", "F32"), *options).stdout)
+    assert shown["stats"]["views"] == 1
+    assert shown["stats"]["image_tokens"] <= 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt", "expected"),
+    [
+        (["a.jpg"], None, (["a.jpg"], "Describe this image.")),
+        (["a.jpg", "What?"], None, (["a.jpg"], "What?")),
+        (["a.jpg", "b.PNG"], None, (["a.jpg", "b.PNG"], "Describe this image.")),
+        (["a.jpg", "b", "What is in b.png?"], None, (["a.jpg", "b"], "What is in b.png?")),
+        (["a", "-"], None, (["a", "-"], "Describe this image.")),
+        (["a.jpg", "b"], "What?", (["a.jpg", "b"], "What?")),
+        (["a.jpg", "x" * 5000], None, (["a.jpg"], "x" * 5000)),
+        (["a.jpg", "zero\0byte"], None, (["a.jpg"], "zero\0byte")),
+        (["a.jpg", ""], None, (["a.jpg"], "")),
+    ],
+)
+def test_pictures_first_prompt_last(arguments: list[str], prompt: str | None, expected: tuple[list[str], str]) -> None:
+    assert split_arguments(arguments, prompt) == expected
+
+
+def test_errors_are_one_line_that_says_what_to_do(run: Run, pair: Pair, tmp_path: Path) -> None:
+    folder = pair("a", "F32")
+    assert failed(run("run", SMALL, "hi"), "no model; give one with --model PATH, or set LFM2VL_MODEL")
+    assert failed(run("run", SMALL, "hi", "-m", "nothing"), "no model 'nothing'")
+    assert failed(run("run", "no.png", "hi", "-m", folder), "no picture at 'no.png'")
+    assert failed(run("run", SMALL, "-m", folder, "--temperature", -1), "temperature is -1")
+    assert failed(run("run", SMALL, "-m", folder, "--min-tiles", 11), "min_tiles 11 is above max_tiles 10")
+    assert failed(run("run", "-", "-m", folder), "no picture")
+    assert failed(run("run", SMALL, "-m", folder, "--max-megapixels", 0.001), "megapixels; the limit")
+    (tmp_path / "text.png").write_text("text")
+    assert failed(run("run", "text.png", "-m", folder), "text.png is no picture")
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["plan"], ["run", "x", "--no-such"], ["run", "x", "--top-k", "many"]])
+def test_wrong_usage_exits_with_two(run: Run, arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert b"Usage" in result.stderr
+    assert result.stdout == b""
+
+
+def test_ctrl_c_ends_a_run_at_once(pair: Pair) -> None:
+    command = [sys.executable, "-m", "lfm2vl_edge", "run", str(SMALL), "go", "-m", str(pair("a", "F32"))]
+    command += ["-n", "30000", "--temperature", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert errors == b"", errors.decode()
+    assert time.monotonic() - began < 5
+
+
+def test_a_reader_that_leaves_is_no_traceback(pair: Pair) -> None:
+    command = f"{sys.executable} -m lfm2vl_edge run {SMALL} go -m {pair('a', 'F32')} -n 3000 --temperature 0 | head -c 1"
+    result = subprocess.run(command, shell=True, capture_output=True)  # noqa: S602 - the pipe is what is tested
+    assert result.stderr == b""
+
+
+def test_plan_of_a_size(run: Run) -> None:
+    result = run("plan", "3000x1000", "--json")
+    assert json.loads(result.stdout) == {
+        "height": 1000,
+        "width": 3000,
+        "rows": 1,
+        "cols": 3,
+        "views": [
+            *({"kind": "tile", "row": 0, "col": c, "height": 512, "width": 512, "tokens": 256} for c in range(3)),
+            {"kind": "thumbnail", "row": 0, "col": 0, "height": 288, "width": 864, "tokens": 243},
+        ],
+        "image_tokens": 1011,
+        "markers": 6,
+        "prompt_tokens": 1017,
+    }
+
+
+def test_plan_follows_the_model_and_the_options_and_says_so(run: Run, pair: Pair) -> None:
+    assert "the documented defaults (no model given)" in run("plan", "720x720").stdout.decode()
+    shown = run("plan", "720x720", "-m", pair("b", "F16"), "--no-thumbnail").stdout.decode()
+    assert "from the model's file mmproj-checkpoint-F16.gguf; changed: use_thumbnail" in shown
+    options = ("--min-image-tokens", 32, "--max-image-tokens", 64, "--tolerance", 1.5, "--max-tiles", 4)
+    narrow = json.loads(run("plan", "900x600", *options, "--min-tiles", 1, "--resample", "bicubic", "--json").stdout)
+    assert len(narrow["views"]) <= 5
+    assert json.loads(run("plan", "900x600", "--no-splitting", "--json").stdout)["views"][0]["kind"] == "single"
+
+
+def test_plan_equals_what_a_run_pays(run: Run, pair: Pair) -> None:
+    folder = pair("c", "F16")
+    planned = json.loads(run("plan", PHOTO, "-m", folder, "--json").stdout)
+    paid = json.loads(run("run", PHOTO, "-m", folder, "--json", *GREEDY).stdout)["stats"]
+    assert planned["image_tokens"] == paid["image_tokens"]
+    assert len(planned["views"]) == paid["views"]
+
+
+def test_plan_draws_the_grid(run: Run, tmp_path: Path) -> None:
+    assert run("plan", PHOTO, "--draw", "grid.png").returncode == 0
+    drawn, photo = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (tmp_path / "grid.png", PHOTO))
+    assert drawn.shape == photo.shape
+    height, width = photo.shape[:2]
+    changed = (drawn != photo).any(axis=2)
+    for row in range(3):
+        assert changed[row * height // 3 + 1].mean() > 0.9  # a line along the top of every row of tiles
+    for col in range(2):
+        assert changed[:, col * width // 2 + 1].mean() > 0.9
+    assert changed.mean() < 0.3
+    assert failed(run("plan", PHOTO, "--draw", "grid.png"), "grid.png is there already; .*--force")
+    assert run("plan", SMALL, "--draw", "grid.png", "--force").returncode == 0
+    assert failed(run("plan", "10x10", "--draw", "x.png"), "not a size")
+    assert failed(run("plan", SMALL, "--draw", "no/such/x.png"), "cannot write no/such/x.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png"]
+
+
+@pytest.mark.parametrize("size", ["0x5", "5x0"])
+def test_plan_refuses_an_empty_size(run: Run, size: str) -> None:
+    assert failed(run("plan", size), "nothing to see")
+
+
+def test_convert_writes_a_pair_that_runs(run: Run, tmp_path: Path) -> None:
+    checkpoint = REFERENCE / "a" / "checkpoint"
+    result = run("convert", checkpoint, "-o", "out", "--quant", "bf16", "--mmproj-quant", "F16")
+    assert result.returncode == 0
+    assert result.stderr == b""
+    assert result.stdout.decode().split() == ["out/checkpoint-BF16.gguf", "out/mmproj-checkpoint-F16.gguf"]
+    assert run("run", SMALL, "hi", "-m", "out", *GREEDY).returncode == 0
+    again = ("convert", checkpoint, "-o", "out", "--quant", "BF16")
+    assert failed(run(*again), "checkpoint-BF16.gguf.*--force")
+    assert run(*again, "--force").returncode == 0
+    assert failed(run("convert", tmp_path / "nothing"), "nothing")
+    assert run("convert", checkpoint, "--quant", "Q9").returncode == 2

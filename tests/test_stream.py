@@ -1,0 +1,55 @@
+"""Token bytes to text: whole characters only, stop strings never shown, nothing lost."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lfm2vl_edge.stream import TextStream
+
+
+def split(data: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
+    return [data[begin:end] for begin, end in zip(places, places[1:], strict=False)]
+
+
+def joined(pieces: list[bytes], stop: tuple[str, ...]) -> str:
+    stream = TextStream(stop)
+    return "".join(stream.push(piece) for piece in pieces) + stream.flush()
+
+
+@given(st.text(), st.lists(st.integers(0, 40)))
+def test_pieces_join_to_the_text_however_the_bytes_are_cut(text: str, cuts: list[int]) -> None:
+    assert joined(split(text.encode(), cuts), ()) == text
+
+
+@given(
+    st.text(alphabet="ab\n🙂", max_size=30),
+    st.lists(st.text(alphabet="ab\n🙂", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(st.integers(0, 60)),
+)
+def test_nothing_of_the_first_stop_string_or_after_it_comes_out(text: str, stop: list[str], cuts: list[int]) -> None:
+    """Fed byte by byte, the first stop string to be complete ends the text; cut otherwise, one that begins earlier."""
+    whole = joined([bytes([byte]) for byte in text.encode()], tuple(stop))
+    ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(one) for one in stop)]
+    if ends:
+        longest = max((one for one in stop if text[: ends[0]].endswith(one)), key=len)
+        assert whole == text[: ends[0] - len(longest)]
+    else:
+        assert whole == text
+    assert not any(one in joined(split(text.encode(), cuts), tuple(stop)) for one in stop)
+
+
+def test_text_comes_as_early_as_it_is_certain() -> None:
+    stream = TextStream(("STOP",))
+    assert stream.push("ab 🙂".encode()[:-1]) == "ab "
+    assert stream.push("🙂".encode()[-1:]) == "🙂"
+    assert stream.push(b"xST") == "x"
+    assert stream.push(b"ART") == "START"
+    assert stream.push(b"STOP and on") == ""
+    assert stream.stopped
+    assert stream.push(b"more") == stream.flush() == ""
+
+
+def test_half_a_character_at_the_end_is_marked() -> None:
+    stream = TextStream()
+    assert stream.push("é".encode()[:1]) == ""
+    assert stream.flush() == "\ufffd"

@@ -1,0 +1,99 @@
+"""The design, checked: who may import whom, how long files and functions may be, what stays lazy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted([*(ROOT / "lfm2vl_edge").rglob("*.py"), *(ROOT / "convert").rglob("*.py")])
+LAYERS = [
+    {"errors"},
+    {"config", "metadata"},
+    {"published", "geometry", "image", "stats", "hardware", "stream"},
+    {"modelfile", "resample", "draw"},
+    {"preprocess", "engine"},
+    {"prompt", "engine.ffi"},
+    {"engine.llama"},
+    {"generate"},
+    {"model"},
+    {""},
+    {"cli"},
+]
+"""Imports point to an earlier line only; what is not listed stands where its parent does."""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT / "lfm2vl_edge").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def layer(module: str) -> int:
+    while not any(module in line for line in LAYERS):
+        assert module, "every module has a place in the design"
+        module = module.rpartition(".")[0]
+        assert module, "a new top-level module needs a place in LAYERS"
+    return next(index for index, line in enumerate(LAYERS) if module in line)
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_one_file_imports_the_native_library(path: Path) -> None:
+    native = any(name.split(".")[0] == "llama_cpp" for name in imports(path))
+    assert native == (path == ROOT / "lfm2vl_edge" / "engine" / "ffi.py")
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if "lfm2vl_edge" in path.parts[-3:-1]], ids=lambda path: module_name(path)
+)
+def test_imports_point_one_way(path: Path) -> None:
+    own = layer(module_name(path))
+    for name in imports(path):
+        if name.startswith("lfm2vl_edge."):
+            target = name.removeprefix("lfm2vl_edge.")
+            file = ROOT / "lfm2vl_edge" / target.replace(".", "/")
+            if file.with_suffix(".py").exists() or file.is_dir():
+                same_room = module_name(path).split(".")[0] == target.split(".")[0]
+                assert layer(target) < own or same_room, f"{module_name(path)} imports {target}"
+
+
+def test_the_converter_knows_only_errors_and_config_of_the_runtime() -> None:
+    for path in (ROOT / "convert").rglob("*.py"):
+        used = {".".join(name.split(".")[:2]) for name in imports(path) if name.startswith("lfm2vl_edge")}
+        assert used <= {"lfm2vl_edge.errors", "lfm2vl_edge.config"}, path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert (node.end_lineno or 0) - node.lineno + 1 <= 60, node.name
+        assert not isinstance(node, ast.Assert), "errors are raised, not asserted"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; sys.argv = ['lfm2vl-edge', *sys.argv[1:]]\n"
+        "from lfm2vl_edge.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as exit: assert not exit.code, exit.code\n"
+        "heavy = {'llama_cpp', 'gguf', 'safetensors', 'lfm2vl_convert', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
