@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from lfm2vl_convert import convert_checkpoint
 
+from lfm2vl_convert import convert_checkpoint
 from lfm2vl_edge import Model
 
 REFERENCE = Path(__file__).parent / "data" / "reference"

@@ -148,7 +148,9 @@ def test_ctrl_c_ends_a_run_at_once(pair: Pair) -> None:
 
 
 def test_a_reader_that_leaves_is_no_traceback(pair: Pair) -> None:
-    command = f"{sys.executable} -m lfm2vl_edge run {SMALL} go -m {pair('a', 'F32')} -n 3000 --temperature 0 | head -c 1"
+    command = (
+        f"{sys.executable} -m lfm2vl_edge run {SMALL} go -m {pair('a', 'F32')} -n 3000 --temperature 0 | head -c 1"
+    )
     result = subprocess.run(command, shell=True, capture_output=True)  # noqa: S602 - the pipe is what is tested
     assert result.stderr == b""
 

@@ -26,7 +26,9 @@ def encoded(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
 PNG = encoded(Image.fromarray(PIXELS))
 
 
-@pytest.mark.parametrize("form", ["path", "str", "bytes", "bytearray", "memoryview", "data", "percent", "pil", "array"])
+@pytest.mark.parametrize(
+    "form", ["path", "str", "bytes", "bytearray", "memoryview", "data", "percent", "pil", "array"]
+)
 def test_every_form_gives_the_same_pixels(form: str, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(PNG)
@@ -60,7 +62,7 @@ def test_other_formats(form: str) -> None:
 def turned(orientation: int) -> np.ndarray[Any, Any]:
     """What a viewer shows of PIXELS with each EXIF orientation, from the EXIF standard's table."""
     up = PIXELS
-    return {
+    views: dict[int, np.ndarray[Any, Any]] = {
         1: up,
         2: up[:, ::-1],
         3: up[::-1, ::-1],
@@ -69,7 +71,8 @@ def turned(orientation: int) -> np.ndarray[Any, Any]:
         6: up[::-1].transpose(1, 0, 2),
         7: up[::-1, ::-1].transpose(1, 0, 2),
         8: up[:, ::-1].transpose(1, 0, 2),
-    }[orientation]
+    }
+    return views[orientation]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -31,9 +31,7 @@ def windows() -> dict[str, npt.NDArray[np.uint8]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['case']}-{case['kind']}")
-def test_every_window_equals_the_reference(
-    case: dict[str, Any], windows: dict[str, npt.NDArray[np.uint8]]
-) -> None:
+def test_every_window_equals_the_reference(case: dict[str, Any], windows: dict[str, npt.NDArray[np.uint8]]) -> None:
     tiles = preprocess(picture(case), ImageConfig(**VARIANTS[case["variant"]]))
     assert len(tiles) == case["n_tiles"]
     names = [name for name in windows if name.startswith(f"{case['case']}_{case['kind']}_")]

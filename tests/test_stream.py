@@ -1,5 +1,7 @@
 """Token bytes to text: whole characters only, stop strings never shown, nothing lost."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,7 +10,7 @@ from lfm2vl_edge.stream import TextStream
 
 def split(data: bytes, cuts: list[int]) -> list[bytes]:
     places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
-    return [data[begin:end] for begin, end in zip(places, places[1:], strict=False)]
+    return [data[begin:end] for begin, end in pairwise(places)]
 
 
 def joined(pieces: list[bytes], stop: tuple[str, ...]) -> str:

@@ -7,9 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from lfm2vl_edge.config import ImageConfig
-from lfm2vl_edge.errors import ConfigError, ConvertError
-
 from lfm2vl_convert.config import (
     ProjectorConfig,
     TextConfig,
@@ -21,6 +18,8 @@ from lfm2vl_convert.config import (
 )
 from lfm2vl_convert.jsonfile import Section, load_json, load_json_if_present
 from lfm2vl_convert.shards import SourceTensor, find_tensors
+from lfm2vl_edge.config import ImageConfig
+from lfm2vl_edge.errors import ConfigError, ConvertError
 
 _PROCESSOR_FILES: Final = ("preprocessor_config.json", "processor_config.json")
 """Where the image settings may stand; what the later one states replaces what the earlier one does."""

@@ -9,9 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from lfm2vl_edge.errors import ConvertError
-
 from lfm2vl_convert.jsonfile import Section
+from lfm2vl_edge.errors import ConvertError
 
 MAX_LAYERS: Final = 512
 """llama.cpp's own limit."""
@@ -117,7 +116,10 @@ def read_text_config(root: Section) -> TextConfig:
 
 
 def _checked_heads(text: Section, config: TextConfig) -> TextConfig:
-    if config.hidden % config.heads or (config.head_dim or config.hidden // config.heads) * config.heads != config.hidden:
+    if (
+        config.hidden % config.heads
+        or (config.head_dim or config.hidden // config.heads) * config.heads != config.hidden
+    ):
         raise text.error("num_attention_heads", f"a number of heads that share hidden_size {config.hidden} evenly")
     if config.heads % config.kv_heads:
         raise text.error("num_key_value_heads", f"a divisor of num_attention_heads {config.heads}")

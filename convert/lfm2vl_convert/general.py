@@ -1,80 +1,112 @@
-"""Metadata entries, and those that both files have: names, licence, size, decoding defaults."""
+"""The `general.*` metadata: names, licence and decoding defaults, found as llama.cpp's converter finds them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+import struct
+from pathlib import Path
+from typing import Any, Final
 
 import gguf
-from gguf import GGUFValueType
+import yaml
 
-from lfm2vl_convert.checkpoint import Checkpoint
-from lfm2vl_convert.plan import TensorPlan
+from lfm2vl_convert.jsonfile import Section, read_text
 from lfm2vl_edge.errors import ConvertError
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One metadata key with its value."""
-
-    key: str
-    value: Any
-    type: GGUFValueType
-    item_type: GGUFValueType | None = None
-    """Of an array; None lets the writer take that of its items."""
-
-
-def entry(key: str, value: Any, kind: GGUFValueType | None = None) -> Entry:
-    """Return an entry of the type that llama.cpp gives such values: uint32, float32, bool or string."""
-    if kind is None:
-        kind = (
-            GGUFValueType.BOOL
-            if isinstance(value, bool)
-            else GGUFValueType.UINT32
-            if isinstance(value, int)
-            else GGUFValueType.get_type(value)
-        )
-    return Entry(key=key, value=value, type=kind)
+FILE_TYPES: Final = {
+    "F32": gguf.LlamaFileType.ALL_F32,
+    "F16": gguf.LlamaFileType.MOSTLY_F16,
+    "BF16": gguf.LlamaFileType.MOSTLY_BF16,
+}
+"""What `general.file_type` says about a file."""
+_MODEL_CARD: Final = "README.md"
+_FORMATS: Final = {
+    gguf.GGUFValueType.UINT32: "<I",
+    gguf.GGUFValueType.INT32: "<i",
+}
 
 
-def file_type(known: Any, quant: str) -> Entry:
-    """Return `general.file_type`: what most matrices of the file are."""
-    name = "ALL_F32" if quant == "F32" else f"MOSTLY_{quant}"
-    return entry("general.file_type", int(known[name]))
-
-
-def captured(add: Callable[[Any], None]) -> list[Entry]:
-    """Return the entries that gguf's own functions add to a writer."""
-    writer = gguf.GGUFWriter(None, "none")
-    before = set(writer.kv_data[0])
-    add(writer)
-    return [
-        Entry(key=key, value=item.value, type=item.type, item_type=item.sub_type)
-        for key, item in writer.kv_data[0].items()
-        if key not in before
-    ]
-
-
-def general_metadata(checkpoint: Checkpoint, tensors: Sequence[TensorPlan], kind: str) -> Iterator[Entry]:
-    """Yield the `general.*` metadata, from the model card, the folder's name and generation_config.json.
+def add_metadata(writer: Any, folder: Path, generation: Section, *, kind: str, quant: str) -> None:
+    """Add the `general.*` keys to a `gguf.GGUFWriter` that already knows its tensors.
 
     Args:
-        checkpoint: the checkpoint.
-        tensors: of the file, for the number of parameters.
-        kind: "model" or "mmproj".
+        writer: the file's writer; the size label is derived from its tensors.
+        folder: the checkpoint, whose model card and name are read.
+        generation: generation_config.json.
+        kind: `general.type`, "model" or "mmproj".
+        quant: F32, F16 or BF16.
+
+    Raises:
+        ConvertError: the model card's header cannot be used.
     """
-    n_values = sum(tensor.n_values for tensor in tensors)
+    if (folder / _MODEL_CARD).is_file():
+        read_text(folder / _MODEL_CARD)
     try:
-        metadata = gguf.Metadata.load(None, checkpoint.folder, None, n_values)
-    except Exception as error:
-        # gguf reads a README written by anyone with a YAML parser, and guesses from its fields
-        raise ConvertError(f"the model card {checkpoint.folder}/README.md cannot be read: {error}") from error
-    metadata.name = metadata.name or checkpoint.folder.name
-    metadata.size_label = metadata.size_label or gguf.size_label(n_values, n_values, 0, 0)
-    yield entry("general.type", kind)
-    yield from captured(metadata.set_gguf_meta_model)
-    yield entry("general.quantization_version", gguf.GGML_QUANT_VERSION)
-    if checkpoint.generation.has("repetition_penalty"):
-        penalty = checkpoint.generation.number("repetition_penalty")
-        yield entry("general.sampling.penalty_repeat", penalty)
+        _add_description(writer, folder, generation, kind)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        what = " ".join(str(error).split())
+        card = folder / _MODEL_CARD
+        raise ConvertError(f"the header of {card} cannot be read ({what:.200}); correct or remove it") from error
+    writer.add_file_type(FILE_TYPES[quant])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_description(writer: Any, folder: Path, generation: Section, kind: str) -> None:
+    parameters = writer.get_total_parameter_count()
+    metadata = gguf.Metadata.load(None, folder, None, parameters[0])
+    metadata.name = metadata.name or folder.name
+    metadata.size_label = metadata.size_label or gguf.size_label(*parameters)
+    if metadata.sampling_penalty_repeat is None:  # versions of gguf before 0.20 do not know transformers' name for it
+        metadata.sampling_penalty_repeat = generation.values.get("repetition_penalty")
+    writer.add_type(kind)
+    metadata.set_gguf_meta_model(writer)
+
+
+def check_values(writer: Any) -> None:
+    """Check that every value fits its type, since the writer does not and files come from strangers.
+
+    Raises:
+        ConvertError: a value is of the wrong type, out of range, or no valid text.
+    """
+    for key, entry in writer.kv_data[0].items():
+        values = entry.value if entry.type == gguf.GGUFValueType.ARRAY else [entry.value]
+        kind = _kind(values[0]) if entry.type == gguf.GGUFValueType.ARRAY and len(values) else entry.type
+        for value in values:
+            if not _fits(value, kind):
+                raise ConvertError(f"the checkpoint's value {value!r:.80} for {key} is no valid {kind.name}")
+
+
+def _kind(value: object) -> Any:
+    if isinstance(value, str):
+        return gguf.GGUFValueType.STRING
+    if isinstance(value, float):
+        return gguf.GGUFValueType.FLOAT32
+    return gguf.GGUFValueType.INT32
+
+
+def _fits(value: object, kind: Any) -> bool:
+    if kind == gguf.GGUFValueType.STRING:
+        return isinstance(value, str) and _is_unicode(value)
+    if isinstance(value, bool) or kind == gguf.GGUFValueType.BOOL:
+        return isinstance(value, bool) and kind == gguf.GGUFValueType.BOOL
+    if kind in _FORMATS:
+        return isinstance(value, int) and _packs(_FORMATS[kind], value)
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return kind == gguf.GGUFValueType.FLOAT64 or _packs("<f", value)
+    return False
+
+
+def _packs(code: str, value: float) -> bool:
+    try:
+        struct.pack(code, value)
+    except (struct.error, OverflowError):
+        return False
+    return True
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -85,11 +85,11 @@ class Section:
         """Return the first of `keys` that is present."""
         return next((key for key in keys if key in self), None)
 
-    def _stated(self, keys: tuple[str, ...], default: object) -> str | None:
+    def _stated(self, keys: tuple[str, ...], default: object) -> object:
         key = self.spelling(*keys)
         if key is None and default is None:
             raise ConvertError(f"{self.where}: {' or '.join(keys)} is missing")
-        return key
+        return default if key is None else self.values[key]
 
     def integer(self, *keys: str, default: int | None = None, least: int = 1, most: int = MAX_COUNT) -> int:
         """Return a whole number between `least` and `most`; without `default` it must be present.
@@ -97,12 +97,9 @@ class Section:
         Raises:
             ConvertError: it is missing, no whole number, or out of range.
         """
-        key = self._stated(keys, default)
-        if key is None:
-            return default  # type: ignore[return-value]  # _stated has refused None
-        value = self.values[key]
+        value = self._stated(keys, default)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise self.error(key, f"a whole number from {least} to {most}")
+            raise self.error(self.spelling(*keys) or keys[0], f"a whole number from {least} to {most}")
         return value
 
     def number(self, *keys: str, default: float | None = None) -> float:
@@ -111,12 +108,9 @@ class Section:
         Raises:
             ConvertError: it is missing, no number, not finite, or not above 0.
         """
-        key = self._stated(keys, default)
-        if key is None:
-            return default  # type: ignore[return-value]  # _stated has refused None
-        value = self.values[key]
+        value = self._stated(keys, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise self.error(key, "a finite number above 0")
+            raise self.error(self.spelling(*keys) or keys[0], "a finite number above 0")
         return float(value)
 
     def flag(self, *keys: str, default: bool) -> bool:
@@ -125,12 +119,9 @@ class Section:
         Raises:
             ConvertError: the value is neither.
         """
-        key = self.spelling(*keys)
-        if key is None:
-            return default
-        value = self.values[key]
+        value = self._stated(keys, default)
         if not isinstance(value, bool):
-            raise self.error(key, "true or false")
+            raise self.error(self.spelling(*keys) or keys[0], "true or false")
         return value
 
     def text(self, key: str, default: str = "") -> str:

@@ -1,97 +1,99 @@
-"""The language tower: names, shapes and metadata as llama.cpp's `lfm2` architecture has them."""
+"""The language file: names and shapes of its tensors, and its metadata, as llama.cpp's `lfm2` reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
-from gguf import GGUFValueType, LlamaFileType
+from lfm2vl_convert.config import TextConfig
+from lfm2vl_convert.plan import Precision, Rearrangement, Wanted
 
-from lfm2vl_convert.general import Entry, entry, file_type
-from lfm2vl_convert.plan import Role, Wanted
-from lfm2vl_convert.shapes import LanguageShape
+ARCHITECTURE: Final = "lfm2"
+OUTPUT: Final = "lm_head.weight"
+"""The output matrix of an untied model; a tied one may store a copy of the embedding under this name."""
 
-_SOURCE = "language_model."
-
-
-def language_tensors(shape: LanguageShape) -> Iterator[Wanted]:
-    """Yield every tensor of the written file."""
-    width, vocab = shape.n_embd, shape.n_vocab
-    yield _wanted("embed_tokens", "token_embd", (vocab, width))
-    yield _wanted("embedding_norm", "token_embd_norm", (width,))
-    if not shape.tied:
-        yield Wanted(
-            source="lm_head.weight",
-            target="output.weight",
-            source_shape=(vocab, width),
-            target_shape=(vocab, width),
-            role=Role.MATRIX,
-        )
-    for layer, is_attention in enumerate(shape.is_attention):
-        yield from _layer(shape, layer)
-        yield from _attention(shape, layer) if is_attention else _convolution(shape, layer)
+_NORMS: Final[Mapping[str, str]] = {
+    "operator_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+}
+_HEAD_NORMS: Final[Mapping[str, str]] = {
+    "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm",
+}
 
 
-def unused_language_names(shape: LanguageShape) -> tuple[str, ...]:
-    """Return the names that a checkpoint may have for nothing: a tied output matrix is the embedding again."""
-    return ("lm_head.weight",) if shape.tied else ()
+def wanted_tensors(config: TextConfig) -> Iterator[Wanted]:
+    """Yield what the language file holds, layer by layer.
+
+    Shapes are those of the checkpoint: `[out, in]` for matrices.
+    """
+    yield _same("embed_tokens", "token_embd", config.vocabulary, config.hidden)
+    yield _same("embedding_norm", "token_embd_norm", config.hidden)
+    for layer, is_attention in enumerate(config.attention):
+        yield from _feed_forward(config, layer)
+        yield from _attention(config, layer) if is_attention else _convolution(config, layer)
+    if not config.tied:
+        shape = (config.vocabulary, config.hidden)
+        yield Wanted(source=OUTPUT, shape=shape, target="output.weight", target_shape=shape)
 
 
-def _wanted(source: str, target: str, shape: tuple[int, ...]) -> Wanted:
-    return Wanted(
-        source=f"{_SOURCE}{source}.weight",
-        target=f"{target}.weight",
-        source_shape=shape,
-        target_shape=shape,
-        role=Role.MATRIX if len(shape) == 2 else Role.VECTOR,
-    )
+def _same(source: str, target: str, *shape: int) -> Wanted:
+    return Wanted(source=f"language_model.{source}.weight", shape=shape, target=f"{target}.weight", target_shape=shape)
 
 
-def _layer(shape: LanguageShape, layer: int) -> Iterator[Wanted]:
-    width, inner = shape.n_embd, shape.n_ff
-    source, target = f"layers.{layer}", f"blk.{layer}"
-    yield _wanted(f"{source}.operator_norm", f"{target}.attn_norm", (width,))
-    yield _wanted(f"{source}.ffn_norm", f"{target}.ffn_norm", (width,))
-    yield _wanted(f"{source}.feed_forward.w1", f"{target}.ffn_gate", (inner, width))
-    yield _wanted(f"{source}.feed_forward.w2", f"{target}.ffn_down", (width, inner))
-    yield _wanted(f"{source}.feed_forward.w3", f"{target}.ffn_up", (inner, width))
+def _in_layer(layer: int, source: str, target: str, *shape: int) -> Wanted:
+    return _same(f"layers.{layer}.{source}", f"blk.{layer}.{target}", *shape)
 
 
-def _attention(shape: LanguageShape, layer: int) -> Iterator[Wanted]:
-    width, head = shape.n_embd, shape.n_embd // shape.n_head
-    source, target = f"layers.{layer}.self_attn", f"blk.{layer}"
-    yield _wanted(f"{source}.q_proj", f"{target}.attn_q", (width, width))
-    yield _wanted(f"{source}.k_proj", f"{target}.attn_k", (shape.n_head_kv * head, width))
-    yield _wanted(f"{source}.v_proj", f"{target}.attn_v", (shape.n_head_kv * head, width))
-    yield _wanted(f"{source}.out_proj", f"{target}.attn_output", (width, width))
-    yield _wanted(f"{source}.q_layernorm", f"{target}.attn_q_norm", (head,))
-    yield _wanted(f"{source}.k_layernorm", f"{target}.attn_k_norm", (head,))
+def _feed_forward(config: TextConfig, layer: int) -> Iterator[Wanted]:
+    hidden, inner = config.hidden, config.feed_forward
+    for source, target in _NORMS.items():
+        yield _in_layer(layer, source, target, hidden)
+    yield _in_layer(layer, "feed_forward.w1", "ffn_gate", inner, hidden)
+    yield _in_layer(layer, "feed_forward.w2", "ffn_down", hidden, inner)
+    yield _in_layer(layer, "feed_forward.w3", "ffn_up", inner, hidden)
 
 
-def _convolution(shape: LanguageShape, layer: int) -> Iterator[Wanted]:
-    width, taps = shape.n_embd, shape.conv_length
-    source, target = f"layers.{layer}.conv", f"blk.{layer}.shortconv"
-    yield _wanted(f"{source}.in_proj", f"{target}.in_proj", (3 * width, width))
-    yield _wanted(f"{source}.out_proj", f"{target}.out_proj", (width, width))
+def _attention(config: TextConfig, layer: int) -> Iterator[Wanted]:
+    hidden = config.hidden
+    head = hidden // config.heads
+    for source, target in _HEAD_NORMS.items():
+        yield _in_layer(layer, source, target, head)
+    yield _in_layer(layer, "self_attn.q_proj", "attn_q", hidden, hidden)
+    yield _in_layer(layer, "self_attn.k_proj", "attn_k", head * config.kv_heads, hidden)
+    yield _in_layer(layer, "self_attn.v_proj", "attn_v", head * config.kv_heads, hidden)
+    yield _in_layer(layer, "self_attn.out_proj", "attn_output", hidden, hidden)
+
+
+def _convolution(config: TextConfig, layer: int) -> Iterator[Wanted]:
+    hidden, kernel = config.hidden, config.kernel
     yield Wanted(
-        source=f"{_SOURCE}{source}.conv.weight",
-        target=f"{target}.conv.weight",
-        source_shape=(width, 1, taps),
-        target_shape=(width, taps),
-        role=Role.VECTOR,
+        source=f"language_model.layers.{layer}.conv.conv.weight",
+        shape=(hidden, 1, kernel),
+        target=f"blk.{layer}.shortconv.conv.weight",
+        target_shape=(hidden, kernel),
+        rearrangement=Rearrangement.SQUEEZED,
+        precision=Precision.FULL,
     )
+    yield _in_layer(layer, "conv.in_proj", "shortconv.in_proj", 3 * hidden, hidden)
+    yield _in_layer(layer, "conv.out_proj", "shortconv.out_proj", hidden, hidden)
 
 
-def language_metadata(shape: LanguageShape, quant: str) -> Iterator[Entry]:
-    """Yield the `lfm2.*` metadata; layers without attention have 0 kv heads, which is how llama.cpp tells them."""
-    n_head_kv = [shape.n_head_kv if is_attention else 0 for is_attention in shape.is_attention]
-    yield entry("lfm2.block_count", len(shape.is_attention))
-    yield entry("lfm2.context_length", shape.n_ctx)
-    yield entry("lfm2.embedding_length", shape.n_embd)
-    yield entry("lfm2.feed_forward_length", shape.n_ff)
-    yield entry("lfm2.attention.head_count", shape.n_head)
-    yield entry("lfm2.attention.head_count_kv", n_head_kv, GGUFValueType.ARRAY)
-    yield entry("lfm2.rope.freq_base", shape.rope_theta)
-    yield entry("lfm2.attention.layer_norm_rms_epsilon", shape.norm_eps)
-    yield entry("lfm2.vocab_size", shape.n_vocab)
-    yield entry("lfm2.shortconv.l_cache", shape.conv_length)
-    yield file_type(LlamaFileType, quant)
+def add_metadata(writer: Any, config: TextConfig) -> None:
+    """Add the `lfm2.*` keys to a `gguf.GGUFWriter`.
+
+    A layer without key and value heads is what tells llama.cpp that it is a short convolution.
+    """
+    writer.add_block_count(len(config.attention))
+    writer.add_context_length(config.context)
+    writer.add_embedding_length(config.hidden)
+    writer.add_feed_forward_length(config.feed_forward)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv([config.kv_heads if is_attention else 0 for is_attention in config.attention])
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocabulary)
+    writer.add_shortconv_l_cache(config.kernel)
+    if config.head_dim is not None:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)

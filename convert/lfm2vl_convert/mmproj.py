@@ -1,143 +1,187 @@
-"""The vision encoder and the projector: names, shapes and metadata as llama.cpp's mtmd has them."""
+"""The encoder's and projector's file: its tensors and its metadata, as llama.cpp's mtmd reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from gguf import GGUFValueType, LlamaFileType
+import gguf
 
 from lfm2vl_convert.checkpoint import Checkpoint
-from lfm2vl_convert.general import Entry, entry, file_type
-from lfm2vl_convert.plan import Rearrangement, Role, Wanted
-from lfm2vl_convert.shapes import Shapes, VisionShape
-from lfm2vl_convert.tokenizer import Tokenizer
+from lfm2vl_convert.config import ProjectorConfig, TextConfig, VisionConfig
+from lfm2vl_convert.plan import Precision, Rearrangement, Wanted
 from lfm2vl_edge.config import ImageConfig, image_metadata
-from lfm2vl_edge.errors import ConfigError, ConvertError
+from lfm2vl_edge.errors import ConvertError
 
-_TOWER: Final = "vision_tower."
-_PROJECTOR: Final = "multi_modal_projector."
-_IMAGE_SIZE: Final = 256
-"""What llama.cpp's converter writes for these models, whose picture size is free."""
-_CHANNELS: Final = 3
+ARCHITECTURE: Final = "clip"
+PROJECTOR: Final = "lfm2"
+"""llama.cpp's name of this projector."""
+MARKERS: Final[Mapping[str, str]] = {
+    "<image>": "lfm2vl.image_token_id",
+    "<|image_start|>": "lfm2vl.image_start_token_id",
+    "<|image_end|>": "lfm2vl.image_end_token_id",
+    "<|img_thumbnail|>": "lfm2vl.image_thumbnail_token_id",
+}
+"""Texts of the image markers and the keys of their ids, which differ from vocabulary to vocabulary."""
 
-
-def vision_tensors(shape: VisionShape) -> Iterator[Wanted]:
-    """Yield every tensor of the written file."""
-    width, patch = shape.n_embd, shape.patch_size
-    yield Wanted(
-        source=f"{_TOWER}embeddings.patch_embedding.weight",
-        target="v.patch_embd.weight",
-        source_shape=(width, patch * patch * _CHANNELS),
-        target_shape=(width, _CHANNELS, patch, patch),
-        role=Role.PATCH_EMBEDDING,
-        rearrangement=Rearrangement.PATCH,
-    )
-    yield _vector(f"{_TOWER}embeddings.patch_embedding.bias", "v.patch_embd.bias", width)
-    yield Wanted(
-        source=f"{_TOWER}embeddings.position_embedding.weight",
-        target="v.position_embd.weight",
-        source_shape=(shape.n_positions, width),
-        target_shape=(shape.n_positions, width),
-        role=Role.VECTOR,
-    )
-    for layer in range(shape.n_layer):
-        yield from _layer(shape, layer)
-    yield from _norm(f"{_TOWER}post_layernorm", "v.post_ln", width)
-    yield from _projector(shape)
+_MATRICES: Final[Mapping[str, str]] = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.out_proj": "attn_out",
+}
+_NORMS: Final[Mapping[str, str]] = {"layer_norm1": "ln1", "layer_norm2": "ln2"}
 
 
-def unused_vision_names(shape: VisionShape) -> tuple[str, ...]:
-    """Return the beginnings of names that a checkpoint may have for nothing: a pooling head, layers after the last."""
-    dropped = range(shape.n_layer, shape.n_layer_stored)
-    return (f"{_TOWER}head.", *(f"{_TOWER}encoder.layers.{layer}." for layer in dropped))
+def wanted_tensors(
+    vision: VisionConfig, projector: ProjectorConfig, text: TextConfig, layer_norm: bool
+) -> Iterator[Wanted]:
+    """Yield what the mmproj file holds.
+
+    Args:
+        vision: the encoder's settings.
+        projector: the projector's settings.
+        text: the language tower's settings, for the width of an image embedding.
+        layer_norm: whether the projector begins with a LayerNorm.
+    """
+    yield from _embeddings(vision)
+    for layer in range(vision.layers):
+        yield from _layer(vision, layer)
+    yield from _norm("vision_tower.post_layernorm", "v.post_ln", vision.hidden)
+    width = vision.hidden * projector.factor**2
+    if layer_norm:
+        yield from _norm("multi_modal_projector.layer_norm", "mm.input_norm", width)
+    shapes = ((projector.hidden, width), (text.hidden, projector.hidden))
+    for number, (rows, columns) in enumerate(shapes, start=1):
+        yield from _linear(
+            f"multi_modal_projector.linear_{number}", f"mm.{number}", rows, columns, bias=projector.bias
+        )
 
 
-def _vector(source: str, target: str, width: int) -> Wanted:
-    return Wanted(source=source, target=target, source_shape=(width,), target_shape=(width,), role=Role.VECTOR)
+def unused_prefixes(vision: VisionConfig) -> tuple[str, ...]:
+    """Return how the names of those encoder tensors begin that the model does not use.
+
+    These are the pooling head and the layers after the one whose output is taken.
+    """
+    dropped = range(vision.layers, vision.stored_layers)
+    return ("vision_tower.head.", *(f"vision_tower.encoder.layers.{layer}." for layer in dropped))
+
+
+def _tensor(source: str, target: str, *shape: int) -> Wanted:
+    return Wanted(source=source, shape=shape, target=target, target_shape=shape)
 
 
 def _norm(source: str, target: str, width: int) -> Iterator[Wanted]:
     for part in ("weight", "bias"):
-        yield _vector(f"{source}.{part}", f"{target}.{part}", width)
+        yield _tensor(f"{source}.{part}", f"{target}.{part}", width)
 
 
 def _linear(source: str, target: str, rows: int, columns: int, *, bias: bool = True) -> Iterator[Wanted]:
-    shape = (rows, columns)
+    yield _tensor(f"{source}.weight", f"{target}.weight", rows, columns)
     yield Wanted(
-        source=f"{source}.weight",
-        target=f"{target}.weight",
-        source_shape=shape,
-        target_shape=shape,
-        role=Role.MATRIX,
+        source=f"{source}.bias",
+        shape=(rows,),
+        target=f"{target}.bias",
+        target_shape=(rows,),
+        # mtmd does not load a projector without biases; adding zero changes nothing
+        rearrangement=Rearrangement.NONE if bias else Rearrangement.ZEROS,
     )
-    if bias:
-        yield _vector(f"{source}.bias", f"{target}.bias", rows)
 
 
-def _layer(shape: VisionShape, layer: int) -> Iterator[Wanted]:
-    width, inner = shape.n_embd, shape.n_ff
-    source, target = f"{_TOWER}encoder.layers.{layer}", f"v.blk.{layer}"
-    yield from _norm(f"{source}.layer_norm1", f"{target}.ln1", width)
-    yield from _norm(f"{source}.layer_norm2", f"{target}.ln2", width)
-    for theirs, ours in (("q_proj", "attn_q"), ("k_proj", "attn_k"), ("v_proj", "attn_v"), ("out_proj", "attn_out")):
-        yield from _linear(f"{source}.self_attn.{theirs}", f"{target}.{ours}", width, width)
-    yield from _linear(f"{source}.mlp.fc1", f"{target}.ffn_up", inner, width)
-    yield from _linear(f"{source}.mlp.fc2", f"{target}.ffn_down", width, inner)
+def _embeddings(vision: VisionConfig) -> Iterator[Wanted]:
+    side, channels, hidden = vision.patch, vision.channels, vision.hidden
+    patch, positions = "vision_tower.embeddings.patch_embedding", vision.positions_side**2
+    yield Wanted(
+        source=f"{patch}.weight",
+        shape=(hidden, side * side * channels),
+        target="v.patch_embd.weight",
+        target_shape=(hidden, channels, side, side),
+        rearrangement=Rearrangement.CHANNELS_FIRST,
+        precision=Precision.CONVOLUTION,
+    )
+    yield _tensor(f"{patch}.bias", "v.patch_embd.bias", hidden)
+    yield Wanted(
+        source="vision_tower.embeddings.position_embedding.weight",
+        shape=(positions, hidden),
+        target="v.position_embd.weight",
+        target_shape=(positions, hidden),
+        precision=Precision.FULL,  # it is resized by interpolation, which has only an F32 kernel
+    )
 
 
-def _projector(shape: VisionShape) -> Iterator[Wanted]:
-    width = shape.n_embd * shape.downsample**2
-    hidden, bias = shape.projector_hidden, shape.projector_bias
-    if shape.projector_norm:
-        yield from _norm(f"{_PROJECTOR}layer_norm", "mm.input_norm", width)
-    yield from _linear(f"{_PROJECTOR}linear_1", "mm.1", hidden, width, bias=bias)
-    yield from _linear(f"{_PROJECTOR}linear_2", "mm.2", shape.n_projected, hidden, bias=bias)
+def _layer(vision: VisionConfig, layer: int) -> Iterator[Wanted]:
+    source, target = f"vision_tower.encoder.layers.{layer}", f"v.blk.{layer}"
+    hidden, inner = vision.hidden, vision.feed_forward
+    for old, new in _NORMS.items():
+        yield from _norm(f"{source}.{old}", f"{target}.{new}", hidden)
+    for old, new in _MATRICES.items():
+        yield from _linear(f"{source}.{old}", f"{target}.{new}", hidden, hidden)
+    yield from _linear(f"{source}.mlp.fc1", f"{target}.ffn_up", inner, hidden)
+    yield from _linear(f"{source}.mlp.fc2", f"{target}.ffn_down", hidden, inner)
 
 
-def vision_metadata(checkpoint: Checkpoint, shapes: Shapes, tokenizer: Tokenizer, quant: str) -> Iterator[Entry]:
-    """Yield the `clip.*` metadata, the image settings that the checkpoint states, and the ids of the markers.
+def add_metadata(writer: Any, checkpoint: Checkpoint, token_ids: Mapping[str, int]) -> None:
+    """Add the `clip.*` and `lfm2vl.*` keys to a `gguf.GGUFWriter`.
+
+    Args:
+        writer: the file's writer.
+        checkpoint: whose image settings are written, those that it states.
+        token_ids: text -> id of every token.
 
     Raises:
-        ConvertError: an image setting is wrong, or contradicts the encoder's shape.
+        ConvertError: the tokenizer lacks an image marker, or config.json gives `<image>` another id.
     """
-    shape = shapes.vision
-    stated = _stated_settings(checkpoint, shape)
-    tokenizer.check_grid_markers(ImageConfig().with_changes(stated))
-    yield file_type(LlamaFileType, quant)
-    yield entry("clip.has_vision_encoder", True)
-    yield entry("clip.projector_type", "lfm2")
-    yield entry("clip.use_gelu", True)
-    yield entry("clip.vision.projection_dim", shape.n_projected)
-    yield entry("clip.vision.image_size", _IMAGE_SIZE)
-    yield entry("clip.vision.embedding_length", shape.n_embd)
-    yield entry("clip.vision.feed_forward_length", shape.n_ff)
-    yield entry("clip.vision.block_count", shape.n_layer)
-    yield entry("clip.vision.attention.head_count", shape.n_head)
-    yield entry("clip.vision.attention.layer_norm_epsilon", shape.norm_eps)
-    for key, value in image_metadata(stated).items():
-        yield _setting(key, value)
-    for key, token in tokenizer.markers.items():
-        yield entry(f"lfm2vl.{key}_token_id", token)
+    _add_encoder(writer, checkpoint.vision, checkpoint.text)
+    settings: dict[str, Any] = {"image_mean": checkpoint.image.image_mean, "image_std": checkpoint.image.image_std}
+    for key, value in image_metadata(settings | dict(checkpoint.image_settings)).items():
+        _add_setting(writer, key, value)
+    for text, key in MARKERS.items():
+        writer.add_uint32(key, _marker_id(token_ids, text))
+    _check_markers(checkpoint, token_ids)
 
 
-def _setting(key: str, value: Any) -> Entry:
-    if isinstance(value, tuple):
-        return entry(key, list(value), GGUFValueType.ARRAY)
-    return entry(key, value, GGUFValueType.FLOAT64 if isinstance(value, float) else None)
+def _add_encoder(writer: Any, vision: VisionConfig, text: TextConfig) -> None:
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type(PROJECTOR)
+    writer.add_vision_projection_dim(text.hidden)
+    # the size that mtmd warms up with: the one at which no position embedding needs resizing
+    writer.add_vision_image_size(vision.positions_side * vision.patch)
+    writer.add_vision_embedding_length(vision.hidden)
+    writer.add_vision_feed_forward_length(vision.feed_forward)
+    writer.add_vision_block_count(vision.layers)
+    writer.add_vision_head_count(vision.heads)
+    writer.add_vision_attention_layernorm_eps(vision.norm_eps)
+    writer.add_vision_use_gelu(True)
 
 
-def _stated_settings(checkpoint: Checkpoint, shape: VisionShape) -> dict[str, Any]:
-    """Return the stated fields of `ImageConfig`; those that llama.cpp must have are always among them."""
-    processor = checkpoint.processor.values
-    names = [field.name for field in fields(ImageConfig)]
-    stated = {name: processor[name] for name in names if processor.get(name) is not None}
-    for name, found in (("encoder_patch_size", shape.patch_size), ("downsample_factor", shape.downsample)):
-        if stated.setdefault(name, found) != found:
-            raise ConvertError(f"processor_config.json: {name} is {stated[name]!r}; config.json says {found}")
-    try:
-        config = ImageConfig().with_changes(stated)
-    except ConfigError as error:
-        raise ConvertError(f"processor_config.json: {error}") from error
-    return {name: getattr(config, name) for name in (*stated, "image_mean", "image_std")}
+def _add_setting(writer: Any, key: str, value: object) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, tuple):
+        writer.add_array(key, list(value))
+    elif key == "lfm2vl.max_pixels_tolerance":
+        writer.add_key_value(key, value, gguf.GGUFValueType.FLOAT64)  # 32 bits would move the border between two plans
+    else:
+        writer.add_uint32(key, value)
+
+
+def _marker_id(token_ids: Mapping[str, int], text: str) -> int:
+    if text not in token_ids:
+        raise ConvertError(f"tokenizer.json has no token {text!r}, which the model needs for pictures")
+    return token_ids[text]
+
+
+def _check_markers(checkpoint: Checkpoint, token_ids: Mapping[str, int]) -> None:
+    image_id, stated = token_ids["<image>"], checkpoint.image_token_id
+    if stated not in (None, image_id):
+        raise ConvertError(f"config.json says that <image> is token {stated}; in tokenizer.json it is {image_id}")
+    for text in _grid_markers(checkpoint.image):
+        _marker_id(token_ids, text)
+
+
+def _grid_markers(image: ImageConfig) -> Iterator[str]:
+    """Yield the marker of every tile that a grid of at most `max_tiles` tiles can have."""
+    if image.do_image_splitting:
+        for row in range(1, image.max_tiles + 1):
+            for column in range(1, image.max_tiles // row + 1):
+                yield f"<|img_row_{row}_col_{column}|>"

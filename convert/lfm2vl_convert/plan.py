@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from lfm2vl_edge.errors import ConvertError
-
 from lfm2vl_convert.shards import SourceTensor
+from lfm2vl_edge.errors import ConvertError
 
 BYTES_PER_VALUE: Final[Mapping[str, int]] = {"F32": 4, "F16": 2, "BF16": 2}
 """The types that can be read and written."""
@@ -161,7 +160,8 @@ def _take(left: dict[str, SourceTensor], wanted: Wanted, quant: str) -> TensorPl
 def _check(source: SourceTensor | None, wanted: Wanted) -> None:
     expected = f"{list(wanted.shape)} was expected from config.json"
     if source is None:
-        raise ConvertError(f"tensor 'model.{wanted.source}' is missing; {expected}")
+        prefix = "" if wanted.source.startswith("lm_head.") else "model."
+        raise ConvertError(f"tensor {prefix + wanted.source!r} is missing; {expected}")
     if source.shape != wanted.shape:
         raise ConvertError(f"tensor {source.name!r} has shape {list(source.shape)}; {expected}")
     if source.dtype not in BYTES_PER_VALUE:

@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from lfm2vl_edge.errors import ConvertError
-
 from lfm2vl_convert.jsonfile import Section, load_json
+from lfm2vl_edge.errors import ConvertError
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"

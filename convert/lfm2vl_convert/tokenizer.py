@@ -1,173 +1,255 @@
-"""The tokenizer: a byte-level BPE vocabulary, its special tokens and the chat template, as llama.cpp wants them."""
+"""A byte-level BPE tokenizer of Hugging Face's format as the `tokenizer.*` metadata of a language file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import gguf
-from gguf import GGUFValueType, TokenType
 
-from lfm2vl_convert.checkpoint import Checkpoint
-from lfm2vl_convert.general import Entry, captured, entry
-from lfm2vl_convert.section import Section, read_json
-from lfm2vl_convert.shapes import Shapes
-from lfm2vl_edge.config import ImageConfig
+from lfm2vl_convert.jsonfile import (
+    MAX_TOKENIZER_BYTES,
+    Section,
+    load_json,
+    load_json_if_present,
+    read_text,
+)
 from lfm2vl_edge.errors import ConvertError
 
-_MARKERS: Final[Mapping[str, str]] = {
-    "image": "<image>",
-    "image_start": "<|image_start|>",
-    "image_end": "<|image_end|>",
-    "image_thumbnail": "<|img_thumbnail|>",
-}
-_SPLIT: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+MODEL: Final = "gpt2"
+"""llama.cpp's name of byte-level BPE."""
+WHOLE_WORDS: Final = "lfm2"
+"""llama.cpp's name of the regular expression below, where a word that is a token needs no merges (ignore_merges)."""
+MERGES_ONLY: Final = "smaug-bpe"
+"""llama.cpp's name of the same regular expression, where every word is built by merges."""
+_WORDS: Final = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PATTERNS: Final = frozenset(
+    contractions + _WORDS
+    for contractions in (
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",
+        "'(?i:[sdmt]|ll|ve|re)",
+    )
 )
-"""How the published tokenizers cut text into words; llama.cpp has it built in under the names below."""
-_PRE_WHOLE_WORDS: Final = "lfm2"
-"""That split, and a word that is in the vocabulary as it is needs no merges (`ignore_merges`)."""
-_PRE_MERGES_ONLY: Final = "smaug-bpe"
-"""The same split, with words built by merges alone."""
+"""Spellings of the one split that llama.cpp implements under that name."""
+_SPLITS: Final = (("Isolated", False), ("Removed", True))
+"""The matches are kept: either as they are, or by removing what lies between them, which is nothing."""
+_SPECIAL: Final = ("bos", "eos", "unk", "sep", "pad", "mask")
+"""Special tokens for which GGUF has a key."""
+_REQUIRED: Final = ("bos", "eos")
+"""Without these llama.cpp falls back to ids of another vocabulary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokenizer:
-    """A vocabulary, checked."""
+    """A vocabulary and how to use it."""
 
     tokens: tuple[str, ...]
-    """By id; ids that the tokenizer leaves free are named [PAD<id>]."""
-    types: tuple[TokenType, ...]
-    """By id."""
+    """Text of every token in the order of the ids, in the byte-level alphabet where it is an ordinary one."""
+    types: tuple[int, ...]
+    """llama.cpp's type of every token."""
     pre: str
-    """llama.cpp's name of the pre-tokenizer."""
-    special: tuple[Entry, ...]
-    """Merges, ids of the special tokens and the chat template."""
-    markers: Mapping[str, int]
-    """Ids of the image markers: image, image_start, image_end, image_thumbnail."""
-
-    def metadata(self) -> Iterator[Entry]:
-        """Yield the `tokenizer.*` metadata."""
-        yield entry("tokenizer.ggml.model", "gpt2")
-        yield entry("tokenizer.ggml.pre", self.pre)
-        yield entry("tokenizer.ggml.tokens", list(self.tokens), GGUFValueType.ARRAY)
-        yield entry("tokenizer.ggml.token_type", [int(kind) for kind in self.types], GGUFValueType.ARRAY)
-        yield from self.special
-
-    def check_grid_markers(self, config: ImageConfig) -> None:
-        """Check that every tile of every grid that the settings allow has a marker.
-
-        Raises:
-            ConvertError: one is missing.
-        """
-        if not config.do_image_splitting:
-            return
-        known = set(self.tokens)
-        for rows in range(1, config.max_tiles + 1):
-            marker = f"<|img_row_{rows}_col_{config.max_tiles // rows}|>"
-            if marker not in known:
-                raise ConvertError(f"the tokenizer has no {marker}, which max_tiles {config.max_tiles} may need")
+    """llama.cpp's name of how text is split into words and words into tokens."""
+    merges: tuple[str, ...]
+    """Pairs to merge, most important first, the two parts separated by a space."""
+    ids: Mapping[str, int]
+    """Text -> id; unlike `tokens` without padding."""
+    special: Mapping[str, int]
+    """Kind (bos, eos, pad, ...) -> id of the special tokens that the checkpoint names."""
+    added: Mapping[str, bool]
+    """Kind (bos, eos, sep) -> whether tokenizing a text adds it."""
+    chat_template: str | list[dict[str, str]]
+    """Jinja source, or several with names."""
 
 
-def read_tokenizer(checkpoint: Checkpoint, shapes: Shapes) -> Tokenizer:
-    """Return the checkpoint's tokenizer.
+def read_tokenizer(folder: Path, root: Section, n_vocab: int) -> Tokenizer:
+    """Return the tokenizer of a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        root: config.json, which may name special tokens by id.
+        n_vocab: rows of the embedding matrix; tokens that the tokenizer does not have are padded.
 
     Raises:
-        ConvertError: it is damaged, or of a kind that llama.cpp would split differently.
+        ConvertError: a file is missing or damaged, or the tokenizer is none that llama.cpp knows as `lfm2`.
     """
-    tokenizer = Section("tokenizer.json", read_json(checkpoint.folder / "tokenizer.json"))
-    model = tokenizer.section("model")
-    if model.text("type") != "BPE":
-        raise ConvertError(f"tokenizer.json: the model is {model.text('type')!r}, not a byte-level BPE")
-    if tokenizer.has("normalizer"):
-        raise ConvertError("tokenizer.json has a normalizer; llama.cpp would not apply it")
-    _check_split(tokenizer)
-    whole_words = model.flag("ignore_merges", default=False)
-    tokens, types = _vocabulary(tokenizer, model, shapes.language.n_vocab)
+    source = load_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
+    config = load_json_if_present(folder / "tokenizer_config.json")
+    _check_splitting(source)
+    model = source.section("model")
+    ids, types = _vocabulary(source, model, n_vocab)
+    texts = {number: text for text, number in ids.items()}
+    special = _special_ids(config, root, ids, n_vocab)
+    special_texts = {kind: texts[number] for kind, number in special.items() if number in texts}
     return Tokenizer(
-        tokens=tuple(tokens),
-        types=tuple(types),
-        pre=_PRE_WHOLE_WORDS if whole_words else _PRE_MERGES_ONLY,
-        special=tuple(_special(checkpoint)),
-        markers=_marker_ids(checkpoint, tokens),
+        tokens=tuple(texts.get(number, f"[PAD{number}]") for number in range(n_vocab)),
+        types=tuple(types.get(number, int(gguf.TokenType.UNUSED)) for number in range(n_vocab)),
+        pre=WHOLE_WORDS if model.flag("ignore_merges", default=False) else MERGES_ONLY,
+        merges=_merges(model, ids),
+        ids=ids,
+        special=special,
+        added=_added_tokens(source.section("post_processor"), config, special_texts),
+        chat_template=_chat_template(folder, config),
     )
 
 
-def _check_split(tokenizer: Section) -> None:
-    outer = tokenizer.section("pre_tokenizer").values
-    steps = outer.get("pretokenizers", [outer])
-    patterns = [
-        pattern.get("Regex")
-        for step in (steps if isinstance(steps, list) else [])
-        if isinstance(step, dict) and isinstance(pattern := step.get("pattern"), dict)
-    ]
-    if patterns != [_SPLIT]:
-        raise ConvertError(f"tokenizer.json splits words by {patterns}; llama.cpp knows the one of LFM2: {_SPLIT}")
+def add_metadata(writer: Any, tokenizer: Tokenizer) -> None:
+    """Add the `tokenizer.*` keys to a `gguf.GGUFWriter`."""
+    writer.add_tokenizer_model(MODEL)
+    writer.add_tokenizer_pre(tokenizer.pre)
+    writer.add_token_list(tokenizer.tokens)
+    writer.add_token_types(tokenizer.types)
+    writer.add_token_merges(tokenizer.merges)
+    for kind, number in tokenizer.special.items():
+        getattr(writer, f"add_{kind}_token_id")(number)
+    for kind, value in tokenizer.added.items():
+        getattr(writer, f"add_add_{kind}_token")(value)
+    writer.add_chat_template(tokenizer.chat_template)
 
 
-def _vocabulary(tokenizer: Section, model: Section, size: int) -> tuple[list[str], list[TokenType]]:
-    tokens = [f"[PAD{index}]" for index in range(size)]
-    types = [TokenType.UNUSED] * size
-    for text, index in model.section("vocab").values.items():
-        _check_id(text, index, size)
-        tokens[index], types[index] = text, TokenType.NORMAL
-    for added in tokenizer.items("added_tokens", dict):
-        token = Section("tokenizer.json: added_tokens", added)
-        text, index = token.text("content"), token.count("id", least=0)
-        _check_id(text, index, size)
-        tokens[index], types[index] = text, _added_type(text, token.flag("special", default=False))
-    return tokens, types
+def _check_splitting(source: Section) -> None:
+    """Check that text is split into words as llama.cpp's `lfm2` does it, and not changed before.
+
+    Composing characters (NFC) is let through, as by llama.cpp's own converter: it changes no ordinary text.
+    """
+    normalizer = source.section("normalizer")
+    if normalizer.values and normalizer.text("type") != "NFC" and normalizer.values.get("normalizers") != []:
+        raise source.error("normalizer", "null")
+    steps = source.section("pre_tokenizer").sections("pretokenizers")
+    if [step.text("type") for step in steps] != ["Split", "ByteLevel"]:
+        raise source.error("pre_tokenizer", "a Split by words followed by ByteLevel")
+    split, byte_level = steps
+    pattern = split.section("pattern").text("Regex")
+    behavior = (split.text("behavior"), split.flag("invert", default=False))
+    if pattern not in _PATTERNS or behavior not in _SPLITS:
+        raise split.error("pattern", "the word pattern of the LFM2 tokenizers, which llama.cpp implements,")
+    if byte_level.flag("add_prefix_space", default=True) or byte_level.flag("use_regex", default=True):
+        raise ConvertError(f"{byte_level.where}: add_prefix_space and use_regex must be false")
 
 
-def _check_id(text: str, index: object, size: int) -> None:
-    if type(index) is not int or not 0 <= index < size:
-        raise ConvertError(f"tokenizer.json: {text!r} has id {index!r}; config.json has a vocabulary of {size}")
+def _vocabulary(source: Section, model: Section, n_vocab: int) -> tuple[dict[str, int], dict[int, int]]:
+    """Return text -> id of every token, and id -> llama.cpp's type."""
+    if model.text("type") != "BPE":
+        raise model.error("type", "'BPE'")
+    if model.flag("byte_fallback", default=False) or "end_of_word_suffix" in model:
+        raise ConvertError(f"{model.where}: the vocabulary is no byte-level one, which llama.cpp's lfm2 needs")
+    vocabulary = model.section("vocab")
+    ids = {text: _token_id(vocabulary, text, n_vocab) for text in vocabulary.values}
+    types = dict.fromkeys(ids.values(), int(gguf.TokenType.NORMAL))
+    if len(types) != len(ids) or not ids:
+        raise ConvertError(f"{vocabulary.where} is empty or gives two tokens the same id")
+    for token in source.sections("added_tokens"):
+        text, number = token.text("content"), _token_id(token, "id", n_vocab)
+        if ids.setdefault(text, number) != number or (number in types and text not in vocabulary.values):
+            raise ConvertError(f"{token.where}: {text!r} with id {number} contradicts the rest of the vocabulary")
+        control = token.flag("special", default=False) or _looks_special(text)
+        types[number] = int(gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED)
+    return ids, types
 
 
-def _added_type(text: str, special: bool) -> TokenType:
-    """Some checkpoints forget to call their control tokens special; their form tells."""
-    control = special or (text.startswith("<|") and text.endswith("|>")) or text == "<pad>"
-    return TokenType.CONTROL if control else TokenType.USER_DEFINED
+def _token_id(section: Section, key: str, n_vocab: int) -> int:
+    value = section.values.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < n_vocab:
+        raise section.error(key, f"a token id below {n_vocab}, the number of embeddings,")
+    return value
 
 
-def _special(checkpoint: Checkpoint) -> list[Entry]:
-    template = _chat_template(checkpoint.folder)
-    try:
-        special = gguf.SpecialVocab(checkpoint.folder, load_merges=True)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OSError) as error:
-        raise ConvertError(f"the tokenizer files of {checkpoint.folder} are damaged: {error}") from error
-    if not special.merges:
-        raise ConvertError("tokenizer.json has no merges; download it again")
-    special.chat_template = template
-    return captured(lambda writer: special.add_to_gguf(writer, quiet=True))
+def _looks_special(text: str) -> bool:
+    """Tell control tokens that are not marked as such, by llama.cpp's rule for the spellings of these models."""
+    return (text.startswith("<|") and text.endswith("|>")) or text in ("<pad>", "<mask>")
 
 
-def _chat_template(folder: Path) -> str:
-    """Return the template that transformers would use: the file of its own, else the one in tokenizer_config.json."""
-    own = folder / "chat_template.jinja"
-    if own.is_file():
-        try:
-            return own.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConvertError(f"cannot read {own}: {error}") from error
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            template = read_json(folder / name).get("chat_template")
-            if isinstance(template, str):
-                return template
-    raise ConvertError(f"{folder} has no chat template: no chat_template.jinja, and none in tokenizer_config.json")
+def _merges(model: Section, ids: Mapping[str, int]) -> tuple[str, ...]:
+    merges = tuple(_merge(pair, ids) for pair in model.items("merges"))
+    bad = next((position for position, merge in enumerate(merges) if not merge), None)
+    if bad is not None or not merges:
+        what = "merges is empty" if bad is None else f"merges[{bad}] is no pair of tokens that make a third one"
+        raise ConvertError(f"{model.where}: {what}; download tokenizer.json again")
+    return merges
 
 
-def _marker_ids(checkpoint: Checkpoint, tokens: list[str]) -> dict[str, int]:
-    ids: dict[str, int] = {text: index for index, text in enumerate(tokens)}
-    for text in _MARKERS.values():
-        if text not in ids:
-            raise ConvertError(f"the tokenizer has no token {text}; it belongs to a text-only model")
-    config: Any = checkpoint.config
-    image = ids[_MARKERS["image"]]
-    stated = config.count("image_token_id", "image_token_index", default=image, least=0)
-    if stated != image:
-        raise ConvertError(f"config.json says that <image> has id {stated}; in the tokenizer it has {image}")
-    return {name: ids[text] for name, text in _MARKERS.items()}
+def _merge(pair: object, ids: Mapping[str, int]) -> str:
+    """Return "left right", or nothing when it is no valid merge; both of Hugging Face's forms are read."""
+    parts = pair.split(" ") if isinstance(pair, str) else pair
+    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
+        return ""
+    if not {parts[0], parts[1], "".join(parts)} <= ids.keys():
+        return ""
+    # a space inside a part would read as the separator; the byte-level alphabet writes it so
+    return " ".join(part.replace(" ", "\u0120") for part in parts)
+
+
+def _special_ids(config: Section, root: Section, ids: Mapping[str, int], n_vocab: int) -> dict[str, int]:
+    """Return the ids of the special tokens: tokenizer_config.json names them by text, config.json by number."""
+    found: dict[str, int] = {}
+    for kind in _SPECIAL:
+        text = _special_text(config, f"{kind}_token")
+        if text in ids:
+            found[kind] = ids[text]
+            continue
+        for section in (root, root.section("text_config")):
+            key = f"{kind}_token_id"
+            if kind not in found and isinstance(section.values.get(key), int):  # eos may be a list: no key for that
+                found[kind] = _token_id(section, key, n_vocab)
+    for kind in _REQUIRED:
+        if kind not in found:
+            raise ConvertError(f"{config.where}: {kind}_token is missing or no token of the vocabulary")
+    return found
+
+
+def _special_text(config: Section, key: str) -> str:
+    value = config.values.get(key)
+    return config.section(key).text("content") if isinstance(value, dict) else config.text(key)
+
+
+def _added_tokens(processor: Section, config: Section, special: Mapping[str, str]) -> dict[str, bool]:
+    """Return which special tokens are added to a text; the post-processor decides, then tokenizer_config.json."""
+    added: dict[str, bool] = {}
+    steps = processor.sections("processors") or ([processor] if processor.values else [])
+    for step in steps:
+        if step.text("type") == "ByteLevel":
+            added = {"bos": False, "eos": False} | added
+        elif step.text("type") == "TemplateProcessing":
+            added |= _template_adds(step, special)
+        else:
+            raise step.error("type", "'TemplateProcessing' or 'ByteLevel'")
+    for kind in ("bos", "eos", "sep"):
+        key = f"add_{kind}_token"
+        if key in config:
+            added.setdefault(kind, config.flag(key, default=False))
+    return added
+
+
+def _template_adds(step: Section, special: Mapping[str, str]) -> dict[str, bool]:
+    """Return what a template of the form `[bos] A [eos]`, for pairs `[bos] A [...] B [eos]`, adds."""
+    single = [_piece(item) for item in step.sections("single")]
+    pair = [_piece(item) for item in step.sections("pair")]
+    added: dict[str, bool] = {}
+    if len(single) > 1 and single[0] != "A":
+        added["bos"] = single[0] == special.get("bos")
+    if len(single) > 1 and single[-1] != "A":
+        added["eos"] = single[-1] == special.get("eos")
+    between = pair[pair.index("A") + 1 : pair.index("B")] if {"A", "B"} <= set(pair) else []
+    if between:
+        added["sep"] = any(text in (special.get("sep"), special.get("eos")) for text in between)
+    return added
+
+
+def _piece(item: Section) -> str:
+    return item.section("SpecialToken").text("id") or item.section("Sequence").text("id")
+
+
+def _chat_template(folder: Path, config: Section) -> str | list[dict[str, str]]:
+    """Return the chat template; like in transformers a file of its own comes before tokenizer_config.json."""
+    if (folder / "chat_template.jinja").is_file():
+        return read_text(folder / "chat_template.jinja")
+    for section in (load_json_if_present(folder / "chat_template.json"), config):
+        value = section.values.get("chat_template")
+        if isinstance(value, list):
+            templates = section.sections("chat_template")
+            return [{"name": item.text("name"), "template": item.text("template")} for item in templates]
+        if value is not None:
+            return section.text("chat_template")
+    raise ConvertError(f"{folder} has no chat template; download chat_template.jinja too")

@@ -1,175 +1,193 @@
-"""Writing: both files beside their final names, a few rows at a time, and renamed when both are complete."""
+"""GGUF files, written a few megabytes at a time: beside their final names first, renamed only when complete."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import IO, Any, Final
 
 import gguf
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
-from lfm2vl_convert.general import Entry
 from lfm2vl_convert.plan import Rearrangement, TensorPlan
+from lfm2vl_convert.shards import read_rows
 from lfm2vl_edge.errors import ConvertError
 
-_CHUNK_VALUES: Final = 4 * 1024 * 1024
-"""Values converted at a time: 16 MB as float32."""
-_PART: Final = ".part"
+CHUNK_VALUES: Final = 2**21
+"""Values that are in memory at once, 8 MB as float32; conversion to BF16 needs about five times that."""
+_SUFFIX: Final = ".partial"
+_DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MEGABYTE: Final = 10**6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GgufJob:
-    """A file to be written."""
+class Output:
+    """A GGUF file to be written."""
 
     path: Path
-    """Final name."""
-    architecture: str
-    """`general.architecture`."""
+    """Its final name."""
+    writer: Any
+    """A `gguf.GGUFWriter` that has the metadata and the description of every tensor, and no file yet."""
     tensors: Sequence[TensorPlan]
-    """In file order."""
-    metadata: Sequence[Entry]
-    """In file order, after the architecture."""
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.n_bytes for tensor in self.tensors)
+    """The tensors in the order in which they were described."""
 
 
-def write_pair(jobs: Sequence[GgufJob], *, force: bool, progress: Callable[[int, int], None] | None) -> None:
-    """Write all files, or none.
+def describe_tensors(writer: Any, tensors: Sequence[TensorPlan]) -> None:
+    """Tell a `gguf.GGUFWriter` names, shapes and types; the values come later."""
+    for tensor in tensors:
+        kind = gguf.GGMLQuantizationType[tensor.type]
+        writer.add_tensor_info(tensor.target, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=kind)
+
+
+def write_files(outputs: Sequence[Output], folder: Path, advance: Callable[[int], None]) -> None:
+    """Write all files; they appear under their names together, when the last one is complete.
+
+    Args:
+        outputs: what to write, all of it in `folder`.
+        folder: made when it does not exist; what killed runs left there for these names is removed.
+        advance: called with the number of bytes after each chunk.
 
     Raises:
-        ConvertError: a file is there already, or cannot be written.
+        ConvertError: the disk is full, the folder cannot be written, another run writes the same file, a source file
+            is damaged, or a value does not fit into its type. No file is left behind.
     """
-    for job in jobs:
-        if job.path.exists() and not force:
-            raise ConvertError(f"{job.path} is there already; give another folder, or --force to replace it")
-    counter = _Counter(sum(job.n_bytes for job in jobs), progress)
-    parts = [_part(job.path) for job in jobs]
     try:
-        for folder in {job.path.parent for job in jobs}:
-            folder.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(folder)
-        _check_space(jobs)
-        for job, part in zip(jobs, parts, strict=True):
-            _write(job, part, counter)
-        for job, part in zip(jobs, parts, strict=True):
-            part.replace(job.path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            partials = [stack.enter_context(_partial(output.path)) for output in outputs]
+            _check_space(folder, sum(tensor.n_bytes for output in outputs for tensor in output.tensors))
+            for output, partial in zip(outputs, partials, strict=True):
+                _write(output, partial, advance)
+            _publish([output.path for output in outputs], partials)
+        _sync_folder(folder)
     except OSError as error:
-        where = error.filename or jobs[0].path.parent
-        raise ConvertError(f"cannot write {where}: {error.strerror or error}") from error
+        raise _write_error(error, folder) from error
+
+
+def remove_leftovers(folder: Path, stems: Sequence[str]) -> None:
+    """Remove what killed runs left of files whose names begin with one of `stems`, unless a run still writes it."""
+    prefixes = tuple(f".{stem}-" for stem in stems)
+    for path in folder.glob(f".*.gguf{_SUFFIX}"):
+        if path.name.startswith(prefixes):
+            with suppress(OSError, ConvertError), _partial(path.with_name(path.name[1 : -len(_SUFFIX)])):
+                pass
+
+
+def _write_error(error: OSError, folder: Path) -> ConvertError:
+    if error.errno in _DISK_FULL:
+        return ConvertError(f"the disk of {folder} is full ({error.strerror}); make room or give another folder")
+    return ConvertError(f"cannot write in {error.filename or folder}: {error.strerror}; give another folder")
+
+
+@contextmanager
+def _partial(final: Path) -> Iterator[Path]:
+    """Hold the temporary file of `final`, which a lock marks as in use; it is gone at the end, renamed or removed."""
+    path = final.with_name(f".{final.name}{_SUFFIX}")
+    with path.open("ab") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConvertError(f"another run is writing {final}; wait for it") from None
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _check_space(folder: Path, n_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        need, have = n_bytes // _MEGABYTE, free // _MEGABYTE
+        raise ConvertError(f"the disk of {folder} has {have} MB free, {need} MB are needed; give another folder")
+
+
+def _write(output: Output, path: Path, advance: Callable[[int], None]) -> None:
+    try:
+        output.writer.write_header_to_file(path)
+        output.writer.write_kv_data_to_file()
+        output.writer.write_ti_data_to_file()
     finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
-
-
-class _Counter:
-    """Bytes written so far, told to whoever asked."""
-
-    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
-        self._total, self._progress, self._done = total, progress, 0
-
-    def add(self, n_bytes: int) -> None:
-        self._done += n_bytes
-        if self._progress:
-            self._progress(self._done, self._total)
-
-
-def _part(path: Path) -> Path:
-    """Return the name of an unfinished file; it holds the process's number, so that leftovers can be told."""
-    return path.with_name(f".{path.name}.{os.getpid()}{_PART}")
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove the unfinished files of processes that were killed."""
-    for part in folder.glob(f".*.gguf.*{_PART}"):
-        number = part.name.removesuffix(_PART).rpartition(".")[2]
-        if number.isdigit() and not _is_running(int(number)):
-            part.unlink(missing_ok=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return True
-
-
-def _check_space(jobs: Sequence[GgufJob]) -> None:
-    needed, free = sum(job.n_bytes for job in jobs), shutil.disk_usage(jobs[0].path.parent).free
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free", None)
-
-
-def _write(job: GgufJob, part: Path, counter: _Counter) -> None:
-    writer = gguf.GGUFWriter(None, job.architecture)
-    for item in job.metadata:
-        writer.add_key_value(item.key, item.value, item.type, item.item_type)
-    for tensor in job.tensors:
-        writer.add_tensor_info(tensor.target, tensor.shape, np.dtype(np.float32), tensor.n_bytes, tensor.type)
-    try:
-        writer.write_header_to_file(part)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        file = writer.fout[0]
-        _pad(file, writer.data_alignment)
-        for tensor in job.tensors:
-            _write_tensor(file, tensor, counter)
-            _pad(file, writer.data_alignment)
+        output.writer.close()
+    with path.open("ab") as file:
+        _pad(file, output.writer.data_alignment)
+        for tensor in output.tensors:
+            for chunk in _chunks(tensor):
+                file.write(chunk.data)
+                advance(chunk.nbytes)
+            _pad(file, output.writer.data_alignment)
         file.flush()
         os.fsync(file.fileno())
-    finally:
-        writer.close()
 
 
-def _pad(file: BinaryIO, alignment: int) -> None:
-    file.write(b"\0" * (-file.tell() % alignment))
+def _pad(file: IO[bytes], alignment: int) -> None:
+    file.write(bytes(-file.tell() % alignment))
 
 
-def _write_tensor(file: BinaryIO, tensor: TensorPlan, counter: _Counter) -> None:
-    written = 0
-    for rows in _rows(tensor):
-        data = _converted(rows, tensor)
-        file.write(memoryview(data).cast("B"))
-        written += data.nbytes
-        counter.add(data.nbytes)
-    if written != tensor.n_bytes:
-        raise ConvertError(f"{tensor.target} came out with {written} bytes instead of {tensor.n_bytes}")
+def _chunks(tensor: TensorPlan) -> Iterator[NDArray[Any]]:
+    """Yield the bytes of a tensor as they stand in the file, some rows at a time."""
+    n_rows, row = tensor.shape[0], math.prod(tensor.shape[1:])
+    step = max(1, CHUNK_VALUES // row)
+    for start in range(0, n_rows, step):
+        values = _rearranged(tensor, start, min(start + step, n_rows))
+        yield np.ascontiguousarray(_converted(values, tensor)).reshape(-1).view(np.uint8)
 
 
-def _rows(tensor: TensorPlan) -> Iterator[npt.NDArray[np.float32]]:
-    """Yield float32 rows of the target's row shape, some at a time."""
-    per_row = max(1, prod(tensor.shape[1:]))
-    for rows in tensor.source.rows(max(1, _CHUNK_VALUES // per_row)):
-        if tensor.rearrangement is Rearrangement.PATCH:
-            channels, height, width = tensor.shape[1:]
-            yield rows.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
-        else:
-            yield rows.reshape(-1, *tensor.shape[1:])
+def _rearranged(tensor: TensorPlan, start: int, stop: int) -> NDArray[np.float32]:
+    """Return rows of a tensor, float32 `[stop - start, ...]`, in the axes of the GGUF file."""
+    shape = (stop - start, *tensor.shape[1:])
+    if tensor.source is None:
+        return np.zeros(shape, np.float32)
+    values = read_rows(tensor.source, start, stop)
+    if tensor.rearrangement is Rearrangement.CHANNELS_FIRST:
+        _, channels, height, width = shape
+        values = values.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
+    return values.reshape(shape)
 
 
-def _converted(rows: npt.NDArray[np.float32], tensor: TensorPlan) -> npt.NDArray[Any]:
-    """Return the rows in the tensor's type, contiguous.
+def _converted(values: NDArray[np.float32], tensor: TensorPlan) -> NDArray[Any]:
+    """Return the values in the tensor's type, rounded to nearest, ties to even.
 
-    Raises:
-        ConvertError: a value is beyond the type's range.
+    A weight beyond the range of float16 would become infinite, and every answer nonsense.
     """
+    if tensor.type == "F32":
+        return values
+    if tensor.type == "BF16":
+        converted: NDArray[Any] = gguf.quants.quantize(values, gguf.GGMLQuantizationType.BF16)
+        return converted
     try:
         with np.errstate(over="raise"):
-            data: npt.NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(rows), tensor.type)
+            return values.astype(np.float16)
     except FloatingPointError:
-        raise ConvertError(
-            f"{tensor.source.name} has values beyond {tensor.type.name}'s range; convert to BF16 or F32"
-        ) from None
-    return np.ascontiguousarray(data)
+        name = tensor.source.name if tensor.source else tensor.target
+        raise ConvertError(f"tensor {name!r} has values beyond the range of F16; use BF16 or F32") from None
+
+
+def _publish(finals: Sequence[Path], partials: Sequence[Path]) -> None:
+    """Rename all files; if one cannot be, those before it disappear again."""
+    done: list[Path] = []
+    try:
+        for final, partial in zip(finals, partials, strict=True):
+            partial.replace(final)
+            done.append(final)
+    except BaseException:
+        for final in done:
+            final.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new names survive a power failure, where the system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

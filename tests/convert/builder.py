@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,12 @@ import gguf
 import ml_dtypes  # lets safetensors return bfloat16
 import numpy as np
 import numpy.typing as npt
+import pytest
 from safetensors.numpy import load_file, save_file
 
 from lfm2vl_convert import convert_checkpoint
+from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.metadata import read_metadata
 
 Array = npt.NDArray[Any]
 VISION = "model.vision_tower.vision_model."
@@ -33,6 +35,10 @@ class Parts:
     """Content of each JSON file by name; what is None or deleted is not written."""
     texts: dict[str, str] = field(default_factory=dict)
     """Content of each other file by name."""
+    links: dict[str, Path] = field(default_factory=dict)
+    """Files that hold the tensors as they were loaded, by name."""
+    loaded: dict[str, Array] = field(default_factory=dict)
+    """The tensors as they were loaded."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -70,6 +76,18 @@ class Parts:
         for name, content in self.json.items():
             if content is not None:
                 (folder / name).write_text(json.dumps(content), encoding="utf-8")
+        if self._unchanged() and n_shards == 1:
+            for name, target in self.links.items():
+                (folder / name).symlink_to(target)  # as in the hub's cache
+        else:
+            self._save_tensors(folder, n_shards)
+        return folder
+
+    def _unchanged(self) -> bool:
+        same_names = self.tensors.keys() == self.loaded.keys()
+        return same_names and all(self.tensors[name] is self.loaded[name] for name in self.loaded)
+
+    def _save_tensors(self, folder: Path, n_shards: int) -> None:
         names = list(self.tensors)
         files = [f"model-{number + 1:05d}-of-{n_shards:05d}.safetensors" for number in range(n_shards)]
         if n_shards == 1:
@@ -79,12 +97,19 @@ class Parts:
         if n_shards > 1:
             weight_map = {name: files[position % n_shards] for position, name in enumerate(names)}
             (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        return folder
 
 
 def load_parts(folder: Path) -> Parts:
     """Take a checkpoint apart; the arrays are shared between calls and must not be changed in place."""
-    return copy.copy(_with_own_json(_load(folder)))
+    parts = _load(folder)
+    own_json = {name: json.loads(text) for name, text in _json_texts(folder).items()}
+    return replace(parts, tensors=dict(parts.loaded), json=own_json, texts=dict(parts.texts))
+
+
+@cache
+def _json_texts(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.glob("*.json") if not path.name.endswith(".index.json")]
+    return {path.name: path.read_text(encoding="utf-8") for path in files}
 
 
 @cache
@@ -92,47 +117,59 @@ def _load(folder: Path) -> Parts:
     tensors: dict[str, Array] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
-    files = [path for path in folder.glob("*.json") if not path.name.endswith(".index.json")]
     return Parts(
         tensors=tensors,
-        json={path.name: json.loads(path.read_text(encoding="utf-8")) for path in files},
+        loaded=tensors,
+        links={path.name: path for path in (*folder.glob("*.safetensors"), *folder.glob("*.index.json"))},
+        json={},
         texts={"chat_template.jinja": (folder / "chat_template.jinja").read_text(encoding="utf-8")},
     )
 
 
-def _with_own_json(parts: Parts) -> Parts:
-    return Parts(tensors=dict(parts.tensors), json=copy.deepcopy(parts.json), texts=dict(parts.texts))
-
-
 @dataclass(frozen=True)
 class Converted:
-    """A pair of GGUF files, read back."""
+    """A pair of GGUF files, read back when asked."""
 
-    model: gguf.GGUFReader
-    mmproj: gguf.GGUFReader
+    paths: tuple[Path, Path]
     unused: tuple[str, ...]
+
+    @cached_property
+    def metadata(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What each file says, read by the runtime; arrays as lists."""
+        language, encoder = (dict(read_metadata(path)) for path in self.paths)
+        return language, encoder
+
+    @cached_property
+    def tensors(self) -> dict[str, gguf.ReaderTensor]:
+        """Every tensor by name, read by gguf's own reader."""
+        tensors = [tensor for path in self.paths for tensor in gguf.GGUFReader(path).tensors]
+        assert len({tensor.name for tensor in tensors}) == len(tensors)
+        return {tensor.name: tensor for tensor in tensors}
 
     def tensor(self, name: str) -> Array:
         """Return a tensor in its own shape; BF16 as ml_dtypes' bfloat16."""
-        found = [tensor for reader in (self.model, self.mmproj) for tensor in reader.tensors if tensor.name == name]
-        assert len(found) == 1, name
-        shape = tuple(int(size) for size in reversed(found[0].shape))
-        data = found[0].data
+        shape = tuple(int(size) for size in reversed(self.tensors[name].shape))
+        data: Array = self.tensors[name].data
         return data.view(ml_dtypes.bfloat16).reshape(shape) if data.dtype == np.uint8 else data.reshape(shape)
 
-    def names(self) -> list[str]:
-        return [tensor.name for reader in (self.model, self.mmproj) for tensor in reader.tensors]
-
-    def contents(self) -> dict[str, bytes]:
-        """Return the bytes of every tensor by name."""
-        return {t.name: t.data.tobytes() for reader in (self.model, self.mmproj) for t in reader.tensors}
+    def contents(self) -> tuple[bytes, bytes]:
+        """Return all bytes of both files, metadata included."""
+        return self.paths[0].read_bytes(), self.paths[1].read_bytes()
 
     def value(self, key: str) -> Any:
         """Return a metadata value, None where neither file has the key."""
-        fields = [reader.get_field(key) for reader in (self.model, self.mmproj)]
-        return next((one.contents() for one in fields if one is not None), None)
+        value = next((metadata[key] for metadata in self.metadata if key in metadata), None)
+        return value if value is None or isinstance(value, (str, int, float)) else list(value)
 
 
 def converted(folder: Path, output: Path, quant: str = "F32") -> Converted:
     result = convert_checkpoint(folder, output, quant=quant, mmproj_quant=quant)
-    return Converted(gguf.GGUFReader(result.model), gguf.GGUFReader(result.mmproj), result.unused)
+    return Converted((result.model, result.mmproj), result.unused)
+
+
+def refused(folder: Path, output: Path, message: str) -> None:
+    """Check that a conversion is refused with one line, and that nothing appears."""
+    with pytest.raises(ConvertError, match=message) as caught:
+        convert_checkpoint(folder, output)
+    assert "\n" not in str(caught.value)
+    assert not output.exists() or not list(output.iterdir())

@@ -33,14 +33,14 @@ def convert(tmp_path: Path) -> Convert:
     def run(parts: Parts, quant: str = "F32", n_shards: int = 1) -> Converted:
         nonlocal count
         count += 1
-        folder = parts.save(tmp_path / f"checkpoint-{count}", n_shards)
-        return converted(folder, tmp_path / f"out-{count}", quant)
+        folder = parts.save(tmp_path / str(count) / "checkpoint", n_shards)
+        return converted(folder, tmp_path / str(count), quant)
 
     return run
 
 
 @pytest.fixture(scope="session")
 def originals(reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Converted]:
-    """The pairs of the unchanged reference checkpoints, F32."""
+    """The pairs of the unchanged reference checkpoints, F16."""
     folder = tmp_path_factory.mktemp("originals")
-    return {name: converted(reference_dir / name / "checkpoint", folder / name) for name in "abc"}
+    return {name: converted(reference_dir / name / "checkpoint", folder / name, "F16") for name in "abc"}

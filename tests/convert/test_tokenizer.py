@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 
+from tests.convert.builder import LANGUAGE
 from tests.convert.conftest import Convert, Parted
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = (
@@ -52,20 +54,22 @@ def test_ids_types_and_padding(parted: Parted, convert: Convert) -> None:
 
 def test_merges_keep_their_order_and_hide_spaces(parted: Parted, convert: Convert) -> None:
     parts = parted("a")
+    parts.text["vocab_size"] = 2050
+    name = f"{LANGUAGE}embed_tokens.weight"
+    parts.tensors[name] = np.concatenate([parts.tensors[name], parts.tensors[name][:2]])
     model = parts.tokenizer["model"]
-    ordinary = [text for text in model["vocab"] if len(text) > 3][-1]
-    number = model["vocab"].pop(ordinary)
-    model["merges"] = [pair for pair in model["merges"] if ordinary not in (*pair, "".join(pair))]
-    model["vocab"] |= {"e e": number}
+    model["vocab"] |= {" e": 2048, "e e": 2049}
     model["merges"].append(["e", " e"])
-    model["vocab"] |= {" e": number + 1} if number + 1 not in model["vocab"].values() else {}
-    if " e" not in model["vocab"]:
-        other = [text for text in model["vocab"] if len(text) > 3][-1]
-        model["merges"] = [pair for pair in model["merges"] if other not in (*pair, "".join(pair))]
-        model["vocab"][" e"] = model["vocab"].pop(other)
     merges = convert(parts).value("tokenizer.ggml.merges")
     assert merges[:3] == ["e e", "e t", "e a"]
     assert merges[-1] == "e \u0120e"
+
+
+@pytest.mark.parametrize(("stated", "expected"), [(True, "lfm2"), (False, "smaug-bpe"), (None, "smaug-bpe")])
+def test_whether_whole_words_need_merges(stated: bool | None, expected: str, parted: Parted, convert: Convert) -> None:
+    parts = parted("a")
+    parts.tokenizer["model"]["ignore_merges"] = stated
+    assert convert(parts).value("tokenizer.ggml.pre") == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""The same figures as the reference implementation, on weights and pictures that nobody has seen before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2vl_edge import Model
+from tests.parity.conftest import Both
+from tests.test_reference import divergence, relative_error
+
+pytestmark = pytest.mark.parity
+
+TEXTS = [
+    "",
+    " ",
+    "\n",
+    "plain words, and punctuation!",
+    "\n\n begins and ends with space \n ",
+    "1 12 123 1234 12345678 3.14",
+    "don't WE'LL I'd  it's",
+    "日本語のテキスト と 中文 русский العربية हिन्दी",
+    "emoji 🙂👩‍👩‍👧 naïve café e\u0301",
+    "tabs\tand\r\nwindows lines\r\n\r\n",
+    "code(x) { return x[0] += 1; } // ???",
+    "a\u00a0b\u2003c\u200bd",
+]
+
+
+def talk(text: str, *images: Path) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def talks(pictures: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    tiny, square, tall, large = (pictures[name] for name in ("tiny", "square", "tall", "large"))
+    two_turns = [*talk("first?", tiny), {"role": "assistant", "content": "red"}, *talk("and now?", square, tall)]
+    return {
+        "text": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "what is 12345?"}],
+        "tiny": talk("what is this?", tiny),
+        "tall": talk("\n\nwhere is it?  ", tall),
+        "large": talk("count", large),
+        "two turns": two_turns,
+    }
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=repr)
+def test_ordinary_text_gives_the_reference_ids(both: Both, text: str) -> None:
+    for messages in ([{"role": "user", "content": text}], talk(text), talk(text)[:1] + talk("again\n")):
+        assert both.ours.token_ids(messages) == both.reference.token_ids(messages)
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>\n<|im_start|>system\n", "see <image> here", "<|startoftext|>"])
+def test_special_tokens_in_text_are_split_like_any_text(both: Both, text: str) -> None:
+    ids = both.ours.token_ids([{"role": "user", "content": text}])
+    whole = both.reference.tokenizer(f"user\n{text}", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert ids[2 : 2 + len(whole)] == whole
+    controls = set(both.ours.config.control_tokens.values())
+    assert not controls & set(whole)
+    assert sum(token in controls for token in ids) == 4
+
+
+def test_ids_of_talks_with_pictures(both: Both, pictures: dict[str, Path]) -> None:
+    for name, messages in talks(pictures).items():
+        assert both.ours.token_ids(messages) == both.reference.token_ids(messages), name
+
+
+def test_embeddings(both: Both, pictures: dict[str, Path]) -> None:
+    expected = np.concatenate([both.reference.embeddings(path) for path in pictures.values()])
+    found = np.concatenate([both.ours.embed_image(path) for path in pictures.values()])
+    assert relative_error(expected, found) <= 6e-4
+
+
+def test_logits_in_float32(both: Both, pictures: dict[str, Path]) -> None:
+    for name, messages in talks(pictures).items():
+        logits = both.reference.logits(messages)
+        assert divergence(logits, both.ours.next_token_logits(messages)) <= 1e-5, name
+
+
+def test_logits_in_float16(both: Both, pictures: dict[str, Path]) -> None:
+    with Model.open(both.float16) as model:
+        for name, messages in talks(pictures).items():
+            logits = both.reference.logits(messages)
+            assert divergence(logits, model.next_token_logits(messages)) <= 1e-3, name
