@@ -77,6 +77,6 @@ $(VENV)/.parity: $(VENV)/.test
 
 $(DEMO)/model/.ready: | $(VENV)/.ready
 	rm -rf $(DEMO)
-	$(BIN)/python benchmarks/make_checkpoint.py --shape small $(DEMO)/random >/dev/null
+	$(BIN)/python -m benchmarks.make_checkpoint --shape small $(DEMO)/random >/dev/null
 	$(BIN)/lfm2vl-edge convert $(DEMO)/random -o $(DEMO)/model --quiet >/dev/null
 	@touch $@

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.make_checkpoint import SHAPES, make, tensors
+from benchmarks.make_checkpoint import make, tensors
+from benchmarks.shapes import SHAPES
 from tests.convert.builder import converted
 
 PUBLISHED = {
@@ -22,7 +23,7 @@ PUBLISHED = {
 """Parameters according to the model repositories."""
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_shapes_have_the_published_number_of_parameters(name: str) -> None:
     assert sum(math.prod(shape) for _, shape in tensors(SHAPES[name])) == PUBLISHED[name]
 
