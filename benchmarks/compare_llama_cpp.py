@@ -1,0 +1,102 @@
+"""Whole processes side by side: `lfm2vl-edge run` and llama.cpp's own llama-mtmd-cli, same files, in turn.
+
+    python -m benchmarks.compare_llama_cpp MODEL.gguf --mmproj MMPROJ.gguf --peer BUILD/bin/llama-mtmd-cli
+
+The peer is built from the llama.cpp sources inside llama-cpp-python's source distribution, so that both sides run the
+same kernels. The two take turns, because a shared machine drifts; medians and their ratio are printed as Markdown.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image
+
+PHOTO = Path(__file__).parents[1] / "examples" / "hopper.jpg"
+PROMPT = "Describe this image."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What one process cost."""
+
+    wall: float
+    """Seconds."""
+    cpu: float
+    """Seconds, user and system."""
+    memory: float
+    """Largest resident size, MB."""
+
+
+def measure(command: Sequence[str]) -> Cost:
+    """Run a command to its end; the system itself accounts for it."""
+    begin = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        errors = process.stderr.read() if process.stderr else b""
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    wall = time.perf_counter() - begin
+    if process.returncode:
+        sys.exit(f"{command[0]} failed: {errors.decode(errors='replace')[-500:]}")
+    return Cost(wall=wall, cpu=usage.ru_utime + usage.ru_stime, memory=usage.ru_maxrss / 1000)
+
+
+def ours(model: Path, mmproj: Path, picture: Path, n_tokens: int, threads: int) -> list[str]:
+    """Return our command."""
+    command = [sys.executable, "-m", "lfm2vl_edge", "run", str(picture), PROMPT, "-m", str(model)]
+    command += ["--mmproj", str(mmproj), "-n", str(n_tokens), "-t", str(threads), "-c", "4096"]
+    return [*command, "--temperature", "0", "--repetition-penalty", "1"]
+
+
+def theirs(peer: Path, model: Path, mmproj: Path, picture: Path, n_tokens: int, threads: int) -> list[str]:
+    """Return the peer's command."""
+    command = [str(peer), "-m", str(model), "--mmproj", str(mmproj), "--image", str(picture), "-p", PROMPT]
+    return [*command, "-n", str(n_tokens), "-t", str(threads), "-c", "4096", "--temp", "0"]
+
+
+def row(name: str, pairs: Sequence[tuple[Cost, Cost]]) -> list[str]:
+    """Return the lines of the table for one picture."""
+    lines = []
+    for figure, unit in (("wall", "s"), ("cpu", "s"), ("memory", "MB")):
+        a, b = ([getattr(cost, figure) for cost in side] for side in zip(*pairs, strict=True))
+        ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
+        form = ".0f" if unit == "MB" else ".2f"
+        shown = f"{statistics.median(a):{form}} {unit} | {statistics.median(b):{form}} {unit} | {ratio:.2f}"
+        lines.append(f"| {name} | {figure} | {shown} |")
+    return lines
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Language GGUF.")],
+    mmproj: Annotated[Path, typer.Option(help="Vision GGUF.")],
+    peer: Annotated[Path, typer.Option(help="llama-mtmd-cli.")],
+    runs: Annotated[int, typer.Option(help="Runs of each side that count; one more goes before.")] = 5,
+    n_tokens: Annotated[int, typer.Option(help="Length of the answer.")] = 32,
+    threads: Annotated[int, typer.Option(help="Of both sides.")] = 2,
+) -> None:
+    """Print a table of medians: ours, llama-mtmd-cli, ratio."""
+    print("| picture | figure | lfm2vl-edge | llama-mtmd-cli | ratio |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for width, height in ((512, 512), (1920, 1080)):
+            picture = Path(folder) / f"{width}x{height}.png"
+            Image.open(PHOTO).resize((width, height)).save(picture)
+            commands = (
+                ours(model, mmproj, picture, n_tokens, threads),
+                theirs(peer, model, mmproj, picture, n_tokens, threads),
+            )
+            pairs = [(measure(commands[0]), measure(commands[1])) for _ in range(runs + 1)][1:]
+            print("\n".join(row(f"{width}x{height}", pairs)), flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
