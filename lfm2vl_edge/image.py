@@ -59,7 +59,7 @@ def load_image(source: ImageInput, *, max_pixels: int = MAX_PIXELS) -> Pixels:
 
     Args:
         source: see `ImageInput`.
-        max_pixels: the largest width x height that is decoded.
+        max_pixels: the largest width x height that is decoded; an array is decoded already.
 
     Returns:
         uint8 `[height, width, 3]`, contiguous.
@@ -68,7 +68,6 @@ def load_image(source: ImageInput, *, max_pixels: int = MAX_PIXELS) -> Pixels:
         ImageError: the source is no picture, is damaged, or has more than `max_pixels` pixels.
     """
     if isinstance(source, np.ndarray):
-        _check_size(source.shape[1] if source.ndim > 1 else 0, source.shape[0] if source.ndim else 0, max_pixels)
         return _from_array(source)
     if isinstance(source, Image.Image):
         _check_size(*source.size, max_pixels)
@@ -184,7 +183,7 @@ def _deep_to_eight_bits(values: npt.NDArray[Any]) -> Pixels:
 def _from_array(array: npt.NDArray[Any]) -> Pixels:
     if array.ndim == 2:
         array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
         raise ImageError(f"an array of shape {array.shape} is no picture; give [H, W], [H, W, 3] or [H, W, 4]")
     if array.dtype == np.uint16:
         array = _deep_to_eight_bits(array)

@@ -141,8 +141,8 @@ def test_arrays_of_every_shape(shape: tuple[int, ...]) -> None:
         (np.zeros((3, 4), np.float32), "float32 is ambiguous"),
         (np.zeros((3, 4, 2), np.uint8), "shape"),
         (np.zeros((2, 2, 3, 1), np.uint8), "shape"),
-        (np.zeros((0, 4, 3), np.uint8), "nothing to see"),
-        (np.zeros(4, np.uint8), "nothing to see"),
+        (np.zeros((0, 4, 3), np.uint8), "shape"),
+        (np.zeros(4, np.uint8), "shape"),
     ],
 )
 def test_what_is_no_picture_is_refused(source: Any, named: str) -> None:
@@ -168,9 +168,9 @@ def test_a_bomb_is_refused_before_it_is_decoded() -> None:
 def test_the_limit_is_an_option() -> None:
     with pytest.raises(ImageError, match="limit"):
         load_image(PNG, max_pixels=53)
-    for source in (Image.fromarray(PIXELS), PIXELS):
-        with pytest.raises(ImageError, match="limit"):
-            load_image(source, max_pixels=53)
+    with pytest.raises(ImageError, match="limit"):
+        load_image(Image.fromarray(PIXELS), max_pixels=53)
+    assert load_image(PIXELS, max_pixels=53).shape == (6, 9, 3)  # it is in memory already
     assert load_image(PNG, max_pixels=54).shape == (6, 9, 3)
     assert Image.MAX_IMAGE_PIXELS is not None  # Pillow's own limit is as it was
 
