@@ -127,6 +127,18 @@ def test_the_context_grows_for_a_prompt_and_answers_stay_the_same(pair: Pair) ->
         assert large.engine.info.n_ctx == 4096
 
 
+def test_a_context_that_cannot_be_had_leaves_the_model_usable(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lfm2vl_edge.engine.ffi import llama
+
+    with Model.open(pair("a", "F32"), n_ctx=256) as small:
+        expected = small.ask([], "x", **GREEDY)
+        with monkeypatch.context() as broken:
+            broken.setattr(llama, "llama_init_from_model", lambda *_: None)
+            with pytest.raises(EngineError, match="llama_init_from_model failed: no memory for a context"):
+                small.ask(SMALL, "x", **{**GREEDY, "max_tokens": 2000})
+        assert small.ask([], "x", **GREEDY) == expected
+
+
 def test_a_prompt_beyond_the_model_is_refused_before_it_is_paid_for(model: Model) -> None:
     with pytest.raises(PromptError, match=r"the prompt has \d+ tokens \(0 of them of images\).*context is 32768"):
         model.ask([], "word " * 40_000)

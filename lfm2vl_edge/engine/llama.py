@@ -69,6 +69,7 @@ class LlamaEngine:
         self._model: Any = None
         self._context: Any = None
         self._vision: Any = None
+        self._n_ctx = 0
         self._mmproj = mmproj
         self._settings = settings
         self._view_tokens = settings.max_view_tokens
@@ -195,7 +196,7 @@ class LlamaEngine:
     def _open_context(self, n_tokens: int) -> None:
         if self._context:
             llama.llama_free(self._context)
-            self._context = None
+            self._context, self._n_ctx = None, 0  # if there is no memory for the next one, it is tried again
         params = llama.llama_context_default_params()
         params.n_ctx = min(-(-n_tokens // _CONTEXT_STEP) * _CONTEXT_STEP, self._settings.n_ctx_max)
         params.n_batch = N_BATCH
