@@ -1,0 +1,1 @@
+"""Programs that measure, and the random checkpoints that they measure with."""

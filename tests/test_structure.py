@@ -19,7 +19,7 @@ LAYERS = [
     {"modelfile", "resample", "draw"},
     {"preprocess", "engine"},
     {"prompt", "engine.ffi"},
-    {"engine.llama"},
+    {"engine.llama", "engine.quantize"},
     {"generate"},
     {"model"},
     {""},
