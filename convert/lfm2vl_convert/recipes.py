@@ -135,7 +135,10 @@ def stored_type(name: str, quant: str, overrides: Overrides = ()) -> str:
         return "F16" if quant == "F16" else "F32"
     kind = next((kind for pattern, kind in overrides if re.search(pattern, name)), quant)
     if kind not in FLOAT_TYPES:
-        raise ConvertError(f"tensor {name!r} cannot be {kind} in a file of type {quant}; give the file a block type")
+        raise ConvertError(
+            f"tensor {name!r} cannot be {kind} in a file of type {quant}; "
+            "narrow the pattern, such as ^blk for the language file, or give this file a block type"
+        )
     return kind
 
 
