@@ -248,3 +248,34 @@ def test_convert_quantizes_and_reports(run: Run, tmp_path: Path) -> None:
     assert "checkpoint-Q4_0.gguf" in table
     assert table.count("total") == 2
     assert failed(run("convert", checkpoint, "--tensor-type", "x", "--force"), "no PATTERN=TYPE")
+
+
+def test_quantize_makes_what_convert_makes(run: Run, tmp_path: Path, pair: Pair) -> None:
+    checkpoint = REFERENCE / "a" / "checkpoint"
+    types = ("--quant", "Q5_0", "--mmproj-quant", "Q8_0")
+    result = run("quantize", pair("a", "BF16"), *types)
+    assert result.returncode == 0
+    made = ["checkpoint-Q5_0.gguf", "mmproj-checkpoint-Q8_0.gguf"]
+    assert result.stdout.decode().split() == made
+    assert "feed-forward" in result.stderr.decode()
+    assert run("convert", checkpoint, "-o", "direct", *types).returncode == 0
+    assert [(tmp_path / name).read_bytes() for name in made] == [
+        (tmp_path / "direct" / name).read_bytes() for name in made
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [made[0], "direct", made[1]]
+
+
+def test_quantize_takes_one_file_and_refuses_wrong_ones(run: Run, tmp_path: Path, pair: Pair) -> None:
+    mmproj = pair("a", "BF16") / "mmproj-checkpoint-BF16.gguf"
+    assert run("quantize", mmproj, "--mmproj-quant", "q8_0", "-q").stderr == b""
+    made = tmp_path / "mmproj-checkpoint-Q8_0.gguf"
+    assert [path.name for path in tmp_path.iterdir()] == [made.name]
+    assert failed(run("quantize", mmproj, "--mmproj-quant", "Q8_0"), "exists; .*--force")
+    assert failed(run("quantize", made, "--mmproj-quant", "Q4_0"), "quantized already.*--requantize")
+    assert run("quantize", made, "--mmproj-quant", "Q4_0", "--requantize").returncode == 0
+    assert failed(run("quantize", made, "--mmproj-quant", "Q8_0", "--requantize", "--force"), "is Q8_0 already")
+    assert failed(run("quantize", mmproj, "--mmproj-quant", "F16", "--tensor-type", "ffn=F32"), "to be F16 throughout")
+    assert failed(run("quantize", mmproj, "--mmproj-quant", "Q8_0", "--tensor-type", "x=F32"), "x=F32 fits no matrix")
+    assert failed(run("quantize", tmp_path / "nothing.gguf"), "no model file at")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    assert failed(run("quantize", tmp_path / "x.gguf"), "no whole GGUF file")

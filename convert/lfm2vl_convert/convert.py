@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,14 +76,14 @@ def convert_checkpoint(
     target = Path.cwd() if output is None else Path(output).expanduser()
     quants = _known_type(quant, LANGUAGE_TYPES), _known_type(mmproj_quant, ENCODER_TYPES)
     paths = _paths(target, folder.name, *quants)
-    _refuse_existing(target, paths, force=force)
+    refuse_existing(target, paths, force=force)
     source = read_checkpoint(folder)
     plan = plan_conversion(source, quant=quant, mmproj_quant=mmproj_quant, tensor_types=tensor_types, pad=pad)
     finishes = _finish(quant, tensor_types, quantizer), _finish(mmproj_quant, tensor_types, quantizer)
     outputs = _outputs(source, plan, paths, quants, finishes)
     remove_leftovers(target, (folder.name, f"mmproj-{folder.name}"))
     n_bytes = sum(tensor.n_bytes * (2 if output.quantize else 1) for output in outputs for tensor in output.tensors)
-    write_files(outputs, target, _counter(n_bytes, progress))
+    write_files(outputs, target, byte_counter(n_bytes, progress))
     return ConvertResult(model=paths[0], mmproj=paths[1], unused=plan.unused, plan=plan)
 
 
@@ -118,7 +118,7 @@ def plan_conversion(
         ),
         unused_prefixes=unused,
     )
-    _check_overrides(plan, tensor_types)
+    check_overrides([tensor.target for tensor in (*plan.model, *plan.mmproj)], tensor_types)
     return plan
 
 
@@ -140,8 +140,16 @@ def _written_overrides(quant: str, overrides: Overrides) -> Overrides:
     return overrides if quant in FLOAT_TYPES else ()
 
 
-def _check_overrides(plan: Plan, overrides: Overrides) -> None:
-    names = [tensor.target for tensor in (*plan.model, *plan.mmproj)]
+def check_overrides(names: Sequence[str], overrides: Overrides) -> None:
+    """Check that the types of single tensors are not for tensors that do not exist.
+
+    Args:
+        names: of the tensors in the GGUF files.
+        overrides: patterns and types.
+
+    Raises:
+        ConvertError: a pattern fits no tensor whose type is free.
+    """
     free = [name for name in names if recipe_of(name).rule is Rule.FILE]
     for pattern, kind in overrides:
         if not any(re.search(pattern, name) for name in free):
@@ -166,9 +174,14 @@ def _paths(target: Path, name: str, quant: str, mmproj_quant: str) -> tuple[Path
     return target / f"{name}-{quant}.gguf", target / f"mmproj-{name}-{mmproj_quant}.gguf"
 
 
-def _refuse_existing(target: Path, paths: tuple[Path, Path], *, force: bool) -> None:
+def refuse_existing(target: Path, paths: Sequence[Path], *, force: bool) -> None:
+    """Check that the files may be written.
+
+    Raises:
+        ConvertError: the folder is none, or a file is there and may not be replaced.
+    """
     if target.exists() and not target.is_dir():
-        raise ConvertError(f"{target} is a file; give a folder for the two GGUF files")
+        raise ConvertError(f"{target} is a file; give a folder for the GGUF files")
     for path in paths:
         if path.is_dir() or (path.exists() and not force):
             raise ConvertError(f"{path} exists; remove it, use --force, or give another folder")
@@ -207,7 +220,8 @@ def _writer(
     return writer
 
 
-def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+def byte_counter(total: int, progress: Progress | None) -> Advance:
+    """Return what adds up bytes and reports their sum."""
     done = 0
 
     def advance(n_bytes: int) -> None:

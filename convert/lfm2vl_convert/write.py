@@ -69,15 +69,35 @@ def write_files(outputs: Sequence[Output], folder: Path, advance: Advance) -> No
         ConvertError: the disk is full, the folder cannot be written, another run writes the same file, a source file
             is damaged, or a value does not fit into its type. No file is left behind.
     """
+
+    def make(partials: Sequence[Path]) -> None:
+        _check_space(folder, sum(tensor.n_bytes for output in outputs for tensor in output.tensors))
+        for output, partial in zip(outputs, partials, strict=True):
+            _make(output, partial, advance)
+
+    write_together([output.path for output in outputs], folder, make)
+
+
+def write_together(finals: Sequence[Path], folder: Path, make: Callable[[Sequence[Path]], None]) -> None:
+    """Write files beside their names and rename them together, when the last one is complete.
+
+    Args:
+        finals: the names, all of them in `folder`.
+        folder: made when it does not exist.
+        make: writes the files, under the names that it is given.
+
+    Raises:
+        ConvertError: the disk is full, the folder cannot be written, or another run writes the same file.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            partials = [stack.enter_context(_partial(output.path)) for output in outputs]
-            _check_space(folder, sum(tensor.n_bytes for output in outputs for tensor in output.tensors))
-            for output, partial in zip(outputs, partials, strict=True):
-                _make(output, partial, advance)
-            _publish([output.path for output in outputs], partials)
-        _sync_folder(folder)
+            partials = [stack.enter_context(_partial(final)) for final in finals]
+            make(partials)
+            for partial in partials:
+                _sync(partial)
+            _publish(finals, partials)
+        _sync(folder)
     except OSError as error:
         raise _write_error(error, folder) from error
 
@@ -126,8 +146,6 @@ def _make(output: Output, path: Path, advance: Advance) -> None:
         with _partial(output.path.with_suffix(".source.gguf")) as source:
             _write(output, source, advance)
             output.quantize(source, path, advance)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _write(output: Output, path: Path, advance: Advance) -> None:
@@ -219,10 +237,10 @@ def _publish(finals: Sequence[Path], partials: Sequence[Path]) -> None:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the new names survive a power failure, where the system can."""
+def _sync(path: Path) -> None:
+    """Make a file's bytes or a folder's names survive a power failure, where the system can."""
     with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

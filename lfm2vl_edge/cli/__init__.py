@@ -8,6 +8,7 @@ import typer
 
 from lfm2vl_edge.cli.convert import convert
 from lfm2vl_edge.cli.plan import plan
+from lfm2vl_edge.cli.quantize import quantize
 from lfm2vl_edge.cli.run import run
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(plan)
 app.command()(convert)
+app.command()(quantize)
 
 
 def _show_version(wanted: bool) -> None:
