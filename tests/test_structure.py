@@ -22,6 +22,7 @@ LAYERS = [
     {"engine.llama", "engine.quantize"},
     {"generate"},
     {"model"},
+    {"verify"},
     {""},
     {"cli"},
     {"__main__"},

@@ -112,7 +112,7 @@ def plan_conversion(
         checkpoint.tensors,
         model=(lm.wanted_tensors(text), _written_type(checkpoint, quant), _written_overrides(quant, tensor_types)),
         mmproj=(
-            mmproj.wanted_tensors(vision, projector, text, norm, width),
+            mmproj.wanted_tensors(vision, projector, text.hidden, norm, width),
             _written_type(checkpoint, mmproj_quant),
             _written_overrides(mmproj_quant, tensor_types),
         ),
@@ -130,8 +130,11 @@ def _known_type(name: str, known: tuple[str, ...]) -> str:
 
 def _written_type(checkpoint: Checkpoint, quant: str) -> str:
     """Return the type that the converter writes: of what is quantized afterwards, the one that loses nothing."""
-    if quant in FLOAT_TYPES:
-        return quant
+    return quant if quant in FLOAT_TYPES else lossless_type(checkpoint)
+
+
+def lossless_type(checkpoint: Checkpoint) -> str:
+    """Return the smallest type that loses nothing of a checkpoint: its own, or F32 where it has several."""
     stored = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
     return stored.pop() if len(stored) == 1 and stored <= FLOAT_TYPES.keys() else "F32"
 

@@ -38,14 +38,14 @@ _NORMS: Final[Mapping[str, str]] = {"layer_norm1": "ln1", "layer_norm2": "ln2"}
 
 
 def wanted_tensors(
-    vision: VisionConfig, projector: ProjectorConfig, text: TextConfig, layer_norm: bool, feed_forward: int
+    vision: VisionConfig, projector: ProjectorConfig, text_width: int, layer_norm: bool, feed_forward: int
 ) -> Iterator[Wanted]:
     """Yield what the mmproj file holds.
 
     Args:
         vision: the encoder's settings.
         projector: the projector's settings.
-        text: the language tower's settings, for the width of an image embedding.
+        text_width: the language tower's width, which is that of an image embedding.
         layer_norm: whether the projector begins with a LayerNorm.
         feed_forward: the encoder's feed-forward width in the file; what it has beyond its own width is padding.
     """
@@ -56,7 +56,7 @@ def wanted_tensors(
     width = vision.hidden * projector.factor**2
     if layer_norm:
         yield from _norm("multi_modal_projector.layer_norm", "mm.input_norm", width)
-    shapes = ((projector.hidden, width), (text.hidden, projector.hidden))
+    shapes = ((projector.hidden, width), (text_width, projector.hidden))
     for number, (rows, columns) in enumerate(shapes, start=1):
         yield from _linear(
             f"multi_modal_projector.linear_{number}", f"mm.{number}", rows, columns, bias=projector.bias
