@@ -101,7 +101,8 @@ def test_the_verdict_and_the_exit_code(run: Run, pair: Pair, tmp_path: Path) -> 
     whole = run("verify", folder)
     assert (whole.returncode, whole.stderr) == (0, b"")
     assert whole.stdout.decode().startswith("good: every tensor")
-    result = run("verify", folder, "--against", REFERENCE / "a" / "checkpoint", "--max-kl", 0, "--json")
+    options = ("--max-kl", 0, "--threads", 1, "--json")
+    result = run("verify", folder, "--against", REFERENCE / "a" / "checkpoint", *options)
     assert result.returncode == 1
     report = json.loads(result.stdout)
     assert report["good"] is False

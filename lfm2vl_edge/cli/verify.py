@@ -51,6 +51,9 @@ def verify(
     min_cosine: Annotated[
         float, typer.Option("--min-cosine", min=-1, max=1, help="Smallest cosine of a view's embeddings.")
     ] = 0.99,
+    threads: Annotated[
+        int | None, typer.Option("--threads", "-t", min=1, help="Default: one per physical core.")
+    ] = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -59,7 +62,7 @@ def verify(
 
     with reporting():
         pair = find_pair(model, mmproj)
-        result = _examine(pair, against)
+        result = _examine(pair, against, threads)
         complaints = _complaints(result, max_kl, min_cosine)
         verdict = f"bad: {complaints[0]}" if complaints else _praise(result)
         for line in () if quiet else _lines(result):
@@ -69,7 +72,7 @@ def verify(
             raise typer.Exit(EXIT_FAILED)
 
 
-def _examine(pair: Pair, against: Path | None) -> _Result:
+def _examine(pair: Pair, against: Path | None, threads: int | None) -> _Result:
     from lfm2vl_convert.verify import problems, tensor_errors
     from lfm2vl_edge.metadata import read_metadata
 
@@ -79,7 +82,7 @@ def _examine(pair: Pair, against: Path | None) -> _Result:
         return _Result(problems=found, tensors={}, behaviour=None)
     with _reference(pair, against) as (reference, rows):
         errors = {path.name: tensor_errors(path, own) for path, own in zip(paths, rows, strict=True)}
-        return _Result(problems=[], tensors=errors, behaviour=_behaviour(pair, reference))
+        return _Result(problems=[], tensors=errors, behaviour=_behaviour(pair, reference, threads))
 
 
 @contextmanager
@@ -103,13 +106,13 @@ def _reference(pair: Pair, against: Path) -> Iterator[tuple[Pair, list[Rows]]]:
         yield reference, rows
 
 
-def _behaviour(pair: Pair, reference: Pair) -> Behaviour:
+def _behaviour(pair: Pair, reference: Pair, threads: int | None) -> Behaviour:
     from lfm2vl_edge.model import Model
     from lfm2vl_edge.verify import compare
 
     with (
-        Model.open(pair.model, mmproj=pair.mmproj) as model,
-        Model.open(reference.model, mmproj=reference.mmproj) as other,
+        Model.open(pair.model, mmproj=pair.mmproj, n_threads=threads) as model,
+        Model.open(reference.model, mmproj=reference.mmproj, n_threads=threads) as other,
     ):
         return compare(model, other)
 
