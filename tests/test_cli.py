@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from PIL import Image
@@ -215,13 +216,66 @@ def test_plan_refuses_an_empty_size(run: Run, size: str) -> None:
 
 def test_convert_writes_a_pair_that_runs(run: Run, tmp_path: Path) -> None:
     checkpoint = REFERENCE / "a" / "checkpoint"
-    result = run("convert", checkpoint, "-o", "out", "--quant", "bf16", "--mmproj-quant", "F16")
+    result = run("convert", checkpoint, "-o", "out", "--quant", "bf16", "--mmproj-quant", "F16", "-q")
     assert result.returncode == 0
     assert result.stderr == b""
     assert result.stdout.decode().split() == ["out/checkpoint-BF16.gguf", "out/mmproj-checkpoint-F16.gguf"]
     assert run("run", SMALL, "hi", "-m", "out", *GREEDY).returncode == 0
-    again = ("convert", checkpoint, "-o", "out", "--quant", "BF16")
+    again = ("convert", checkpoint, "-o", "out", "--quant", "BF16", "--mmproj-quant", "F16")
     assert failed(run(*again), "checkpoint-BF16.gguf.*--force")
     assert run(*again, "--force").returncode == 0
     assert failed(run("convert", tmp_path / "nothing"), "nothing")
     assert run("convert", checkpoint, "--quant", "Q9").returncode == 2
+
+
+def test_convert_quantizes_and_reports(run: Run, tmp_path: Path) -> None:
+    checkpoint = REFERENCE / "a" / "checkpoint"
+    result = run("convert", checkpoint, "--tensor-type", r"^blk.*ffn_down=Q8_0", "--json")
+    assert result.returncode == 0
+    report = json.loads(result.stdout)
+    model, mmproj = (tmp_path / file["path"] for file in report["files"])
+    assert model.name == "checkpoint-Q4_0.gguf"
+    assert re.fullmatch(r"mmproj-checkpoint-B?F16.gguf", mmproj.name)
+    assert [file["bytes"] for file in report["files"]] == [model.stat().st_size, mmproj.stat().st_size]
+    stored = [tensor for path in (model, mmproj) for tensor in gguf.GGUFReader(path).tensors]
+    assert sum(group["tensors"] for group in report["groups"]) == len(stored)
+    assert sum(group["n_bytes"] for group in report["groups"]) == sum(int(tensor.n_bytes) for tensor in stored)
+    errors = {(group["file"], group["group"], group["type"]): group["error"] for group in report["groups"]}
+    assert 0.05 < errors[model.name, "feed-forward", "Q4_0"] < 0.15
+    assert 0.001 < errors[model.name, "feed-forward", "Q8_0"] < 0.01
+    assert errors[model.name, "norms and biases", "F32"] == 0
+    table = result.stderr.decode()
+    assert "checkpoint-Q4_0.gguf" in table
+    assert table.count("total") == 2
+    assert failed(run("convert", checkpoint, "--tensor-type", "x", "--force"), "no PATTERN=TYPE")
+
+
+def test_quantize_makes_what_convert_makes(run: Run, tmp_path: Path, pair: Pair) -> None:
+    checkpoint = REFERENCE / "a" / "checkpoint"
+    types = ("--quant", "Q5_0", "--mmproj-quant", "Q8_0")
+    result = run("quantize", pair("a", "BF16"), *types)
+    assert result.returncode == 0
+    made = ["checkpoint-Q5_0.gguf", "mmproj-checkpoint-Q8_0.gguf"]
+    assert result.stdout.decode().split() == made
+    assert "feed-forward" in result.stderr.decode()
+    assert run("convert", checkpoint, "-o", "direct", *types).returncode == 0
+    assert [(tmp_path / name).read_bytes() for name in made] == [
+        (tmp_path / "direct" / name).read_bytes() for name in made
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [made[0], "direct", made[1]]
+
+
+def test_quantize_takes_one_file_and_refuses_wrong_ones(run: Run, tmp_path: Path, pair: Pair) -> None:
+    mmproj = pair("a", "BF16") / "mmproj-checkpoint-BF16.gguf"
+    assert run("quantize", mmproj, "--mmproj-quant", "q8_0", "-q").stderr == b""
+    made = tmp_path / "mmproj-checkpoint-Q8_0.gguf"
+    assert [path.name for path in tmp_path.iterdir()] == [made.name]
+    assert failed(run("quantize", mmproj, "--mmproj-quant", "Q8_0"), "exists; .*--force")
+    assert failed(run("quantize", made, "--mmproj-quant", "Q4_0"), "quantized already.*--requantize")
+    assert run("quantize", made, "--mmproj-quant", "Q4_0", "--requantize").returncode == 0
+    assert failed(run("quantize", made, "--mmproj-quant", "Q8_0", "--requantize", "--force"), "is Q8_0 already")
+    assert failed(run("quantize", mmproj, "--mmproj-quant", "F16", "--tensor-type", "ffn=F32"), "to be F16 throughout")
+    assert failed(run("quantize", mmproj, "--mmproj-quant", "Q8_0", "--tensor-type", "x=F32"), "x=F32 fits no matrix")
+    assert failed(run("quantize", tmp_path / "nothing.gguf"), "no model file at")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    assert failed(run("quantize", tmp_path / "x.gguf"), "no whole GGUF file")

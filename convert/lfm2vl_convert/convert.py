@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import gguf
 from lfm2vl_convert import general, lm, mmproj
 from lfm2vl_convert import tokenizer as vocabulary
 from lfm2vl_convert.checkpoint import Checkpoint, checkpoint_folder, read_checkpoint
-from lfm2vl_convert.plan import BYTES_PER_VALUE, Plan, TensorPlan, canonical, make_plan
-from lfm2vl_convert.write import Output, describe_tensors, remove_leftovers, write_files
+from lfm2vl_convert.plan import Plan, TensorPlan, canonical, make_plan
+from lfm2vl_convert.recipes import ENCODER_TYPES, FLOAT_TYPES, LANGUAGE_TYPES, Overrides, Rule, recipe_of
+from lfm2vl_convert.write import Advance, Finish, Output, describe_tensors, remove_leftovers, write_files
 from lfm2vl_edge.errors import ConvertError
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes written so far and the bytes to write."""
+"""Called with the bytes done so far and the bytes to do; what is quantized is written once and read once more."""
+Quantizer = Callable[[Path, Path, str, Overrides, Advance], None]
+"""Makes a quantized file: source, target, type, types of single tensors, and what to tell of bytes of the source."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +34,8 @@ class ConvertResult:
     """The file of the vision encoder and the projector."""
     unused: tuple[str, ...]
     """Tensors of the checkpoint that no file needs, such as a copy of tied embeddings."""
+    plan: Plan
+    """Where every tensor of the two files came from."""
 
 
 def convert_checkpoint(
@@ -38,6 +44,9 @@ def convert_checkpoint(
     *,
     quant: str = "F16",
     mmproj_quant: str = "F16",
+    tensor_types: Overrides = (),
+    pad: bool | None = None,
+    quantizer: Quantizer | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ConvertResult:
@@ -46,31 +55,49 @@ def convert_checkpoint(
     The files are `<name>-<QUANT>.gguf` and `mmproj-<name>-<QUANT>.gguf`, where name is the folder's. They appear when
     both are complete; memory stays within a few chunks of rows, whatever the size of the model.
 
+    What is quantized is written in the checkpoint's own type first, so that nothing is rounded twice.
+
     Args:
         checkpoint: folder with config.json, safetensors files and tokenizer; nothing in it is ever run.
         output: folder for the two files, made if needed; without it the current one.
-        quant: type of the language file's matrices: F32, F16 or BF16.
-        mmproj_quant: the same for the encoder and projector.
+        quant: type of the language file's matrices: one of `LANGUAGE_TYPES`.
+        mmproj_quant: the same for the encoder and projector: one of `ENCODER_TYPES`.
+        tensor_types: types of single tensors.
+        pad: whether the encoder's feed-forward width is padded with zeros to a multiple of 256, which changes no
+            result; None pads where the type needs it.
+        quantizer: makes files of other types than F32, F16 and BF16.
         force: replace files that exist.
-        progress: called after each chunk with bytes written and bytes in all.
+        progress: called after each chunk with bytes done and bytes in all.
 
     Raises:
         ConvertError: the checkpoint is incomplete, damaged or of another kind, a file exists, or the disk is full.
     """
     folder = checkpoint_folder(checkpoint)
     target = Path.cwd() if output is None else Path(output).expanduser()
-    paths = _paths(target, folder.name, _known_type(quant), _known_type(mmproj_quant))
-    _refuse_existing(target, paths, force=force)
+    quants = _known_type(quant, LANGUAGE_TYPES), _known_type(mmproj_quant, ENCODER_TYPES)
+    paths = _paths(target, folder.name, *quants)
+    refuse_existing(target, paths, force=force)
     source = read_checkpoint(folder)
-    plan = plan_conversion(source, quant=quant, mmproj_quant=mmproj_quant)
-    outputs = _outputs(source, plan, paths, (quant, mmproj_quant))
+    plan = plan_conversion(source, quant=quant, mmproj_quant=mmproj_quant, tensor_types=tensor_types, pad=pad)
+    finishes = _finish(quant, tensor_types, quantizer), _finish(mmproj_quant, tensor_types, quantizer)
+    outputs = _outputs(source, plan, paths, quants, finishes)
     remove_leftovers(target, (folder.name, f"mmproj-{folder.name}"))
-    write_files(outputs, target, _counter(plan.n_bytes, progress))
-    return ConvertResult(model=paths[0], mmproj=paths[1], unused=plan.unused)
+    n_bytes = sum(tensor.n_bytes * (2 if output.quantize else 1) for output in outputs for tensor in output.tensors)
+    write_files(outputs, target, byte_counter(n_bytes, progress))
+    return ConvertResult(model=paths[0], mmproj=paths[1], unused=plan.unused, plan=plan)
 
 
-def plan_conversion(checkpoint: Checkpoint, *, quant: str = "F16", mmproj_quant: str = "F16") -> Plan:
+def plan_conversion(
+    checkpoint: Checkpoint,
+    *,
+    quant: str = "F16",
+    mmproj_quant: str = "F16",
+    tensor_types: Overrides = (),
+    pad: bool | None = None,
+) -> Plan:
     """Return what a conversion would do with every tensor; printing it gives one line for each.
+
+    Where a file is to be quantized, the plan is that of the file which the quantizer reads.
 
     Raises:
         ConvertError: a tensor is missing, unknown, of the wrong shape or type, or stands twice.
@@ -80,47 +107,110 @@ def plan_conversion(checkpoint: Checkpoint, *, quant: str = "F16", mmproj_quant:
     if norm is None:
         norm = any(canonical(name).startswith("multi_modal_projector.layer_norm.") for name in checkpoint.tensors)
     unused = mmproj.unused_prefixes(vision) + ((lm.OUTPUT,) if text.tied else ())
-    return make_plan(
+    width = mmproj.feed_forward_width(vision, mmproj_quant, pad)
+    plan = make_plan(
         checkpoint.tensors,
-        model=(lm.wanted_tensors(text), quant),
-        mmproj=(mmproj.wanted_tensors(vision, projector, text, norm), mmproj_quant),
+        model=(lm.wanted_tensors(text), _written_type(checkpoint, quant), _written_overrides(quant, tensor_types)),
+        mmproj=(
+            mmproj.wanted_tensors(vision, projector, text.hidden, norm, width),
+            _written_type(checkpoint, mmproj_quant),
+            _written_overrides(mmproj_quant, tensor_types),
+        ),
         unused_prefixes=unused,
     )
+    check_overrides([tensor.target for tensor in (*plan.model, *plan.mmproj)], tensor_types)
+    return plan
 
 
-def _known_type(name: str) -> str:
-    if name not in BYTES_PER_VALUE:
-        raise ConvertError(f"unknown type {name!r}; known: {', '.join(BYTES_PER_VALUE)}")
+def _known_type(name: str, known: tuple[str, ...]) -> str:
+    if name not in known:
+        raise ConvertError(f"unknown type {name!r}; known: {', '.join(known)}")
     return name
+
+
+def _written_type(checkpoint: Checkpoint, quant: str) -> str:
+    """Return the type that the converter writes: of what is quantized afterwards, the one that loses nothing."""
+    return quant if quant in FLOAT_TYPES else lossless_type(checkpoint)
+
+
+def lossless_type(checkpoint: Checkpoint) -> str:
+    """Return the smallest type that loses nothing of a checkpoint: its own, or F32 where it has several."""
+    stored = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
+    return stored.pop() if len(stored) == 1 and stored <= FLOAT_TYPES.keys() else "F32"
+
+
+def _written_overrides(quant: str, overrides: Overrides) -> Overrides:
+    return overrides if quant in FLOAT_TYPES else ()
+
+
+def check_overrides(names: Sequence[str], overrides: Overrides) -> None:
+    """Check that the types of single tensors are not for tensors that do not exist.
+
+    Args:
+        names: of the tensors in the GGUF files.
+        overrides: patterns and types.
+
+    Raises:
+        ConvertError: a pattern fits no tensor whose type is free.
+    """
+    free = [name for name in names if recipe_of(name).rule is Rule.FILE]
+    for pattern, kind in overrides:
+        if not any(re.search(pattern, name) for name in free):
+            raise ConvertError(
+                f"{pattern}={kind} fits no matrix, such as blk.0.ffn_down.weight or v.blk.0.attn_q.weight"
+            )
+
+
+def _finish(quant: str, overrides: Overrides, quantizer: Quantizer | None) -> Finish | None:
+    if quant in FLOAT_TYPES:
+        return None
+    if quantizer is None:
+        raise ConvertError(f"type {quant} needs a quantizer; without one a file can be {', '.join(FLOAT_TYPES)}")
+
+    def quantize(source: Path, target: Path, advance: Advance) -> None:
+        quantizer(source, target, quant, overrides, advance)
+
+    return quantize
 
 
 def _paths(target: Path, name: str, quant: str, mmproj_quant: str) -> tuple[Path, Path]:
     return target / f"{name}-{quant}.gguf", target / f"mmproj-{name}-{mmproj_quant}.gguf"
 
 
-def _refuse_existing(target: Path, paths: tuple[Path, Path], *, force: bool) -> None:
+def refuse_existing(target: Path, paths: Sequence[Path], *, force: bool) -> None:
+    """Check that the files may be written.
+
+    Raises:
+        ConvertError: the folder is none, or a file is there and may not be replaced.
+    """
     if target.exists() and not target.is_dir():
-        raise ConvertError(f"{target} is a file; give a folder for the two GGUF files")
+        raise ConvertError(f"{target} is a file; give a folder for the GGUF files")
     for path in paths:
         if path.is_dir() or (path.exists() and not force):
             raise ConvertError(f"{path} exists; remove it, use --force, or give another folder")
 
 
 def _outputs(
-    checkpoint: Checkpoint, plan: Plan, paths: tuple[Path, Path], quants: tuple[str, str]
+    checkpoint: Checkpoint,
+    plan: Plan,
+    paths: tuple[Path, Path],
+    quants: tuple[str, str],
+    finishes: tuple[Finish | None, Finish | None],
 ) -> tuple[Output, Output]:
     """Return both files with their metadata: everything but the weights is in memory and checked."""
     tokenizer = vocabulary.read_tokenizer(checkpoint.folder, checkpoint.root, checkpoint.text.vocabulary)
-    language = _writer(checkpoint, lm.ARCHITECTURE, plan.model, kind="model", quant=quants[0])
+    written = tuple(_written_type(checkpoint, quant) for quant in quants)
+    language = _writer(checkpoint, lm.ARCHITECTURE, plan.model, kind="model", quant=written[0])
     lm.add_metadata(language, checkpoint.text)
     vocabulary.add_metadata(language, tokenizer)
-    encoder = _writer(checkpoint, mmproj.ARCHITECTURE, plan.mmproj, kind="mmproj", quant=quants[1])
-    mmproj.add_metadata(encoder, checkpoint, tokenizer.ids)
+    encoder = _writer(checkpoint, mmproj.ARCHITECTURE, plan.mmproj, kind="mmproj", quant=written[1])
+    width = next(tensor.shape[0] for tensor in plan.mmproj if tensor.target == "v.blk.0.ffn_up.weight")
+    mmproj.add_metadata(encoder, checkpoint, tokenizer.ids, width)
     for writer in (language, encoder):
         general.check_values(writer)
     return (
-        Output(path=paths[0], writer=language, tensors=plan.model),
-        Output(path=paths[1], writer=encoder, tensors=plan.mmproj),
+        Output(path=paths[0], writer=language, tensors=plan.model, quantize=finishes[0]),
+        Output(path=paths[1], writer=encoder, tensors=plan.mmproj, quantize=finishes[1]),
     )
 
 
@@ -133,7 +223,8 @@ def _writer(
     return writer
 
 
-def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+def byte_counter(total: int, progress: Progress | None) -> Advance:
+    """Return what adds up bytes and reports their sum."""
     done = 0
 
     def advance(n_bytes: int) -> None:

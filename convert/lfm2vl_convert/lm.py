@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from lfm2vl_convert.config import TextConfig
-from lfm2vl_convert.plan import Precision, Rearrangement, Wanted
+from lfm2vl_convert.plan import Rearrangement, Wanted
 
 ARCHITECTURE: Final = "lfm2"
 OUTPUT: Final = "lm_head.weight"
@@ -73,7 +73,6 @@ def _convolution(config: TextConfig, layer: int) -> Iterator[Wanted]:
         target=f"blk.{layer}.shortconv.conv.weight",
         target_shape=(hidden, kernel),
         rearrangement=Rearrangement.SQUEEZED,
-        precision=Precision.FULL,
     )
     yield _in_layer(layer, "conv.in_proj", "shortconv.in_proj", 3 * hidden, hidden)
     yield _in_layer(layer, "conv.out_proj", "shortconv.out_proj", hidden, hidden)

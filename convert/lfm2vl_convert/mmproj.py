@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import gguf
 
 from lfm2vl_convert.checkpoint import Checkpoint
 from lfm2vl_convert.config import ProjectorConfig, TextConfig, VisionConfig
-from lfm2vl_convert.plan import Precision, Rearrangement, Wanted
+from lfm2vl_convert.plan import Rearrangement, Wanted
+from lfm2vl_convert.recipes import block_size, padded_width
 from lfm2vl_edge.config import ImageConfig, image_metadata
 from lfm2vl_edge.errors import ConvertError
 
@@ -24,6 +26,8 @@ MARKERS: Final[Mapping[str, str]] = {
 }
 """Texts of the image markers and the keys of their ids, which differ from vocabulary to vocabulary."""
 
+TRUE_WIDTH: Final = "lfm2vl.vision.feed_forward_length"
+"""The encoder's own feed-forward width; `clip.vision.feed_forward_length` counts zero padding too."""
 _MATRICES: Final[Mapping[str, str]] = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -34,24 +38,25 @@ _NORMS: Final[Mapping[str, str]] = {"layer_norm1": "ln1", "layer_norm2": "ln2"}
 
 
 def wanted_tensors(
-    vision: VisionConfig, projector: ProjectorConfig, text: TextConfig, layer_norm: bool
+    vision: VisionConfig, projector: ProjectorConfig, text_width: int, layer_norm: bool, feed_forward: int
 ) -> Iterator[Wanted]:
     """Yield what the mmproj file holds.
 
     Args:
         vision: the encoder's settings.
         projector: the projector's settings.
-        text: the language tower's settings, for the width of an image embedding.
+        text_width: the language tower's width, which is that of an image embedding.
         layer_norm: whether the projector begins with a LayerNorm.
+        feed_forward: the encoder's feed-forward width in the file; what it has beyond its own width is padding.
     """
     yield from _embeddings(vision)
     for layer in range(vision.layers):
-        yield from _layer(vision, layer)
+        yield from _layer(vision, layer, feed_forward)
     yield from _norm("vision_tower.post_layernorm", "v.post_ln", vision.hidden)
     width = vision.hidden * projector.factor**2
     if layer_norm:
         yield from _norm("multi_modal_projector.layer_norm", "mm.input_norm", width)
-    shapes = ((projector.hidden, width), (text.hidden, projector.hidden))
+    shapes = ((projector.hidden, width), (text_width, projector.hidden))
     for number, (rows, columns) in enumerate(shapes, start=1):
         yield from _linear(
             f"multi_modal_projector.linear_{number}", f"mm.{number}", rows, columns, bias=projector.bias
@@ -97,7 +102,6 @@ def _embeddings(vision: VisionConfig) -> Iterator[Wanted]:
         target="v.patch_embd.weight",
         target_shape=(hidden, channels, side, side),
         rearrangement=Rearrangement.CHANNELS_FIRST,
-        precision=Precision.CONVOLUTION,
     )
     yield _tensor(f"{patch}.bias", "v.patch_embd.bias", hidden)
     yield Wanted(
@@ -105,33 +109,56 @@ def _embeddings(vision: VisionConfig) -> Iterator[Wanted]:
         shape=(positions, hidden),
         target="v.position_embd.weight",
         target_shape=(positions, hidden),
-        precision=Precision.FULL,  # it is resized by interpolation, which has only an F32 kernel
     )
 
 
-def _layer(vision: VisionConfig, layer: int) -> Iterator[Wanted]:
+def _layer(vision: VisionConfig, layer: int, width: int) -> Iterator[Wanted]:
     source, target = f"vision_tower.encoder.layers.{layer}", f"v.blk.{layer}"
     hidden, inner = vision.hidden, vision.feed_forward
     for old, new in _NORMS.items():
         yield from _norm(f"{source}.{old}", f"{target}.{new}", hidden)
     for old, new in _MATRICES.items():
         yield from _linear(f"{source}.{old}", f"{target}.{new}", hidden, hidden)
-    yield from _linear(f"{source}.mlp.fc1", f"{target}.ffn_up", inner, hidden)
-    yield from _linear(f"{source}.mlp.fc2", f"{target}.ffn_down", hidden, inner)
+    for wanted in _linear(f"{source}.mlp.fc1", f"{target}.ffn_up", inner, hidden):
+        yield _padded(wanted, (width, *wanted.shape[1:]))
+    down, bias = _linear(f"{source}.mlp.fc2", f"{target}.ffn_down", hidden, inner)
+    yield from (_padded(down, (hidden, width)), bias)
 
 
-def add_metadata(writer: Any, checkpoint: Checkpoint, token_ids: Mapping[str, int]) -> None:
+def _padded(wanted: Wanted, shape: tuple[int, ...]) -> Wanted:
+    """Return the tensor with zeros up to a shape: those units give gelu(0) = 0, and 0 times 0 adds nothing."""
+    if shape == wanted.target_shape:
+        return wanted
+    return replace(wanted, target_shape=shape, rearrangement=Rearrangement.PADDED)
+
+
+def feed_forward_width(vision: VisionConfig, quant: str, pad: bool | None) -> int:
+    """Return the encoder's feed-forward width in a file, padded where that is wanted and needed.
+
+    Args:
+        vision: the encoder's settings.
+        quant: type of the file.
+        pad: whether to pad; None pads where the type's blocks would not fit.
+    """
+    block = block_size(quant)
+    if pad is None:
+        pad = vision.feed_forward % block != 0
+    return padded_width(vision.feed_forward) if pad else vision.feed_forward
+
+
+def add_metadata(writer: Any, checkpoint: Checkpoint, token_ids: Mapping[str, int], feed_forward: int) -> None:
     """Add the `clip.*` and `lfm2vl.*` keys to a `gguf.GGUFWriter`.
 
     Args:
         writer: the file's writer.
         checkpoint: whose image settings are written, those that it states.
         token_ids: text -> id of every token.
+        feed_forward: the encoder's feed-forward width in the file.
 
     Raises:
         ConvertError: the tokenizer lacks an image marker, or config.json gives `<image>` another id.
     """
-    _add_encoder(writer, checkpoint.vision, checkpoint.text)
+    _add_encoder(writer, checkpoint.vision, checkpoint.text, feed_forward)
     settings: dict[str, Any] = {"image_mean": checkpoint.image.image_mean, "image_std": checkpoint.image.image_std}
     for key, value in image_metadata(settings | dict(checkpoint.image_settings)).items():
         _add_setting(writer, key, value)
@@ -140,14 +167,16 @@ def add_metadata(writer: Any, checkpoint: Checkpoint, token_ids: Mapping[str, in
     _check_markers(checkpoint, token_ids)
 
 
-def _add_encoder(writer: Any, vision: VisionConfig, text: TextConfig) -> None:
+def _add_encoder(writer: Any, vision: VisionConfig, text: TextConfig, feed_forward: int) -> None:
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type(PROJECTOR)
     writer.add_vision_projection_dim(text.hidden)
     # the size that mtmd warms up with: the one at which no position embedding needs resizing
     writer.add_vision_image_size(vision.positions_side * vision.patch)
     writer.add_vision_embedding_length(vision.hidden)
-    writer.add_vision_feed_forward_length(vision.feed_forward)
+    writer.add_vision_feed_forward_length(feed_forward)
+    if feed_forward != vision.feed_forward:
+        writer.add_uint32(TRUE_WIDTH, vision.feed_forward)
     writer.add_vision_block_count(vision.layers)
     writer.add_vision_head_count(vision.heads)
     writer.add_vision_attention_layernorm_eps(vision.norm_eps)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from lfm2vl_convert.recipes import FLOAT_TYPES, Overrides, stored_type
 from lfm2vl_convert.shards import SourceTensor
 from lfm2vl_edge.errors import ConvertError
 
-BYTES_PER_VALUE: Final[Mapping[str, int]] = {"F32": 4, "F16": 2, "BF16": 2}
-"""The types that can be read and written."""
 UNUSED_ANYWHERE: Final = (".rotary_emb.inv_freq", ".position_ids")
 """Ends of the names of buffers that older versions of transformers saved and that are computed, not learned."""
 
@@ -23,15 +22,8 @@ class Rearrangement(str, Enum):
     NONE = "as stored"
     SQUEEZED = "[n, 1, k] to [n, k]"
     CHANNELS_FIRST = "[n, side * side * channels] to [n, channels, side, side]"
+    PADDED = "zeros up to the new shape"
     ZEROS = "zeros for a bias that the checkpoint does not have"
-
-
-class Precision(str, Enum):
-    """How exactly llama.cpp needs a tensor; the file's type decides the rest."""
-
-    FILE = "the file's type"
-    FULL = "F32 always"
-    CONVOLUTION = "F16 in F16 files, else F32: there is no BF16 kernel for it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +40,6 @@ class Wanted:
     """Shape in the GGUF file, slowest axis first."""
     rearrangement: Rearrangement = Rearrangement.NONE
     """What happens to the values on the way."""
-    precision: Precision = Precision.FILE
-    """How exactly it must be stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +60,7 @@ class TensorPlan:
     @property
     def n_bytes(self) -> int:
         """Size in the GGUF file without padding, bytes."""
-        return math.prod(self.shape) * BYTES_PER_VALUE[self.type]
+        return math.prod(self.shape) * FLOAT_TYPES[self.type]
 
     def __str__(self) -> str:
         origin = f"{self.source.name} {_shown(self.source)}" if self.source else "(none)"
@@ -107,15 +97,15 @@ def canonical(name: str) -> str:
 
 def make_plan(
     tensors: Mapping[str, SourceTensor],
-    model: tuple[Iterable[Wanted], str],
-    mmproj: tuple[Iterable[Wanted], str],
+    model: tuple[Iterable[Wanted], str, Overrides],
+    mmproj: tuple[Iterable[Wanted], str, Overrides],
     unused_prefixes: tuple[str, ...],
 ) -> Plan:
     """Return how every tensor of the checkpoint is used.
 
     Args:
         tensors: what the checkpoint holds.
-        model: what the language file must hold, and its type (F32, F16, BF16).
+        model: what the language file must hold, its type (F32, F16, BF16), and types of single tensors.
         mmproj: the same for the encoder's and projector's file.
         unused_prefixes: beginnings of the canonical names that are known to be unused.
 
@@ -123,7 +113,10 @@ def make_plan(
         ConvertError: a tensor is missing, unknown, of the wrong shape or type, or stands twice.
     """
     left = _by_canonical_name(tensors)
-    plans = [tuple(_take(left, wanted, quant) for wanted in wanteds) for wanteds, quant in (model, mmproj)]
+    plans = [
+        tuple(_take(left, wanted, quant, overrides) for wanted in wanteds)
+        for wanteds, quant, overrides in (model, mmproj)
+    ]
     unused = [name for name in left if name.startswith(unused_prefixes) or name.endswith(UNUSED_ANYWHERE)]
     for name, tensor in left.items():
         if name not in unused:
@@ -143,7 +136,7 @@ def _by_canonical_name(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceT
     return found
 
 
-def _take(left: dict[str, SourceTensor], wanted: Wanted, quant: str) -> TensorPlan:
+def _take(left: dict[str, SourceTensor], wanted: Wanted, quant: str, overrides: Overrides) -> TensorPlan:
     source = None
     if wanted.rearrangement is not Rearrangement.ZEROS:
         source = left.pop(wanted.source, None)
@@ -152,7 +145,7 @@ def _take(left: dict[str, SourceTensor], wanted: Wanted, quant: str) -> TensorPl
         source=source,
         target=wanted.target,
         shape=wanted.target_shape,
-        type=_stored_type(wanted, quant),
+        type=stored_type(wanted.target, quant, overrides),
         rearrangement=wanted.rearrangement,
     )
 
@@ -164,18 +157,9 @@ def _check(source: SourceTensor | None, wanted: Wanted) -> None:
         raise ConvertError(f"tensor {prefix + wanted.source!r} is missing; {expected}")
     if source.shape != wanted.shape:
         raise ConvertError(f"tensor {source.name!r} has shape {list(source.shape)}; {expected}")
-    if source.dtype not in BYTES_PER_VALUE:
-        known = ", ".join(BYTES_PER_VALUE)
+    if source.dtype not in FLOAT_TYPES:
+        known = ", ".join(FLOAT_TYPES)
         raise ConvertError(f"tensor {source.name!r} {list(source.shape)} is stored as {source.dtype}; known: {known}")
-
-
-def _stored_type(wanted: Wanted, quant: str) -> str:
-    """Return the type in the file: whatever has one axis is small and stays exact, as in llama.cpp."""
-    if wanted.precision is Precision.FULL or len(wanted.target_shape) == 1:
-        return "F32"
-    if wanted.precision is Precision.CONVOLUTION and quant != "F16":
-        return "F32"
-    return quant
 
 
 def _shown(tensor: SourceTensor) -> str:

@@ -104,8 +104,10 @@ def _read_header(path: Path) -> Iterator[SourceTensor]:
             yield SourceTensor(name=name, file=path, shape=tuple(part.get_shape()), dtype=part.get_dtype())
 
 
-def read_rows(tensor: SourceTensor, start: int, stop: int) -> NDArray[np.float32]:
+def read_rows(tensor: SourceTensor, start: int, stop: int, *, as_stored: bool = False) -> NDArray[Any]:
     """Return rows `start`..`stop` of the first axis as float32 `[stop - start, ...]`; widening is exact.
+
+    With `as_stored` they keep the type that they have in the file.
 
     The file is opened for each chunk: that costs 0.1 ms, and dropping the mapping gives its pages back, so that memory
     does not grow with the checkpoint.
@@ -114,5 +116,5 @@ def read_rows(tensor: SourceTensor, start: int, stop: int) -> NDArray[np.float32
         ConvertError: the file has been damaged or removed since its header was read.
     """
     with _opened(tensor.file) as handle:
-        rows: NDArray[np.float32] = handle.get_slice(tensor.name)[start:stop].astype(np.float32)
-    return rows
+        rows: NDArray[Any] = handle.get_slice(tensor.name)[start:stop]
+        return rows if as_stored else rows.astype(np.float32)

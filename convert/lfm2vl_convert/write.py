@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm2vl_convert.plan import Rearrangement, TensorPlan
-from lfm2vl_convert.shards import read_rows
+from lfm2vl_convert.shards import SourceTensor, read_rows
 from lfm2vl_edge.errors import ConvertError
 
 CHUNK_VALUES: Final = 2**21
@@ -26,6 +26,14 @@ CHUNK_VALUES: Final = 2**21
 _SUFFIX: Final = ".partial"
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MEGABYTE: Final = 10**6
+_SAME_ORDER: Final = (Rearrangement.NONE, Rearrangement.SQUEEZED)
+"""The rearrangements that leave the values in their order."""
+
+
+Advance = Callable[[int], None]
+"""Called with a number of bytes that are done."""
+Finish = Callable[[Path, Path, Advance], None]
+"""From a complete source file, a file to write, and what to tell of bytes of the source."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +46,8 @@ class Output:
     """A `gguf.GGUFWriter` that has the metadata and the description of every tensor, and no file yet."""
     tensors: Sequence[TensorPlan]
     """The tensors in the order in which they were described."""
+    quantize: Finish | None = None
+    """Makes the file from what the writer and the tensors describe; None where that is the file itself."""
 
 
 def describe_tensors(writer: Any, tensors: Sequence[TensorPlan]) -> None:
@@ -47,7 +57,7 @@ def describe_tensors(writer: Any, tensors: Sequence[TensorPlan]) -> None:
         writer.add_tensor_info(tensor.target, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=kind)
 
 
-def write_files(outputs: Sequence[Output], folder: Path, advance: Callable[[int], None]) -> None:
+def write_files(outputs: Sequence[Output], folder: Path, advance: Advance) -> None:
     """Write all files; they appear under their names together, when the last one is complete.
 
     Args:
@@ -59,15 +69,35 @@ def write_files(outputs: Sequence[Output], folder: Path, advance: Callable[[int]
         ConvertError: the disk is full, the folder cannot be written, another run writes the same file, a source file
             is damaged, or a value does not fit into its type. No file is left behind.
     """
+
+    def make(partials: Sequence[Path]) -> None:
+        _check_space(folder, sum(tensor.n_bytes for output in outputs for tensor in output.tensors))
+        for output, partial in zip(outputs, partials, strict=True):
+            _make(output, partial, advance)
+
+    write_together([output.path for output in outputs], folder, make)
+
+
+def write_together(finals: Sequence[Path], folder: Path, make: Callable[[Sequence[Path]], None]) -> None:
+    """Write files beside their names and rename them together, when the last one is complete.
+
+    Args:
+        finals: the names, all of them in `folder`.
+        folder: made when it does not exist.
+        make: writes the files, under the names that it is given.
+
+    Raises:
+        ConvertError: the disk is full, the folder cannot be written, or another run writes the same file.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            partials = [stack.enter_context(_partial(output.path)) for output in outputs]
-            _check_space(folder, sum(tensor.n_bytes for output in outputs for tensor in output.tensors))
-            for output, partial in zip(outputs, partials, strict=True):
-                _write(output, partial, advance)
-            _publish([output.path for output in outputs], partials)
-        _sync_folder(folder)
+            partials = [stack.enter_context(_partial(final)) for final in finals]
+            make(partials)
+            for partial in partials:
+                _sync(partial)
+            _publish(finals, partials)
+        _sync(folder)
     except OSError as error:
         raise _write_error(error, folder) from error
 
@@ -109,7 +139,16 @@ def _check_space(folder: Path, n_bytes: int) -> None:
         raise ConvertError(f"the disk of {folder} has {have} MB free, {need} MB are needed; give another folder")
 
 
-def _write(output: Output, path: Path, advance: Callable[[int], None]) -> None:
+def _make(output: Output, path: Path, advance: Advance) -> None:
+    if output.quantize is None:
+        _write(output, path, advance)
+    else:
+        with _partial(output.path.with_suffix(".source.gguf")) as source:
+            _write(output, source, advance)
+            output.quantize(source, path, advance)
+
+
+def _write(output: Output, path: Path, advance: Advance) -> None:
     try:
         output.writer.write_header_to_file(path)
         output.writer.write_kv_data_to_file()
@@ -123,8 +162,6 @@ def _write(output: Output, path: Path, advance: Callable[[int], None]) -> None:
                 file.write(chunk.data)
                 advance(chunk.nbytes)
             _pad(file, output.writer.data_alignment)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _pad(file: IO[bytes], alignment: int) -> None:
@@ -135,21 +172,38 @@ def _chunks(tensor: TensorPlan) -> Iterator[NDArray[Any]]:
     """Yield the bytes of a tensor as they stand in the file, some rows at a time."""
     n_rows, row = tensor.shape[0], math.prod(tensor.shape[1:])
     step = max(1, CHUNK_VALUES // row)
+    same = tensor.source is not None and tensor.source.dtype == tensor.type and tensor.rearrangement in _SAME_ORDER
     for start in range(0, n_rows, step):
-        values = _rearranged(tensor, start, min(start + step, n_rows))
-        yield np.ascontiguousarray(_converted(values, tensor)).reshape(-1).view(np.uint8)
+        stop = min(start + step, n_rows)
+        if same and tensor.source is not None:
+            values = read_rows(tensor.source, start, stop, as_stored=True)
+        else:
+            values = _converted(rearranged_rows(tensor, start, stop), tensor)
+        yield np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def _rearranged(tensor: TensorPlan, start: int, stop: int) -> NDArray[np.float32]:
+def rearranged_rows(tensor: TensorPlan, start: int, stop: int) -> NDArray[np.float32]:
     """Return rows of a tensor, float32 `[stop - start, ...]`, in the axes of the GGUF file."""
     shape = (stop - start, *tensor.shape[1:])
     if tensor.source is None:
         return np.zeros(shape, np.float32)
-    values = read_rows(tensor.source, start, stop)
+    if tensor.rearrangement is Rearrangement.PADDED:
+        return _padded_rows(tensor.source, start, shape)
+    values: NDArray[np.float32] = read_rows(tensor.source, start, stop)
     if tensor.rearrangement is Rearrangement.CHANNELS_FIRST:
         _, channels, height, width = shape
         values = values.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
     return values.reshape(shape)
+
+
+def _padded_rows(source: SourceTensor, start: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return the rows from `start` on, float32 of `shape`, with zeros where the source has none."""
+    values = np.zeros(shape, np.float32)
+    first, last = (min(row, source.shape[0]) for row in (start, start + shape[0]))
+    if last > first:
+        place = (slice(last - first), *(slice(side) for side in source.shape[1:]))
+        values[place] = read_rows(source, first, last)
+    return values
 
 
 def _converted(values: NDArray[np.float32], tensor: TensorPlan) -> NDArray[Any]:
@@ -183,10 +237,10 @@ def _publish(finals: Sequence[Path], partials: Sequence[Path]) -> None:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the new names survive a power failure, where the system can."""
+def _sync(path: Path) -> None:
+    """Make a file's bytes or a folder's names survive a power failure, where the system can."""
     with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

@@ -8,7 +8,9 @@ import typer
 
 from lfm2vl_edge.cli.convert import convert
 from lfm2vl_edge.cli.plan import plan
+from lfm2vl_edge.cli.quantize import quantize
 from lfm2vl_edge.cli.run import run
+from lfm2vl_edge.cli.verify import verify
 
 app = typer.Typer(
     name="lfm2vl-edge",
@@ -21,6 +23,8 @@ app = typer.Typer(
 app.command()(run)
 app.command()(plan)
 app.command()(convert)
+app.command()(quantize)
+app.command()(verify)
 
 
 def _show_version(wanted: bool) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -11,55 +9,99 @@ from typing import Annotated
 import typer
 
 from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.output import reporting, shows_progress
+from lfm2vl_edge.cli.output import bytes_bar, reporting, shows_progress
+from lfm2vl_edge.cli.quantizing import AUTO, encoder_type, parse_overrides, show_report
 
 
-class FloatType(str, Enum):
-    """Types of the matrices in the written files."""
+class LanguageType(str, Enum):
+    """Types of the language file."""
 
     F32 = "F32"
     F16 = "F16"
     BF16 = "BF16"
+    Q8_0 = "Q8_0"
+    Q6_K = "Q6_K"
+    Q5_K_M = "Q5_K_M"
+    Q5_0 = "Q5_0"
+    Q4_K_M = "Q4_K_M"
+    Q4_K_S = "Q4_K_S"
+    Q4_0 = "Q4_0"
+    IQ4_NL = "IQ4_NL"
+    Q3_K_M = "Q3_K_M"
+
+
+class EncoderType(str, Enum):
+    """Types of the mmproj file."""
+
+    auto = AUTO
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+    Q8_0 = "Q8_0"
+    Q6_K = "Q6_K"
+    Q5_0 = "Q5_0"
+    Q4_K = "Q4_K"
+    Q4_0 = "Q4_0"
+
+
+Quant = Annotated[
+    LanguageType, typer.Option("--quant", metavar="TYPE", case_sensitive=False, help="Type of the language tower.")
+]
+MmprojQuant = Annotated[
+    EncoderType,
+    typer.Option(
+        "--mmproj-quant",
+        metavar="TYPE",
+        case_sensitive=False,
+        help="Type of encoder and projector; auto: the faster of F16 and BF16 on this machine.",
+    ),
+]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type",
+        metavar="PATTERN=TYPE",
+        help="Type of the matrices whose GGUF name the regular expression is found in; may be repeated.",
+    ),
+]
 
 
 def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT_DIR", help="Folder in the Hugging Face form.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the two files.")] = Path(),
-    quant: Annotated[
-        FloatType, typer.Option("--quant", case_sensitive=False, help="Type of the language tower.")
-    ] = FloatType.F16,
-    mmproj_quant: Annotated[
-        FloatType, typer.Option("--mmproj-quant", case_sensitive=False, help="Type of encoder and projector.")
-    ] = FloatType.F16,
+    quant: Quant = LanguageType.Q4_0,
+    mmproj_quant: MmprojQuant = EncoderType.auto,
+    tensor_type: TensorType = None,
+    pad: Annotated[
+        bool | None,
+        typer.Option(
+            "--pad/--no-pad",
+            help="Pad the encoder's feed-forward width with zeros to a multiple of 256; changes no result. "
+            "Default: where the blocks of its type need it.",
+        ),
+    ] = None,
+    as_json: opt.Json = False,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Convert a checkpoint: lfm2vl-edge convert LFM2-VL-450M -o models."""
+    """Convert and quantize a checkpoint: lfm2vl-edge convert LFM2-VL-450M -o models."""
     from lfm2vl_convert import convert_checkpoint
+    from lfm2vl_convert.report import planned_rows, report_file
+    from lfm2vl_edge.engine.quantize import quantize_file
 
-    with reporting(), _progress(shows_progress(quiet)) as progress:
-        result = convert_checkpoint(
-            checkpoint,
-            output,
-            quant=quant.value,
-            mmproj_quant=mmproj_quant.value,
-            force=force,
-            progress=progress,
-        )
-        for path in (result.model, result.mmproj):
-            typer.echo(path)
-
-
-@contextmanager
-def _progress(wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar of the bytes on stderr, and give what moves it."""
-    if not wanted:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("converting", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with reporting():
+        with bytes_bar("converting", shows_progress(quiet)) as progress:
+            result = convert_checkpoint(
+                checkpoint,
+                output,
+                quant=quant.value,
+                mmproj_quant=encoder_type(mmproj_quant.value),
+                tensor_types=parse_overrides(tensor_type),
+                pad=pad,
+                quantizer=quantize_file,
+                force=force,
+                progress=progress,
+            )
+        groups = report_file(result.model, planned_rows(result.plan.model))
+        groups += report_file(result.mmproj, planned_rows(result.plan.mmproj))
+        show_report((result.model, result.mmproj), groups, as_json=as_json, quiet=quiet)

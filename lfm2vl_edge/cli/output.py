@@ -99,3 +99,18 @@ def refuse_overwrite(path: Path, force: bool) -> None:
 def shows_progress(quiet: bool) -> bool:
     """Tell whether a progress bar is wanted: on a terminal, and not with --quiet."""
     return sys.stderr.isatty() and not quiet
+
+
+@contextmanager
+def bytes_bar(title: str, wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a bar of the bytes on stderr, and give what moves it: a function of bytes done and bytes in all."""
+    if not wanted:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -51,6 +51,8 @@ class NativeLog:
 
     def __init__(self) -> None:
         self.verbose = False
+        self.listener: Callable[[str], None] | None = None
+        """Called with every line, for what llama.cpp tells in no other way."""
         self._lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._level = 0
         self._callback = llama.llama_log_callback(self._take)
@@ -62,6 +64,8 @@ class NativeLog:
         line = text.decode("utf-8", "replace")
         if self.verbose:
             sys.stderr.write(line)
+        if self.listener:
+            self.listener(line)
         if self._level >= _WARNING and line.strip(" .\n"):
             self._lines.append(line.strip())
 

@@ -152,7 +152,7 @@ def test_no_weights(weights: str, message: str, parted: Parted, tmp_path: Path) 
     refused(folder, tmp_path / "out", message)
 
 
-@pytest.mark.parametrize("quant", ["Q4_0", "f16", "", "../F16"])
+@pytest.mark.parametrize("quant", ["Q9", "f16", "", "../F16"])
 def test_unknown_type(quant: str, reference_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match="known: F32, F16, BF16"):
         convert_checkpoint(reference_dir / "a" / "checkpoint", tmp_path, quant=quant)

@@ -211,10 +211,10 @@ def test_tensors_begin_at_multiples_of_the_alignment(checkpoint: Path, tmp_path:
 
 
 def test_a_file_damaged_after_planning(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(tensor: shards.SourceTensor, start: int, stop: int) -> Any:
+    def gone(tensor: shards.SourceTensor, start: int, stop: int, **how: bool) -> Any:
         if tensor.name.startswith(f"{LANGUAGE}layers.3."):
             raise ConvertError(f"{tensor.file} is missing")
-        return shards.read_rows(tensor, start, stop)
+        return shards.read_rows(tensor, start, stop, **how)
 
     monkeypatch.setattr(write, "read_rows", gone)
     with pytest.raises(ConvertError, match="is missing"):

@@ -1,0 +1,91 @@
+"""Time and peak memory of checkpoint -> Q4_0 + F16, side by side with llama.cpp's three commands.
+
+    python -m benchmarks.make_checkpoint scratch/random-450m
+    python -m benchmarks.quantize_450m scratch/random-450m path/to/llama.cpp path/to/llama-quantize
+
+The two sides take turns; medians are printed. Peak memory is the largest sum over a side's processes that run at a
+time, sampled from /proc; pages of mapped files count.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from benchmarks.equal_llama_cpp import CONVERTER
+
+_INTERVAL: Final = 0.01
+
+
+def resident(process: int) -> int:
+    """Return the resident bytes of a process and its children."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except OSError:
+        return 0
+    own = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
+    return own + sum(resident(int(child)) for child in children)
+
+
+def measure(commands: list[list[str]]) -> tuple[float, int]:
+    """Return the seconds that the commands take together, and the most bytes that one of them held."""
+    began, peak = time.monotonic(), 0
+    for command in commands:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None:
+                peak = max(peak, resident(process.pid))
+                time.sleep(_INTERVAL)
+        if process.returncode:
+            raise SystemExit(f"{command[:4]} failed with code {process.returncode}")
+    return time.monotonic() - began, peak
+
+
+def sides(checkpoint: Path, llama_cpp: Path, quantizer: Path, out: Path) -> dict[str, list[list[str]]]:
+    """Return the commands of each side."""
+    convert = [sys.executable, "-c", CONVERTER, str(llama_cpp), str(checkpoint), "--outtype"]
+    ours = [sys.executable, "-m", "lfm2vl_edge", "convert", str(checkpoint), "-o", str(out)]
+    source, made = str(out / "source.gguf"), str(out / "q4.gguf")
+    return {
+        "lfm2vl-edge": [
+            [*ours, "--quant", "Q4_0", "--mmproj-quant", "F16", "--force"],
+        ],
+        "llama.cpp": [
+            [*convert, "bf16", "--outfile", source],
+            [*convert, "f16", "--outfile", str(out / "mmproj.gguf"), "--mmproj"],
+            [str(quantizer), source, made, "Q4_0"],
+        ],
+    }
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    llama_cpp: Annotated[Path, typer.Argument(help="llama.cpp's source folder.")],
+    quantizer: Annotated[Path, typer.Argument(help="Its llama-quantize.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 3,
+) -> None:
+    """Measure both sides in turns."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        commands = sides(checkpoint, llama_cpp, quantizer, Path(folder))
+        found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+        for _ in range(rounds):
+            for name, parts in commands.items():
+                found[name].append(measure(parts))
+                print(f"{name:<12} {found[name][-1][0]:6.2f} s {found[name][-1][1] / 1e6:7.0f} MB", file=sys.stderr)
+    summary = {
+        name: {"seconds": statistics.median(run[0] for run in runs), "peak_bytes": max(run[1] for run in runs)}
+        for name, runs in found.items()
+    }
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    typer.run(main)
