@@ -14,10 +14,11 @@ from typing import Any, Final
 
 import numpy as np
 
+from lfm2vl_edge.cache import STATE_BYTES, Embeddings, Memory, States
 from lfm2vl_edge.config import Options
 from lfm2vl_edge.engine import Engine, Floats
 from lfm2vl_edge.errors import ConfigError, EngineError
-from lfm2vl_edge.generate import Chunk, look, prefill, prepare, stream
+from lfm2vl_edge.generate import Chunk, look, prefill, prepare, split, stream
 from lfm2vl_edge.hardware import physical_cores
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.modelfile import ModelConfig, find_pair, read_config
@@ -35,13 +36,16 @@ class Model:
     It answers one request at a time; a second one meanwhile is an EngineError, not a mixed-up answer.
     """
 
-    def __init__(self, engine: Engine, config: ModelConfig, *, load_seconds: float = 0.0) -> None:
+    def __init__(
+        self, engine: Engine, config: ModelConfig, *, memory: Memory | None = None, load_seconds: float = 0.0
+    ) -> None:
         self.engine = engine
         """The inference engine; for those who need more than this class offers."""
         self.config = config
         """What the model's files say, and the image settings in use."""
         self.load_seconds = load_seconds
         """Time that opening took."""
+        self._memory = memory or Memory(states=States(), embeddings=Embeddings())
         self._answering = threading.Lock()
         self._is_closed = False
 
@@ -55,6 +59,7 @@ class Model:
         n_ctx: int = DEFAULT_CONTEXT,
         n_threads: int | None = None,
         gpu_layers: int = 0,
+        state_bytes: int = STATE_BYTES,
     ) -> Model:
         """Open a model's two files.
 
@@ -65,6 +70,8 @@ class Model:
             n_ctx: tokens of context to begin with; it grows when a prompt needs more.
             n_threads: threads that compute; by default one per physical core.
             gpu_layers: layers that a GPU takes, where the installed llama.cpp has one; -1 means all.
+            state_bytes: memory for states of earlier prompts, so that another question about a picture or the next
+                turn of a talk decodes only what is new; 0 keeps none.
 
         Raises:
             ModelNotFound: a file is missing.
@@ -74,6 +81,7 @@ class Model:
         begin = time.perf_counter()
         _check_count("n_ctx", n_ctx)
         _check_count("n_threads", 1 if n_threads is None else n_threads)
+        _check_count("state_bytes", state_bytes, least=0)
         pair = find_pair(Path(path), Path(mmproj) if mmproj is not None else None)
         config = with_image_settings(read_config(pair), image_settings or {})
         from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
@@ -87,7 +95,8 @@ class Model:
             gpu_layers=gpu_layers,
         )
         engine = LlamaEngine(pair.model, pair.mmproj, settings)
-        return cls(engine, config, load_seconds=time.perf_counter() - begin)
+        memory = Memory(states=States(state_bytes), embeddings=Embeddings())
+        return cls(engine, config, memory=memory, load_seconds=time.perf_counter() - begin)
 
     def ask(self, images: ImageInput | Sequence[ImageInput], prompt: str = DEFAULT_PROMPT, **options: Any) -> str:
         """Return the answer to a question about one or several pictures.
@@ -125,7 +134,7 @@ class Model:
 
     def _stream(self, messages: Sequence[Message], options: Options) -> Iterator[Chunk]:
         with self._exclusive():
-            yield from stream(self.engine, self.config, messages, options)
+            yield from stream(self.engine, self.config, messages, options, self._memory)
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the prompt's ids as the reference's input_ids: the image token repeated for every embedding.
@@ -156,7 +165,7 @@ class Model:
         with self._exclusive():
             prompt = prepare(self.engine, self.config, messages)
             self.engine.reserve(len(prompt.token_ids))
-            prefill(self.engine, prompt, Stopwatch())
+            prefill(self.engine, split(prompt), self._memory, Stopwatch())
             return self.engine.logits()
 
     def cancel(self) -> None:
@@ -207,6 +216,6 @@ def with_image_settings(config: ModelConfig, changes: Mapping[str, Any]) -> Mode
     return replace(config, image=image, image_source=f"{config.image_source}; changed: {', '.join(changes)}")
 
 
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+def _check_count(name: str, value: object, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more")

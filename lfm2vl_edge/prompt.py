@@ -60,8 +60,8 @@ class Picture:
 Segment: TypeAlias = "Control | Text | Tile"
 
 
-def images_of(messages: Sequence[Message]) -> list[ImageInput]:
-    """Return the images of all messages, in prompt order.
+def images_of(messages: Sequence[Message]) -> list[ImageInput | Picture]:
+    """Return the images of all messages, in prompt order; one may be cut already.
 
     Raises:
         PromptError: the messages do not have the Hugging Face form.

@@ -21,7 +21,7 @@ def after(model: Model, tokens: list[int]) -> Floats:
 
 @pytest.mark.parametrize("quant", ["F32", "F16"])
 def test_a_restored_sequence_goes_on_as_the_first_one_did(pair: Pair, quant: str) -> None:
-    with Model.open(pair("a", quant)) as model:
+    with Model.open(pair("a", quant), n_threads=1) as model:
         engine = model.engine
         words, more = engine.tokenize("what colours are there in this picture?"), engine.tokenize("and where?")
         embeddings = engine.encode(pixels(0), 4)

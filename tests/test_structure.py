@@ -18,7 +18,7 @@ LAYERS = [
     {"published", "geometry", "image", "stats", "hardware", "stream"},
     {"modelfile", "resample", "draw"},
     {"preprocess", "engine"},
-    {"prompt", "engine.ffi"},
+    {"prompt", "cache", "engine.ffi"},
     {"engine.llama"},
     {"generate"},
     {"model"},
