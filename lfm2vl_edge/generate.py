@@ -189,7 +189,7 @@ def prefill(engine: Engine, pieces: Sequence[Piece], memory: Memory, watch: Stop
     with watch.phase("prefill"):
         keys = chain(pieces)
         done = _restore(engine, keys[:-1], memory)
-    watch.restored_tokens = sum(map(_length, pieces[:done]))
+    watch.restored_tokens = sum(map(n_tokens, pieces[:done]))
     views = [index for index, piece in enumerate(pieces) if isinstance(piece, Tile)]
     for index in range(done, len(pieces)):
         _decode(engine, pieces[index], memory, watch)
@@ -198,7 +198,8 @@ def prefill(engine: Engine, pieces: Sequence[Piece], memory: Memory, watch: Stop
                 memory.states.put(keys[index], engine.snapshot)
 
 
-def _length(piece: Piece) -> int:
+def n_tokens(piece: Piece) -> int:
+    """Return how many tokens of context a piece takes."""
     return piece.n_tokens if isinstance(piece, Tile) else len(piece)
 
 

@@ -14,18 +14,20 @@ from typing import Any, Final
 
 import numpy as np
 
-from lfm2vl_edge.cache import STATE_BYTES, Embeddings, Memory, States
+from lfm2vl_edge.cache import STATE_BYTES, Embeddings, Key, Memory, Piece, States, chain
 from lfm2vl_edge.config import Options
-from lfm2vl_edge.engine import Engine, Floats
-from lfm2vl_edge.errors import ConfigError, EngineError
-from lfm2vl_edge.generate import Chunk, look, prefill, prepare, split, stream
+from lfm2vl_edge.engine import Engine, Floats, State
+from lfm2vl_edge.errors import ConfigError, EngineError, SessionError
+from lfm2vl_edge.generate import Chunk, look, n_tokens, prefill, prepare, split, stream
 from lfm2vl_edge.hardware import physical_cores
+from lfm2vl_edge.identity import Identity, Source, identify
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.modelfile import ModelConfig, find_pair, read_config
-from lfm2vl_edge.prompt import Message
+from lfm2vl_edge.preprocess import Tile
+from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
+from lfm2vl_edge.session import Photo, load_saved
 from lfm2vl_edge.stats import Stopwatch
 
-DEFAULT_PROMPT: Final = "Describe this image."
 DEFAULT_CONTEXT: Final = 4096
 """Tokens of context that a model begins with: room for a picture of ten tiles and a talk about it."""
 
@@ -37,7 +39,13 @@ class Model:
     """
 
     def __init__(
-        self, engine: Engine, config: ModelConfig, *, memory: Memory | None = None, load_seconds: float = 0.0
+        self,
+        engine: Engine,
+        config: ModelConfig,
+        *,
+        memory: Memory | None = None,
+        source: Source | None = None,
+        load_seconds: float = 0.0,
     ) -> None:
         self.engine = engine
         """The inference engine; for those who need more than this class offers."""
@@ -46,6 +54,8 @@ class Model:
         self.load_seconds = load_seconds
         """Time that opening took."""
         self._memory = memory or Memory(states=States(), embeddings=Embeddings())
+        self._source = source
+        self._identity: Identity | None = None
         self._answering = threading.Lock()
         self._is_closed = False
 
@@ -84,6 +94,7 @@ class Model:
         _check_count("state_bytes", state_bytes, least=0)
         pair = find_pair(Path(path), Path(mmproj) if mmproj is not None else None)
         config = with_image_settings(read_config(pair), image_settings or {})
+        source = Source.of(pair)
         from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
 
         settings = EngineSettings(
@@ -96,7 +107,7 @@ class Model:
         )
         engine = LlamaEngine(pair.model, pair.mmproj, settings)
         memory = Memory(states=States(state_bytes), embeddings=Embeddings())
-        return cls(engine, config, memory=memory, load_seconds=time.perf_counter() - begin)
+        return cls(engine, config, memory=memory, source=source, load_seconds=time.perf_counter() - begin)
 
     def ask(self, images: ImageInput | Sequence[ImageInput], prompt: str = DEFAULT_PROMPT, **options: Any) -> str:
         """Return the answer to a question about one or several pictures.
@@ -135,6 +146,75 @@ class Model:
     def _stream(self, messages: Sequence[Message], options: Options) -> Iterator[Chunk]:
         with self._exclusive():
             yield from stream(self.engine, self.config, messages, options, self._memory)
+
+    def cut(self, image: ImageInput) -> Picture:
+        """Return a picture planned and cut, which may stand in several messages without being opened again.
+
+        Raises:
+            ImageError: the input is no picture.
+        """
+        return look(image, self.config.image)
+
+    def look(self, image: ImageInput) -> Photo:
+        """Return a picture that the model has seen: every question about it then costs only the question.
+
+        Raises:
+            ImageError: the input is no picture.
+            PromptError: the picture does not fit into the model's context.
+            EngineError: a native call failed, or the model is busy.
+        """
+        picture = look(image, self.config.image)
+        with self._exclusive():
+            pieces = self._up_to(picture)
+            key = chain(pieces)[-1]
+            state = self._memory.states.get(key)
+            if state is None:
+                prefill(self.engine, pieces, self._memory, Stopwatch())
+                known = self._memory.states.get(key)
+                state = self.engine.snapshot() if known is None else known
+        return self._photo(picture, key, state)
+
+    def load(self, path: str | os.PathLike[str]) -> Photo:
+        """Return a picture that `Photo.save` wrote; load only files that you trust.
+
+        Raises:
+            SessionError: the file is none, is damaged, or was saved with another model, engine or settings.
+            EngineError: the model is busy.
+        """
+        saved = load_saved(Path(path), self.identity(), self.config.image)
+        with self._exclusive():
+            if chain(self._up_to(saved.picture))[-1] != saved.key:
+                raise SessionError(f"{path} was saved by another version of this program; open the picture again")
+            try:
+                self.engine.restore(saved.state)
+            except EngineError as error:
+                raise SessionError(f"{path} holds no state of this model: {error}; open the picture again") from error
+        return self._photo(saved.picture, saved.key, saved.state)
+
+    def _photo(self, picture: Picture, key: Key, state: State) -> Photo:
+        self._memory.states.hold(key, state)
+        return Photo(model=self, picture=picture, key=key, state=state)
+
+    def _up_to(self, picture: Picture) -> list[Piece]:
+        """Return the pieces of a prompt up to a picture's last view, and make room for them."""
+        pieces = split(prepare(self.engine, self.config, [user_message(picture, "")]))
+        while not isinstance(pieces[-1], Tile):
+            pieces.pop()
+        self.engine.reserve(sum(map(n_tokens, pieces)))
+        return pieces
+
+    def identity(self) -> Identity:
+        """Return what decides the bits of a state: files, native code, settings. The files are read for it.
+
+        Raises:
+            SessionError: the model was not opened from files.
+            ModelNotFound: its files were replaced since it was opened.
+        """
+        if self._source is None:
+            raise SessionError("this model was not opened from files, so its states cannot be saved or loaded")
+        if self._identity is None:
+            self._identity = identify(self._source, self.engine.info, self.config.image, None)
+        return self._identity
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the prompt's ids as the reference's input_ids: the image token repeated for every embedding.
@@ -195,13 +275,6 @@ class Model:
             yield
         finally:
             self._answering.release()
-
-
-def user_message(images: ImageInput | Sequence[ImageInput], prompt: str) -> dict[str, Any]:
-    """Return a message of the user: the pictures first, then the text."""
-    several = list(images) if isinstance(images, (list, tuple)) else [images]
-    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in several]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
 
 
 def with_image_settings(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:

@@ -67,7 +67,7 @@ def split_arguments(arguments: Sequence[str], prompt: str | None) -> tuple[list[
 
     The last argument is the question unless it is, or is named like, a picture.
     """
-    from lfm2vl_edge.model import DEFAULT_PROMPT
+    from lfm2vl_edge.prompt import DEFAULT_PROMPT
 
     *pictures, last = arguments
     if prompt is not None or not pictures or _is_picture(last):
@@ -86,7 +86,7 @@ def _is_picture(argument: str) -> bool:
 
 
 def _messages(pictures: Sequence[Any], question: str, system: str | None) -> list[dict[str, Any]]:
-    from lfm2vl_edge.model import user_message
+    from lfm2vl_edge.prompt import user_message
 
     opening = [{"role": "system", "content": system}] if system else []
     return [*opening, user_message(pictures, question)]
