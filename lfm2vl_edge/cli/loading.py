@@ -27,8 +27,12 @@ def model_path(options: ModelOptions) -> Path:
     return Path(options.model)
 
 
-def open_model(options: ModelOptions, image: ImageOptions, verbose: int) -> Model:
-    """Open the model that was asked for, with its image settings changed as asked."""
+def open_model(options: ModelOptions, image: ImageOptions, verbose: int, *, remember: bool) -> Model:
+    """Open the model that was asked for, with its image settings changed as asked.
+
+    A single answer has no use for the states of earlier prompts, so they are kept only to `remember`.
+    """
+    from lfm2vl_edge.cache import STATE_BYTES
     from lfm2vl_edge.model import Model
 
     path = model_path(options)
@@ -42,6 +46,7 @@ def open_model(options: ModelOptions, image: ImageOptions, verbose: int) -> Mode
         image_settings=image.changes(),
         n_ctx=options.ctx_size,
         n_threads=options.threads,
+        state_bytes=STATE_BYTES if remember else 0,
     )
 
 
