@@ -18,14 +18,16 @@ from lfm2vl_edge.cache import STATE_BYTES, Embeddings, Key, Memory, Piece, State
 from lfm2vl_edge.config import Options
 from lfm2vl_edge.engine import Engine, Floats, State
 from lfm2vl_edge.errors import ConfigError, EngineError, SessionError
+from lfm2vl_edge.files import cache_folder
 from lfm2vl_edge.generate import Chunk, look, n_tokens, prefill, prepare, split, stream
 from lfm2vl_edge.hardware import physical_cores
-from lfm2vl_edge.identity import Identity, Source, identify
+from lfm2vl_edge.identity import Identity, Source, encoder_digest, identify
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.modelfile import ModelConfig, find_pair, read_config
 from lfm2vl_edge.preprocess import Tile
 from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
 from lfm2vl_edge.session import Photo, load_saved
+from lfm2vl_edge.shelf import CACHE_BYTES, DiskShelf, digests_folder
 from lfm2vl_edge.stats import Stopwatch
 
 DEFAULT_CONTEXT: Final = 4096
@@ -55,6 +57,7 @@ class Model:
         """Time that opening took."""
         self._memory = memory or Memory(states=States(), embeddings=Embeddings())
         self._source = source
+        self._digests: Path | None = None
         self._identity: Identity | None = None
         self._answering = threading.Lock()
         self._is_closed = False
@@ -70,6 +73,8 @@ class Model:
         n_threads: int | None = None,
         gpu_layers: int = 0,
         state_bytes: int = STATE_BYTES,
+        cache: bool | str | os.PathLike[str] = False,
+        cache_bytes: int = CACHE_BYTES,
     ) -> Model:
         """Open a model's two files.
 
@@ -82,6 +87,9 @@ class Model:
             gpu_layers: layers that a GPU takes, where the installed llama.cpp has one; -1 means all.
             state_bytes: memory for states of earlier prompts, so that another question about a picture or the next
                 turn of a talk decodes only what is new; 0 keeps none.
+            cache: a folder that keeps the embeddings of views for later processes; `True` means LFM2VL_CACHE or the
+                user's cache folder. What goes wrong there is a warning in the log `lfm2vl_edge.shelf`.
+            cache_bytes: what all processes together may keep there.
 
         Raises:
             ModelNotFound: a file is missing.
@@ -92,6 +100,7 @@ class Model:
         _check_count("n_ctx", n_ctx)
         _check_count("n_threads", 1 if n_threads is None else n_threads)
         _check_count("state_bytes", state_bytes, least=0)
+        _check_count("cache_bytes", cache_bytes)
         pair = find_pair(Path(path), Path(mmproj) if mmproj is not None else None)
         config = with_image_settings(read_config(pair), image_settings or {})
         source = Source.of(pair)
@@ -106,8 +115,12 @@ class Model:
             gpu_layers=gpu_layers,
         )
         engine = LlamaEngine(pair.model, pair.mmproj, settings)
-        memory = Memory(states=States(state_bytes), embeddings=Embeddings())
-        return cls(engine, config, memory=memory, source=source, load_seconds=time.perf_counter() - begin)
+        folder = None if cache is False else cache_folder() if cache is True else Path(cache)
+        embeddings = _embeddings(engine, source, folder, cache_bytes)
+        model = cls(engine, config, memory=Memory(states=States(state_bytes), embeddings=embeddings), source=source)
+        model._digests = None if folder is None else digests_folder(folder)
+        model.load_seconds = time.perf_counter() - begin
+        return model
 
     def ask(self, images: ImageInput | Sequence[ImageInput], prompt: str = DEFAULT_PROMPT, **options: Any) -> str:
         """Return the answer to a question about one or several pictures.
@@ -213,7 +226,7 @@ class Model:
         if self._source is None:
             raise SessionError("this model was not opened from files, so its states cannot be saved or loaded")
         if self._identity is None:
-            self._identity = identify(self._source, self.engine.info, self.config.image, None)
+            self._identity = identify(self._source, self.engine.info, self.config.image, self._digests)
         return self._identity
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -275,6 +288,14 @@ class Model:
             yield
         finally:
             self._answering.release()
+
+
+def _embeddings(engine: Engine, source: Source, folder: Path | None, budget: int) -> Embeddings:
+    """Return the memory of embeddings, with a shelf on disk if there is a folder for it."""
+    if folder is None:
+        return Embeddings()
+    shelf = DiskShelf(folder, budget, lambda: encoder_digest(source, engine.info, digests_folder(folder)))
+    return Embeddings(shelf=shelf, n_embd=engine.info.n_embd)
 
 
 def with_image_settings(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:

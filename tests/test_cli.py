@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Run:
     """Run the command in an empty folder, away from the caller's settings."""
 
     def in_shell(*arguments: object, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
-        clean = {name: value for name, value in os.environ.items() if name != "LFM2VL_MODEL"}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("LFM2VL_")}
         command = [sys.executable, "-m", "lfm2vl_edge", *map(str, arguments)]
         return subprocess.run(command, input=stdin, capture_output=True, cwd=tmp_path, env=clean | environment)
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"published", "geometry", "image", "stats", "hardware", "stream"},
     {"modelfile", "resample", "draw"},
     {"preprocess", "engine"},
-    {"prompt", "cache", "identity", "engine.ffi"},
+    {"prompt", "cache", "shelf", "identity", "engine.ffi"},
     {"engine.llama"},
     {"generate"},
     {"session"},

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lfm2vl_edge.cli.cache import cache
 from lfm2vl_edge.cli.convert import convert
 from lfm2vl_edge.cli.plan import plan
 from lfm2vl_edge.cli.run import run
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(plan)
 app.command()(convert)
+app.add_typer(cache)
 
 
 def _show_version(wanted: bool) -> None:

@@ -53,6 +53,7 @@ def run(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system prompt before the question.")] = None,
+    cache: opt.Cache = None,
     max_megapixels: opt.MaxMegapixels = 200,
     as_json: opt.Json = False,
     verbose: opt.Verbose = 0,
@@ -62,7 +63,7 @@ def run(
         names, question = split_arguments(arguments, ask[0] if ask and prompt is None else prompt)
         questions = ([] if ask and prompt is None else [question]) + (ask or [])
         pixels = [load_picture(name, max_megapixels) for name in names]
-        with open_model(model, image, verbose, remember=len(questions) > 1) as opened:
+        with open_model(model, image, verbose, remember=len(questions) > 1, cache=cache) as opened:
             interrupt.cancel = opened.cancel
             pictures = [opened.cut(one) for one in pixels] if len(questions) > 1 else pixels
             told = []
