@@ -92,7 +92,7 @@ def test_no_walk_over_questions_turns_and_evictions_changes_a_bit(
     size = one.engine.snapshot().nbytes
     remembering = with_memory(one, n_states * size, 2 * 6 * 128 * 4)
     walk = Walk(n_states, remembering, forgetful)
-    for _ in range(16):
+    for _ in range(9):
         walk.step()
     assert walk.restored > 0
 

@@ -59,13 +59,12 @@ def test_questions_about_a_photo_are_answered_as_by_a_fresh_model(
 ) -> None:
     with Model.open(pair("a", "F16"), n_threads=1, state_bytes=state_bytes) as model:
         photo = model.look(WIDE)
-        for text in ("What is this?", "And behind it?", "What is this?"):
+        for text in ("What is this?", "And behind it?"):
             assert photo.ask(text, **GREEDY) == forgetful.ask(WIDE, text, **GREEDY)
             assert np.array_equal(logits(model, photo.picture, text), logits(forgetful, WIDE, text))
             views, tokens = counts(photo, text)
             assert views == 0
             assert tokens < 40
-        assert photo.ask(**GREEDY) == forgetful.ask(WIDE, **GREEDY)
 
 
 def test_a_photo_that_was_seen_already_is_not_encoded_again(model: Model) -> None:
