@@ -31,7 +31,7 @@ format: $(VENV)/.dev ## format the code and fix what lint can fix
 	$(BIN)/ruff format $(SOURCE)
 
 parity: $(VENV)/.parity ## compare with transformers and torch, on freshly made checkpoints
-	$(BIN)/pytest -m parity
+	$(BIN)/pytest -m parity -n 0
 
 clean: ## remove everything that was made
 	rm -rf $(VENV) scratch build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -15,12 +15,14 @@ from lfm2vl_edge.errors import (
     ImageError,
     ModelNotFound,
     PromptError,
+    SessionError,
 )
 from lfm2vl_edge.generate import Chunk
 from lfm2vl_edge.geometry import TilePlan, View, plan
 from lfm2vl_edge.image import load_image
 from lfm2vl_edge.model import Model
 from lfm2vl_edge.preprocess import Tile, preprocess
+from lfm2vl_edge.session import Photo
 from lfm2vl_edge.stats import Stats
 
 __version__ = "0.1.0"
@@ -36,8 +38,10 @@ __all__ = [
     "Model",
     "ModelNotFound",
     "Options",
+    "Photo",
     "PromptError",
     "Sampling",
+    "SessionError",
     "Stats",
     "Tile",
     "TilePlan",

@@ -28,5 +28,9 @@ class EngineError(EdgeError):
     """A native call failed; the message names the function, its code and the last native log line."""
 
 
+class SessionError(EdgeError):
+    """A saved picture cannot be written, is damaged, or belongs to another model, engine or settings."""
+
+
 class ConvertError(EdgeError):
     """A checkpoint cannot be converted; the message names the file or tensor, and what was expected."""

@@ -1,6 +1,11 @@
 """The line itself: messages -> pictures -> segments -> prefill -> tokens -> text.
 
 `stream` is the only path to an answer; not streaming is joining its pieces.
+
+A prompt is decoded in pieces (`split`), and where they end is decided by the prompt alone: how many tokens one native
+call has may change the last bits of what it computes, so a prompt that begins with a restored state must go through
+the same calls as one that begins with nothing. What the model drew, token by token, is therefore never a prefix of
+the next turn; that turn decodes the answer once more, in one run, after the state that the question left.
 """
 
 from __future__ import annotations
@@ -9,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lfm2vl_edge.cache import Key, Memory, Piece, chain
 from lfm2vl_edge.config import ImageConfig, Options
-from lfm2vl_edge.engine import Engine
+from lfm2vl_edge.engine import Engine, Floats
 from lfm2vl_edge.errors import PromptError
 from lfm2vl_edge.geometry import plan
 from lfm2vl_edge.image import ImageInput, load_image
@@ -45,6 +51,8 @@ class Prompt:
 
     segments: tuple[int | Tile, ...]
     """Token ids and views, in order."""
+    opening: tuple[int, ...]
+    """Token ids with which the model's turn is opened; the prompt ends with them."""
     image_token: int
     """Id of the placeholder that stands for one image token in the reference's input_ids."""
 
@@ -63,7 +71,9 @@ class Prompt:
         ]
 
 
-def stream(engine: Engine, config: ModelConfig, messages: Sequence[Message], options: Options) -> Iterator[Chunk]:
+def stream(
+    engine: Engine, config: ModelConfig, messages: Sequence[Message], options: Options, memory: Memory
+) -> Iterator[Chunk]:
     """Yield the answer piece by piece; the last chunk carries `finish` and `stats`.
 
     Raises:
@@ -75,7 +85,7 @@ def stream(engine: Engine, config: ModelConfig, messages: Sequence[Message], opt
     with watch.phase("preprocess"):
         prompt = prepare(engine, config, messages)
     room = _make_room(engine, config, prompt, options.max_tokens)
-    prefill(engine, prompt, watch)
+    prefill(engine, split(prompt), memory, watch)
     text = TextStream(options.stop)
     finish: Finish = "length"
     n_drawn = 0
@@ -95,12 +105,14 @@ def stream(engine: Engine, config: ModelConfig, messages: Sequence[Message], opt
     yield Chunk(text=text.flush(), finish=finish, stats=_stats(prompt, messages, n_drawn, watch))
 
 
-def look(image: ImageInput, config: ImageConfig) -> Picture:
-    """Return an image planned and cut.
+def look(image: ImageInput | Picture, config: ImageConfig) -> Picture:
+    """Return an image planned and cut; one that is cut already as it is.
 
     Raises:
         ImageError: the input is no picture.
     """
+    if isinstance(image, Picture):
+        return image
     pixels = load_image(image)
     tile_plan = plan(pixels.shape[0], pixels.shape[1], config)
     return Picture(plan=tile_plan, tiles=tuple(cut(pixels, tile_plan, config)))
@@ -110,8 +122,13 @@ def prepare(engine: Engine, config: ModelConfig, messages: Sequence[Message]) ->
     """Return the prompt of a talk: its pictures cut, its text tokenized."""
     pictures = [look(image, config.image) for image in images_of(messages)]
     segments = render(messages, pictures, config)
-    ids = (part for segment in segments for part in _ids(segment, engine, config))
-    return Prompt(segments=tuple(ids), image_token=config.control_tokens[IMAGE])
+    ids = [_ids(segment, engine, config) for segment in segments]
+    begin = max((index for index, segment in enumerate(segments) if isinstance(segment, Control)), default=len(ids))
+    return Prompt(
+        segments=tuple(part for parts in ids for part in parts),
+        opening=tuple(part for parts in ids[begin:] for part in parts if isinstance(part, int)),
+        image_token=config.control_tokens[IMAGE],
+    )
 
 
 def _ids(segment: Segment, engine: Engine, config: ModelConfig) -> Sequence[int | Tile]:
@@ -139,30 +156,87 @@ def _make_room(engine: Engine, config: ModelConfig, prompt: Prompt, max_tokens: 
     return room
 
 
-def prefill(engine: Engine, prompt: Prompt, watch: Stopwatch) -> None:
-    """Put the prompt through the engine: tokens between two views in one call, each view as embeddings."""
-    waiting: list[int] = []
+def split(prompt: Prompt) -> list[Piece]:
+    """Return the prompt in the pieces that are decoded by one call each.
+
+    A run of tokens ends before a view and after the opening of a turn of the model. Both can be told from what comes
+    before, so a prompt that goes on from another one begins with the same pieces. They cost no call that would not be
+    needed without them: the state after the last view is where another question goes on, and the end of the prompt is
+    where the next turn does.
+    """
+    pieces: list[Piece] = []
+    run: list[int] = []
     for segment in prompt.segments:
         if isinstance(segment, int):
-            waiting.append(segment)
-            continue
-        with watch.phase("prefill"):
-            engine.decode_tokens(waiting)
-        waiting.clear()
-        with watch.phase("encode"):
-            embeddings = engine.encode(segment.pixels, segment.n_tokens)
-        with watch.phase("prefill"):
-            engine.decode_embeddings(embeddings)
+            run.append(segment)
+        if run and (not isinstance(segment, int) or _ends_with(run, prompt.opening)):
+            pieces.append(tuple(run))
+            run.clear()
+        if not isinstance(segment, int):
+            pieces.append(segment)
+    return [*pieces, tuple(run)] if run else pieces
+
+
+def _ends_with(run: Sequence[int], opening: tuple[int, ...]) -> bool:
+    return bool(opening) and tuple(run[-len(opening) :]) == opening
+
+
+def prefill(engine: Engine, pieces: Sequence[Piece], memory: Memory, watch: Stopwatch) -> None:
+    """Put pieces through the engine, after the longest known prefix of them; the last one is always decoded.
+
+    The states after the last view and after the last piece are kept.
+    """
     with watch.phase("prefill"):
-        engine.decode_tokens(waiting)
+        keys = chain(pieces)
+        done = _restore(engine, keys[:-1], memory)
+    watch.restored_tokens = sum(map(n_tokens, pieces[:done]))
+    views = [index for index, piece in enumerate(pieces) if isinstance(piece, Tile)]
+    for index in range(done, len(pieces)):
+        _decode(engine, pieces[index], memory, watch)
+        if index in (*views[-1:], len(pieces) - 1):
+            with watch.phase("prefill"):
+                memory.states.put(keys[index], engine.snapshot)
+
+
+def n_tokens(piece: Piece) -> int:
+    """Return how many tokens of context a piece takes."""
+    return piece.n_tokens if isinstance(piece, Tile) else len(piece)
+
+
+def _restore(engine: Engine, keys: Sequence[Key], memory: Memory) -> int:
+    """Restore the state after the longest known prefix and return how many pieces it has."""
+    found = memory.states.longest(keys)
+    if found is None:
+        return 0
+    length, state = found
+    engine.restore(state)
+    return length
+
+
+def _decode(engine: Engine, piece: Piece, memory: Memory, watch: Stopwatch) -> None:
+    if isinstance(piece, tuple):
+        with watch.phase("prefill"):
+            engine.decode_tokens(piece)
+        return
+
+    def encode() -> Floats:
+        watch.encoded_views += 1
+        return engine.encode(piece.pixels, piece.n_tokens)
+
+    with watch.phase("encode"):
+        embeddings = memory.embeddings.of(piece, encode)
+    with watch.phase("prefill"):
+        engine.decode_embeddings(embeddings)
 
 
 def _stats(prompt: Prompt, messages: Sequence[Message], n_drawn: int, watch: Stopwatch) -> Stats:
     return Stats(
         images=len(images_of(messages)),
         views=len(prompt.tiles),
+        encoded_views=watch.encoded_views,
         image_tokens=sum(tile.n_tokens for tile in prompt.tiles),
         prompt_tokens=len(prompt.token_ids),
+        restored_tokens=watch.restored_tokens,
         answer_tokens=n_drawn,
         preprocess_seconds=watch.seconds["preprocess"],
         encode_seconds=watch.seconds["encode"],

@@ -14,17 +14,22 @@ from typing import Any, Final
 
 import numpy as np
 
+from lfm2vl_edge.cache import STATE_BYTES, Embeddings, Key, Memory, Piece, States, chain
 from lfm2vl_edge.config import Options
-from lfm2vl_edge.engine import Engine, Floats
-from lfm2vl_edge.errors import ConfigError, EngineError
-from lfm2vl_edge.generate import Chunk, look, prefill, prepare, stream
+from lfm2vl_edge.engine import Engine, Floats, State
+from lfm2vl_edge.errors import ConfigError, EngineError, SessionError
+from lfm2vl_edge.files import cache_folder
+from lfm2vl_edge.generate import Chunk, look, n_tokens, prefill, prepare, split, stream
 from lfm2vl_edge.hardware import physical_cores
+from lfm2vl_edge.identity import Identity, Source, encoder_digest, identify
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.modelfile import ModelConfig, find_pair, read_config
-from lfm2vl_edge.prompt import Message
+from lfm2vl_edge.preprocess import Tile
+from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
+from lfm2vl_edge.session import Photo, load_saved
+from lfm2vl_edge.shelf import CACHE_BYTES, DiskShelf, digests_folder
 from lfm2vl_edge.stats import Stopwatch
 
-DEFAULT_PROMPT: Final = "Describe this image."
 DEFAULT_CONTEXT: Final = 4096
 """Tokens of context that a model begins with: room for a picture of ten tiles and a talk about it."""
 
@@ -35,13 +40,25 @@ class Model:
     It answers one request at a time; a second one meanwhile is an EngineError, not a mixed-up answer.
     """
 
-    def __init__(self, engine: Engine, config: ModelConfig, *, load_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: ModelConfig,
+        *,
+        memory: Memory | None = None,
+        source: Source | None = None,
+        load_seconds: float = 0.0,
+    ) -> None:
         self.engine = engine
         """The inference engine; for those who need more than this class offers."""
         self.config = config
         """What the model's files say, and the image settings in use."""
         self.load_seconds = load_seconds
         """Time that opening took."""
+        self._memory = memory or Memory(states=States(), embeddings=Embeddings())
+        self._source = source
+        self._digests: Path | None = None
+        self._identity: Identity | None = None
         self._answering = threading.Lock()
         self._is_closed = False
 
@@ -55,6 +72,9 @@ class Model:
         n_ctx: int = DEFAULT_CONTEXT,
         n_threads: int | None = None,
         gpu_layers: int = 0,
+        state_bytes: int = STATE_BYTES,
+        cache: bool | str | os.PathLike[str] = False,
+        cache_bytes: int = CACHE_BYTES,
     ) -> Model:
         """Open a model's two files.
 
@@ -65,6 +85,11 @@ class Model:
             n_ctx: tokens of context to begin with; it grows when a prompt needs more.
             n_threads: threads that compute; by default one per physical core.
             gpu_layers: layers that a GPU takes, where the installed llama.cpp has one; -1 means all.
+            state_bytes: memory for states of earlier prompts, so that another question about a picture or the next
+                turn of a talk decodes only what is new; 0 keeps none.
+            cache: a folder that keeps the embeddings of views for later processes; `True` means LFM2VL_CACHE or the
+                user's cache folder. What goes wrong there is a warning in the log `lfm2vl_edge.shelf`.
+            cache_bytes: what all processes together may keep there.
 
         Raises:
             ModelNotFound: a file is missing.
@@ -74,8 +99,11 @@ class Model:
         begin = time.perf_counter()
         _check_count("n_ctx", n_ctx)
         _check_count("n_threads", 1 if n_threads is None else n_threads)
+        _check_count("state_bytes", state_bytes, least=0)
+        _check_count("cache_bytes", cache_bytes)
         pair = find_pair(Path(path), Path(mmproj) if mmproj is not None else None)
         config = with_image_settings(read_config(pair), image_settings or {})
+        source = Source.of(pair)
         from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
 
         settings = EngineSettings(
@@ -87,7 +115,12 @@ class Model:
             gpu_layers=gpu_layers,
         )
         engine = LlamaEngine(pair.model, pair.mmproj, settings)
-        return cls(engine, config, load_seconds=time.perf_counter() - begin)
+        folder = None if cache is False else cache_folder() if cache is True else Path(cache)
+        embeddings = _embeddings(engine, source, folder, cache_bytes)
+        model = cls(engine, config, memory=Memory(states=States(state_bytes), embeddings=embeddings), source=source)
+        model._digests = None if folder is None else digests_folder(folder)
+        model.load_seconds = time.perf_counter() - begin
+        return model
 
     def ask(self, images: ImageInput | Sequence[ImageInput], prompt: str = DEFAULT_PROMPT, **options: Any) -> str:
         """Return the answer to a question about one or several pictures.
@@ -125,7 +158,76 @@ class Model:
 
     def _stream(self, messages: Sequence[Message], options: Options) -> Iterator[Chunk]:
         with self._exclusive():
-            yield from stream(self.engine, self.config, messages, options)
+            yield from stream(self.engine, self.config, messages, options, self._memory)
+
+    def cut(self, image: ImageInput) -> Picture:
+        """Return a picture planned and cut, which may stand in several messages without being opened again.
+
+        Raises:
+            ImageError: the input is no picture.
+        """
+        return look(image, self.config.image)
+
+    def look(self, image: ImageInput) -> Photo:
+        """Return a picture that the model has seen: every question about it then costs only the question.
+
+        Raises:
+            ImageError: the input is no picture.
+            PromptError: the picture does not fit into the model's context.
+            EngineError: a native call failed, or the model is busy.
+        """
+        picture = look(image, self.config.image)
+        with self._exclusive():
+            pieces = self._up_to(picture)
+            key = chain(pieces)[-1]
+            state = self._memory.states.get(key)
+            if state is None:
+                prefill(self.engine, pieces, self._memory, Stopwatch())
+                known = self._memory.states.get(key)
+                state = self.engine.snapshot() if known is None else known
+        return self._photo(picture, key, state)
+
+    def load(self, path: str | os.PathLike[str]) -> Photo:
+        """Return a picture that `Photo.save` wrote; load only files that you trust.
+
+        Raises:
+            SessionError: the file is none, is damaged, or was saved with another model, engine or settings.
+            EngineError: the model is busy.
+        """
+        saved = load_saved(Path(path), self.identity(), self.config.image)
+        with self._exclusive():
+            if chain(self._up_to(saved.picture))[-1] != saved.key:
+                raise SessionError(f"{path} was saved by another version of this program; open the picture again")
+            try:
+                self.engine.restore(saved.state)
+            except EngineError as error:
+                raise SessionError(f"{path} holds no state of this model: {error}; open the picture again") from error
+        return self._photo(saved.picture, saved.key, saved.state)
+
+    def _photo(self, picture: Picture, key: Key, state: State) -> Photo:
+        self._memory.states.hold(key, state)
+        return Photo(model=self, picture=picture, key=key, state=state)
+
+    def _up_to(self, picture: Picture) -> list[Piece]:
+        """Return the pieces of a prompt up to a picture's last view, and make room for them."""
+        pieces = split(prepare(self.engine, self.config, [user_message(picture, "")]))
+        while not isinstance(pieces[-1], Tile):
+            pieces.pop()
+        self.engine.reserve(sum(map(n_tokens, pieces)))
+        return pieces
+
+    def identity(self) -> Identity:
+        """Return what decides the bits of a state: files, native code, settings. The files are read for it.
+
+        Raises:
+            SessionError: the model was not opened from files.
+            ModelNotFound: its files were replaced since it was opened.
+        """
+        if self._source is None:
+            raise SessionError("this model was not opened from files, so its states cannot be saved or loaded")
+        if self._identity is None:
+            self._identity = identify(self._source, self.engine.info, self.config.image, self._digests)
+        return self._identity
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the prompt's ids as the reference's input_ids: the image token repeated for every embedding.
@@ -156,7 +258,7 @@ class Model:
         with self._exclusive():
             prompt = prepare(self.engine, self.config, messages)
             self.engine.reserve(len(prompt.token_ids))
-            prefill(self.engine, prompt, Stopwatch())
+            prefill(self.engine, split(prompt), self._memory, Stopwatch())
             return self.engine.logits()
 
     def cancel(self) -> None:
@@ -188,11 +290,12 @@ class Model:
             self._answering.release()
 
 
-def user_message(images: ImageInput | Sequence[ImageInput], prompt: str) -> dict[str, Any]:
-    """Return a message of the user: the pictures first, then the text."""
-    several = list(images) if isinstance(images, (list, tuple)) else [images]
-    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in several]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
+def _embeddings(engine: Engine, source: Source, folder: Path | None, budget: int) -> Embeddings:
+    """Return the memory of embeddings, with a shelf on disk if there is a folder for it."""
+    if folder is None:
+        return Embeddings()
+    shelf = DiskShelf(folder, budget, lambda: encoder_digest(source, engine.info, digests_folder(folder)))
+    return Embeddings(shelf=shelf, n_embd=engine.info.n_embd)
 
 
 def with_image_settings(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
@@ -207,6 +310,6 @@ def with_image_settings(config: ModelConfig, changes: Mapping[str, Any]) -> Mode
     return replace(config, image=image, image_source=f"{config.image_source}; changed: {', '.join(changes)}")
 
 
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+def _check_count(name: str, value: object, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more")

@@ -28,6 +28,8 @@ from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.modelfile import IMAGE, IMAGE_END, IMAGE_START, THUMBNAIL, ModelConfig
 from lfm2vl_edge.preprocess import Tile
 
+DEFAULT_PROMPT: Final = "Describe this image."
+"""The question when none is asked."""
 Message: TypeAlias = Mapping[str, Any]
 """Hugging Face form: `role`, and `content` as a string or a list of `{"type": "image" | "text", ...}`."""
 
@@ -60,8 +62,15 @@ class Picture:
 Segment: TypeAlias = "Control | Text | Tile"
 
 
-def images_of(messages: Sequence[Message]) -> list[ImageInput]:
-    """Return the images of all messages, in prompt order.
+def user_message(images: ImageInput | Picture | Sequence[ImageInput | Picture], prompt: str) -> dict[str, Any]:
+    """Return a message of the user: the pictures first, then the text."""
+    several = list(images) if isinstance(images, (list, tuple)) else [images]
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in several]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
+
+
+def images_of(messages: Sequence[Message]) -> list[ImageInput | Picture]:
+    """Return the images of all messages, in prompt order; one may be cut already.
 
     Raises:
         PromptError: the messages do not have the Hugging Face form.

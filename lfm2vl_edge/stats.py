@@ -20,17 +20,21 @@ class Stats:
     images: int
     """Pictures in the talk."""
     views: int
-    """Tiles, thumbnails and single views that were encoded."""
+    """Tiles, thumbnails and single views of the prompt."""
+    encoded_views: int
+    """Those of them that were encoded for this answer; the others were known."""
     image_tokens: int
     """Image tokens of the prompt."""
     prompt_tokens: int
     """All tokens of the prompt, image tokens included."""
+    restored_tokens: int
+    """Those of them that a state from an earlier answer already held."""
     answer_tokens: int
     """Tokens drawn, the end of the turn not counted."""
     preprocess_seconds: float
     """Opening, resizing and cutting the pictures."""
     encode_seconds: float
-    """Views to embeddings."""
+    """Views to embeddings, or finding those that are known."""
     prefill_seconds: float
     """The prompt through the language tower."""
     first_token_seconds: float
@@ -46,8 +50,9 @@ class Stats:
 
     @property
     def prefill_speed(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
+        """Prompt tokens per second, of those that were decoded for this answer."""
+        decoded = self.prompt_tokens - self.restored_tokens
+        return decoded / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return every figure by name, seconds to the millisecond."""
@@ -56,9 +61,13 @@ class Stats:
 
 
 class Stopwatch:
-    """Adds up the seconds spent in each phase, and knows when the first token came."""
+    """Adds up the seconds spent in each phase, knows when the first token came, and what was not done again."""
 
     def __init__(self) -> None:
+        self.encoded_views = 0
+        """Views that were encoded."""
+        self.restored_tokens = 0
+        """Tokens that a restored state held."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._begin = time.perf_counter()
         self._first: float | None = None

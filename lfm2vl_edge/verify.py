@@ -16,7 +16,8 @@ from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.errors import ConfigError
 from lfm2vl_edge.generate import look
 from lfm2vl_edge.image import Pixels
-from lfm2vl_edge.model import Model, user_message
+from lfm2vl_edge.model import Model
+from lfm2vl_edge.prompt import user_message
 
 _PICTURES: Final = {"small": (256, 256), "wide": (224, 448), "tiled": (576, 1024)}
 """Name -> height, width; with the published settings the last one is cut into tiles."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ import pytest
 
 from lfm2vl_convert import convert_checkpoint
 from lfm2vl_edge import Model
+
+# Two test processes share the cores: a thread that waits must sleep, not spin. Read when llama.cpp is first used.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 PICTURES = REFERENCE / "a"

@@ -31,7 +31,7 @@ def run(tmp_path: Path) -> Run:
     """Run the command in an empty folder, away from the caller's settings."""
 
     def in_shell(*arguments: object, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
-        clean = {name: value for name, value in os.environ.items() if name != "LFM2VL_MODEL"}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("LFM2VL_")}
         command = [sys.executable, "-m", "lfm2vl_edge", *map(str, arguments)]
         return subprocess.run(command, input=stdin, capture_output=True, cwd=tmp_path, env=clean | environment)
 
@@ -78,6 +78,22 @@ def test_run_as_json_is_one_object(run: Run, pair: Pair, model: Model) -> None:
     assert shown["answer"] == model.ask(SMALL, temperature=0.0, max_tokens=12)
     assert shown["finish"] in ("stop", "length")
     assert shown["stats"]["image_tokens"] == len(model.embed_image(SMALL))
+
+
+def test_several_questions_read_the_picture_once(run: Run, pair: Pair, model: Model) -> None:
+    folder = pair("a", "F32")
+    questions = ("What is this?", "And behind it?")
+    asked = [word for question in questions for word in ("--ask", question)]
+    expected = [model.ask(WIDE, question, temperature=0.0, max_tokens=12) for question in questions]
+    assert run("run", WIDE, *asked, "-m", folder, *GREEDY).stdout.decode() == "".join(f"{one}\n" for one in expected)
+    shown = json.loads(run("run", WIDE, *asked, "-m", folder, "--json", *GREEDY).stdout)
+    assert [(one["question"], one["answer"]) for one in shown["answers"]] == [*zip(questions, expected, strict=True)]
+    assert [one["stats"]["encoded_views"] for one in shown["answers"]] == [4, 0]
+    assert shown["answers"][1]["stats"]["restored_tokens"] > shown["answers"][1]["stats"]["image_tokens"]
+    first = run("run", WIDE, "-p", questions[0], "-a", questions[1], "-m", folder, *GREEDY).stdout.decode()
+    assert first == "".join(f"{one}\n" for one in expected)
+    alone = json.loads(run("run", WIDE, "-a", questions[0], "-m", folder, "--json", *GREEDY).stdout)
+    assert [one["answer"] for one in alone["answers"]] == expected[:1]
 
 
 def test_verbose_figures_go_to_stderr(run: Run, pair: Pair) -> None:

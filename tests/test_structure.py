@@ -13,14 +13,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "lfm2vl_edge").rglob("*.py"), *(ROOT / "convert").rglob("*.py")])
 LAYERS = [
-    {"errors"},
+    {"errors", "files"},
     {"config", "metadata"},
     {"published", "geometry", "image", "stats", "hardware", "stream"},
     {"modelfile", "resample", "draw"},
     {"preprocess", "engine"},
-    {"prompt", "engine.ffi"},
+    {"prompt", "cache", "shelf", "identity", "engine.ffi"},
     {"engine.llama", "engine.quantize"},
     {"generate"},
+    {"session"},
     {"model"},
     {"verify"},
     {""},

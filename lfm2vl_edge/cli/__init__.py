@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lfm2vl_edge.cli.cache import cache
 from lfm2vl_edge.cli.convert import convert
 from lfm2vl_edge.cli.plan import plan
 from lfm2vl_edge.cli.quantize import quantize
@@ -25,6 +26,7 @@ app.command()(plan)
 app.command()(convert)
 app.command()(quantize)
 app.command()(verify)
+app.add_typer(cache)
 
 
 def _show_version(wanted: bool) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfm2vl_edge.cli.options import ImageOptions, ModelOptions
 from lfm2vl_edge.errors import ModelNotFound
+from lfm2vl_edge.files import CACHE_VARIABLE
 
 if TYPE_CHECKING:
     from lfm2vl_edge.image import ImageInput, Pixels
@@ -27,11 +30,19 @@ def model_path(options: ModelOptions) -> Path:
     return Path(options.model)
 
 
-def open_model(options: ModelOptions, image: ImageOptions, verbose: int) -> Model:
-    """Open the model that was asked for, with its image settings changed as asked."""
+def open_model(
+    options: ModelOptions, image: ImageOptions, verbose: int, *, remember: bool, cache: bool | None
+) -> Model:
+    """Open the model that was asked for, with its image settings changed as asked.
+
+    A single answer has no use for the states of earlier prompts, so they are kept only to `remember`. The cache on
+    disk holds what can be seen in pictures, so it is used only where that was asked for, here or by LFM2VL_CACHE.
+    """
+    from lfm2vl_edge.cache import STATE_BYTES
     from lfm2vl_edge.model import Model
 
     path = model_path(options)
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     if verbose > 1:
         from lfm2vl_edge.engine.ffi import LOG
 
@@ -42,6 +53,8 @@ def open_model(options: ModelOptions, image: ImageOptions, verbose: int) -> Mode
         image_settings=image.changes(),
         n_ctx=options.ctx_size,
         n_threads=options.threads,
+        cache=bool(os.environ.get(CACHE_VARIABLE)) if cache is None else cache,
+        state_bytes=STATE_BYTES if remember else 0,
     )
 
 

@@ -35,6 +35,14 @@ Verbose = Annotated[
 Quiet = Annotated[bool, _output("--quiet", "-q", help="No progress on stderr.")]
 Json = Annotated[bool, _output("--json", help="One JSON object on stdout.")]
 Force = Annotated[bool, _output("--force", "-f", help="Overwrite files.")]
+Cache = Annotated[
+    bool | None,
+    _machine(
+        "--cache/--no-cache",
+        help="Keep encoded pictures on disk for the next run. Default: only if LFM2VL_CACHE is set.",
+        show_default=False,
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

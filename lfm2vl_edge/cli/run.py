@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,21 +46,34 @@ def run(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The question; then every argument is a picture.")
     ] = None,
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ask", "-a", help="A question; may be repeated: the pictures are read once. Every argument is a picture."
+        ),
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system prompt before the question.")] = None,
+    cache: opt.Cache = None,
     max_megapixels: opt.MaxMegapixels = 200,
     as_json: opt.Json = False,
     verbose: opt.Verbose = 0,
 ) -> None:
     """Answer a question about pictures: lfm2vl-edge run photo.jpg "What is this?" -m MODEL."""
     with reporting(), at_once() as interrupt:
-        names, question = split_arguments(arguments, prompt)
-        pictures = [load_picture(name, max_megapixels) for name in names]
-        with open_model(model, image, verbose) as opened:
+        names, question = split_arguments(arguments, ask[0] if ask and prompt is None else prompt)
+        questions = ([] if ask and prompt is None else [question]) + (ask or [])
+        pixels = [load_picture(name, max_megapixels) for name in names]
+        with open_model(model, image, verbose, remember=len(questions) > 1, cache=cache) as opened:
             interrupt.cancel = opened.cancel
-            messages = _messages(pictures, question, system)
-            last = _show(opened.chat(messages, **answer.values()), opened, as_json=as_json)
-            if verbose:
-                typer.echo("\n".join(_figures(last, opened)), err=True)
+            pictures = [opened.cut(one) for one in pixels] if len(questions) > 1 else pixels
+            told = []
+            for each in questions:
+                messages = _messages(pictures, each, system)
+                told.append(_show(opened.chat(messages, **answer.values()), quiet=as_json))
+                if verbose:
+                    typer.echo("\n".join(_figures(told[-1].last, opened)), err=True)
+            if as_json:
+                sys.stdout.write(_as_json(told, questions if ask else None, opened))
 
 
 def split_arguments(arguments: Sequence[str], prompt: str | None) -> tuple[list[str], str]:
@@ -67,7 +81,7 @@ def split_arguments(arguments: Sequence[str], prompt: str | None) -> tuple[list[
 
     The last argument is the question unless it is, or is named like, a picture.
     """
-    from lfm2vl_edge.model import DEFAULT_PROMPT
+    from lfm2vl_edge.prompt import DEFAULT_PROMPT
 
     *pictures, last = arguments
     if prompt is not None or not pictures or _is_picture(last):
@@ -86,29 +100,47 @@ def _is_picture(argument: str) -> bool:
 
 
 def _messages(pictures: Sequence[Any], question: str, system: str | None) -> list[dict[str, Any]]:
-    from lfm2vl_edge.model import user_message
+    from lfm2vl_edge.prompt import user_message
 
     opening = [{"role": "system", "content": system}] if system else []
     return [*opening, user_message(pictures, question)]
 
 
-def _show(chunks: Iterator[Chunk], model: Model, *, as_json: bool) -> Chunk:
-    """Write the answer as it comes, or as one object at the end, and return the last chunk."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """A finished answer."""
+
+    answer: str
+    """The whole text."""
+    last: Chunk
+    """The last chunk, which has the reason for the end and the figures."""
+
+
+def _show(chunks: Iterator[Chunk], *, quiet: bool) -> Told:
+    """Write the answer as it comes, unless `quiet`, and return it."""
     pieces = []
     for chunk in chunks:
         pieces.append(chunk.text)
-        if not as_json:
+        if not quiet:
             sys.stdout.write(chunk.text)
             sys.stdout.flush()
-    sys.stdout.write(_as_json("".join(pieces), chunk, model) if as_json else "\n")
-    sys.stdout.flush()
-    return chunk
+    if not quiet:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    return Told(answer="".join(pieces), last=chunk)
 
 
-def _as_json(answer: str, last: Chunk, model: Model) -> str:
-    stats = last.stats.as_dict() if last.stats else {}
-    shown = {"answer": answer, "finish": last.finish, "model": model.config.name, "stats": stats}
-    return json.dumps(shown, ensure_ascii=False) + "\n"
+def _as_json(told: Sequence[Told], questions: Sequence[str] | None, model: Model) -> str:
+    """Return one object: of the only answer, or with a list of answers where questions were given by --ask."""
+    answers: list[dict[str, Any]] = [
+        {"answer": one.answer, "finish": one.last.finish, "stats": one.last.stats.as_dict() if one.last.stats else {}}
+        for one in told
+    ]
+    name = {"model": model.config.name}
+    if questions is None:
+        return json.dumps(answers[0] | name, ensure_ascii=False) + "\n"
+    listed = [{"question": question} | answer for question, answer in zip(questions, answers, strict=True)]
+    return json.dumps({"answers": listed} | name, ensure_ascii=False) + "\n"
 
 
 def _figures(last: Chunk, model: Model) -> Iterator[str]:
@@ -121,8 +153,10 @@ def _figures(last: Chunk, model: Model) -> Iterator[str]:
     yield f"open       {model.load_seconds:8.2f} s"
     yield f"images     settings from {model.config.image_source}"
     yield f"preprocess {stats.preprocess_seconds:8.2f} s"
-    yield f"encode     {stats.encode_seconds:8.2f} s   {stats.views} views, {stats.image_tokens} image tokens"
-    yield f"prefill    {stats.prefill_seconds:8.2f} s   {stats.prompt_tokens} tokens, {stats.prefill_speed:.0f}/s"
+    views = f"{stats.encoded_views} of {stats.views} views"
+    yield f"encode     {stats.encode_seconds:8.2f} s   {views}, {stats.image_tokens} image tokens"
+    tokens = f"{stats.prompt_tokens - stats.restored_tokens} of {stats.prompt_tokens} tokens"
+    yield f"prefill    {stats.prefill_seconds:8.2f} s   {tokens}, {stats.prefill_speed:.0f}/s"
     yield f"first token{stats.first_token_seconds:8.2f} s"
     yield f"decode     {stats.decode_seconds:8.2f} s   {stats.answer_tokens} tokens, {stats.decode_speed:.1f}/s"
     peak = peak_memory()

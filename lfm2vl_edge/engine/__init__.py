@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ from lfm2vl_edge.config import Sampling
 from lfm2vl_edge.image import Pixels
 
 Floats = npt.NDArray[np.float32]
+State: TypeAlias = npt.NDArray[np.uint8]
+"""uint8 `[n_bytes]`: the engine's sequence as bytes that only the engine reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,12 @@ class EngineInfo:
     """Threads that compute."""
     system: str
     """The engine's own words on the instructions that it was built for."""
+    libraries: tuple[Path, ...]
+    """Files of native code that compute; another build of them may round differently."""
+    encoder_settings: str
+    """Every setting, beside the files, that may change a bit of an embedding."""
+    language_settings: str
+    """Every setting, beside the files, that may change a bit of the sequence or the logits."""
 
 
 class Engine(Protocol):
@@ -79,6 +88,16 @@ class Engine(Protocol):
 
     def logits(self) -> Floats:
         """Return float32 `[n_vocab]`: the scores of what follows the sequence."""
+
+    def snapshot(self) -> State:
+        """Return a copy of the sequence; restoring it gives the same bits as making it again."""
+
+    def restore(self, state: State) -> None:
+        """Replace the sequence by a snapshot, after `reserve`. There are no logits until something is decoded.
+
+        Raises:
+            EngineError: the bytes are no snapshot of this model; the sequence is empty then.
+        """
 
     def sample(self, sampling: Sampling, seed: int | None, seen: Sequence[int]) -> Iterator[int]:
         """Yield tokens, each appended to the sequence when the next one is asked for, without end.

@@ -7,10 +7,12 @@ Every native object is handed out by a context manager or freed by its owner's `
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -29,9 +31,12 @@ __all__ = [
     "check",
     "floats",
     "image_chunk",
+    "libraries",
     "llama",
     "mtmd",
     "require",
+    "sequence_bytes",
+    "set_sequence_bytes",
 ]
 
 ABORTED: Final = 2
@@ -41,6 +46,7 @@ NO_MEMORY_SLOT: Final = 1
 _WARNING: Final = 2
 _CONTINUATION: Final = 5
 _LAST_LINES: Final = 20
+_NATIVE: Final = re.compile(r"\.(so|dylib|dll)(\.|$)")
 
 
 class NativeLog:
@@ -97,6 +103,46 @@ def require(function: str, handle: Any, hint: str = "") -> Any:
 def floats(pointer: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """Return a copy of native floats; the native memory may be reused at once."""
     return np.ctypeslib.as_array(pointer, shape).astype(np.float32, copy=True)
+
+
+def libraries() -> tuple[Path, ...]:
+    """Return the files of native code that llama_cpp brings, sorted, each once however many names it has."""
+    folder = Path(llama.__file__).parent / "lib"
+    found = (path.resolve() for path in folder.iterdir() if path.is_file() and _NATIVE.search(path.name))
+    return tuple(sorted(set(found)))
+
+
+def sequence_bytes(context: Any) -> npt.NDArray[np.uint8]:
+    """Return a copy of the sequence of a llama context, uint8 `[n_bytes]`.
+
+    Raises:
+        EngineError: llama.cpp wrote another number of bytes than it announced.
+    """
+    size = llama.llama_state_seq_get_size(context, 0)
+    state = np.empty(size, np.uint8)
+    written = llama.llama_state_seq_get_data(context, _bytes_at(state), size, 0)
+    if not size or written != size:
+        raise EngineError(f"llama_state_seq_get_data wrote {written} of {size} bytes{LOG.last()}")
+    return state
+
+
+def set_sequence_bytes(context: Any, state: npt.NDArray[np.uint8]) -> None:
+    """Replace the sequence of a llama context by uint8 `[n_bytes]` of `sequence_bytes`.
+
+    Raises:
+        EngineError: llama.cpp does not take the bytes; the sequence is empty then.
+    """
+    memory = llama.llama_get_memory(context)
+    llama.llama_memory_clear(memory, False)
+    whole = np.ascontiguousarray(state, np.uint8)
+    read = llama.llama_state_seq_set_data(context, _bytes_at(whole), whole.size, 0)
+    if not whole.size or read != whole.size:
+        llama.llama_memory_clear(memory, False)
+        raise EngineError(f"llama_state_seq_set_data read {read} of {whole.size} bytes{LOG.last()}")
+
+
+def _bytes_at(array: npt.NDArray[np.uint8]) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from lfm2vl_edge.config import MAX_SEED, Sampling
-from lfm2vl_edge.engine import EngineInfo, Floats
+from lfm2vl_edge.engine import EngineInfo, Floats, State
 from lfm2vl_edge.engine.ffi import (
     ABORTED,
     LOG,
@@ -23,9 +23,12 @@ from lfm2vl_edge.engine.ffi import (
     check,
     floats,
     image_chunk,
+    libraries,
     llama,
     mtmd,
     require,
+    sequence_bytes,
+    set_sequence_bytes,
 )
 from lfm2vl_edge.errors import EngineError, PromptError
 from lfm2vl_edge.image import Pixels
@@ -95,6 +98,9 @@ class LlamaEngine:
             n_ctx=self._n_ctx,
             n_threads=self._settings.n_threads,
             system=llama.llama_print_system_info().decode("utf-8", "replace").strip(),
+            libraries=libraries(),
+            encoder_settings=f"flash={_FLASH_ATTENTION} gpu={self._uses_gpu}",
+            language_settings=self._language_settings(),
         )
 
     def tokenize(self, text: str) -> list[int]:
@@ -167,6 +173,16 @@ class LlamaEngine:
         pointer = require("llama_get_logits_ith", llama.llama_get_logits_ith(self._context, -1))
         return floats(pointer, (self._n_vocab,))
 
+    def snapshot(self) -> State:
+        """Return a copy of the sequence; see the protocol."""
+        LOG.forget()
+        return sequence_bytes(self._context)
+
+    def restore(self, state: State) -> None:
+        """Replace the sequence by a snapshot; see the protocol."""
+        LOG.forget()
+        set_sequence_bytes(self._context, state)
+
     def sample(self, sampling: Sampling, seed: int | None, seen: Sequence[int]) -> Iterator[int]:
         """Yield tokens without end; see the protocol."""
         with _sampler_chain(sampling, seed, self._n_vocab, self._n_ctx) as chain:
@@ -193,6 +209,26 @@ class LlamaEngine:
             llama.llama_model_free(self._model)
         self._vision = self._context = self._model = None
 
+    @property
+    def _attention(self) -> int:
+        return _EXACT_ATTENTION if self._settings.exact else _FLASH_ATTENTION
+
+    @property
+    def _uses_gpu(self) -> bool:
+        return self._settings.gpu_layers != 0
+
+    def _language_settings(self) -> str:
+        """Name what decides how llama.cpp computes, the length of the context excepted: it changes no bit.
+
+        The number of threads does: flash attention on one token shares its sum among them.
+        """
+        params = llama.llama_context_default_params()
+        settings = self._settings
+        return (
+            f"flash={self._attention} threads={settings.n_threads} gpu={settings.gpu_layers} batch={N_BATCH} "
+            f"ubatch={params.n_ubatch} k={params.type_k} v={params.type_v}"
+        )
+
     def _open_context(self, n_tokens: int) -> None:
         if self._context:
             llama.llama_free(self._context)
@@ -201,7 +237,7 @@ class LlamaEngine:
         params.n_ctx = min(-(-n_tokens // _CONTEXT_STEP) * _CONTEXT_STEP, self._settings.n_ctx_max)
         params.n_batch = N_BATCH
         params.n_threads = params.n_threads_batch = self._settings.n_threads
-        params.flash_attn_type = _EXACT_ATTENTION if self._settings.exact else _FLASH_ATTENTION
+        params.flash_attn_type = self._attention
         params.no_perf = True
         context = llama.llama_init_from_model(self._model, params)
         self._context = require(
@@ -219,7 +255,7 @@ class LlamaEngine:
             self._vision = None
         self._view_tokens = max(n_tokens, self._view_tokens)
         params = mtmd.mtmd_context_params_default()
-        params.use_gpu = self._settings.gpu_layers != 0
+        params.use_gpu = self._uses_gpu
         params.print_timings = False
         params.n_threads = self._settings.n_threads
         params.flash_attn_type = _FLASH_ATTENTION

@@ -1,0 +1,166 @@
+"""What was computed once and need not be computed again: embeddings of views, and states of the sequence.
+
+Both are kept by content, so an answer is the same bits with and without them. Nothing here knows how an embedding or
+a state is made; the memories of a model belong to it and are gone with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeAlias
+from weakref import WeakValueDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2vl_edge.engine import Floats, State
+from lfm2vl_edge.image import Pixels
+from lfm2vl_edge.preprocess import Tile
+
+Key: TypeAlias = bytes
+"""SHA-256 of some content."""
+Piece: TypeAlias = "tuple[int, ...] | Tile"
+"""What goes through the engine in one call: a run of tokens, or a view."""
+STATE_BYTES: Final = 256_000_000
+"""Default budget of the states in memory: about eight of a talk about a picture of ten tiles (450M)."""
+TILE_BYTES: Final = 64_000_000
+"""Default budget of the embeddings in memory: a view has about 1 MB (450M)."""
+
+
+class Recent:
+    """Arrays by key within a budget of bytes; the least recently used ones go first."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        """Bytes; 0 keeps nothing."""
+        self.n_bytes = 0
+        """Bytes kept now; never above the budget."""
+        self._kept: OrderedDict[Key, npt.NDArray[Any]] = OrderedDict()
+
+    def get(self, key: Key) -> npt.NDArray[Any] | None:
+        """Return an array and note its use; None if it is not kept."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def put(self, key: Key, array: npt.NDArray[Any]) -> None:
+        """Keep an array, in place of what was kept least recently; one above the budget is not kept."""
+        self._drop(key)
+        if array.nbytes > self.budget:
+            return
+        self._kept[key] = array
+        self.n_bytes += array.nbytes
+        while self.n_bytes > self.budget:
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, key: Key) -> None:
+        array = self._kept.pop(key, None)
+        if array is not None:
+            self.n_bytes -= array.nbytes
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+class States:
+    """States of the sequence after a chain of pieces, see `chain`."""
+
+    def __init__(self, budget: int = STATE_BYTES) -> None:
+        self._recent = Recent(budget)
+        self._held: WeakValueDictionary[Key, npt.NDArray[Any]] = WeakValueDictionary()
+
+    @property
+    def recent(self) -> Recent:
+        """What the budget pays for."""
+        return self._recent
+
+    def put(self, key: Key, snapshot: Callable[[], State]) -> None:
+        """Keep the state that `snapshot` copies, unless there is no budget at all."""
+        if self._recent.budget > 0:
+            self._recent.put(key, snapshot())
+
+    def hold(self, key: Key, state: State) -> None:
+        """Know a state for as long as its owner keeps it; it costs the budget nothing."""
+        self._held[key] = state
+
+    def get(self, key: Key) -> State | None:
+        """Return the state after a chain, if it is known."""
+        held = self._held.get(key)
+        return self._recent.get(key) if held is None else held
+
+    def longest(self, keys: Sequence[Key]) -> tuple[int, State] | None:
+        """Return the length of the longest known prefix of a chain, in pieces, and its state; None if none is."""
+        for length in range(len(keys), 0, -1):
+            state = self.get(keys[length - 1])
+            if state is not None:
+                return length, state
+        return None
+
+
+class Shelf(Protocol):
+    """Where embeddings outlive the process."""
+
+    def get(self, key: Key, shape: tuple[int, int]) -> Floats | None:
+        """Return float32 embeddings of a shape; None if they are not there whole."""
+
+    def put(self, key: Key, embeddings: Floats) -> None:
+        """Keep embeddings if that is possible."""
+
+
+class Embeddings:
+    """Embeddings of views by their pixels, in memory and, where there is a shelf, beyond it."""
+
+    def __init__(self, budget: int = TILE_BYTES, shelf: Shelf | None = None, n_embd: int = 0) -> None:
+        self._recent = Recent(budget)
+        self._shelf = shelf
+        self._n_embd = n_embd
+
+    def of(self, tile: Tile, encode: Callable[[], Floats]) -> Floats:
+        """Return float32 `[tile.n_tokens, n_embd]`: what is known of these pixels, or what `encode` makes of them."""
+        key = pixels_key(tile.pixels)
+        known = self._recent.get(key)
+        if known is not None:
+            return known
+        shelved = self._shelf.get(key, (tile.n_tokens, self._n_embd)) if self._shelf else None
+        embeddings = encode() if shelved is None else shelved
+        self._recent.put(key, embeddings)
+        if self._shelf and shelved is None:
+            self._shelf.put(key, embeddings)
+        return embeddings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What a model remembers."""
+
+    states: States
+    """Of the sequence, by the pieces that led to them."""
+    embeddings: Embeddings
+    """Of views, by their pixels."""
+
+
+def pixels_key(pixels: Pixels) -> Key:
+    """Return the key of uint8 `[height, width, 3]` pixels."""
+    state = hashlib.sha256(repr(pixels.shape).encode())
+    state.update(np.ascontiguousarray(pixels).data)
+    return state.digest()
+
+
+def chain(pieces: Sequence[Piece]) -> list[Key]:
+    """Return, for each piece, the key of everything up to and including it.
+
+    Where a run of tokens ends is part of the key: the same tokens decoded in other runs may give other bits.
+    """
+    keys: list[Key] = []
+    for piece in pieces:
+        before = keys[-1] if keys else b""
+        content = (
+            b"view" + pixels_key(piece.pixels)
+            if isinstance(piece, Tile)
+            else b"run" + np.asarray(piece, "<i4").tobytes()
+        )
+        keys.append(hashlib.sha256(before + content).digest())
+    return keys

@@ -1,0 +1,42 @@
+"""`lfm2vl-edge cache`: what lies on disk, and how to get rid of it."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from lfm2vl_edge.cli import options as opt
+from lfm2vl_edge.cli.output import reporting
+
+cache = typer.Typer(
+    name="cache", help="Show or clear the embeddings of pictures on disk (run --cache).", no_args_is_help=True
+)
+
+
+@cache.command()
+def info(as_json: opt.Json = False) -> None:
+    """Show where the cache lies and what it holds."""
+    from lfm2vl_edge.files import cache_folder
+    from lfm2vl_edge.shelf import CACHE_BYTES, entries, views_folder
+
+    with reporting():
+        folder = cache_folder()
+        found = entries(views_folder(folder))
+        n_bytes = sum(entry.n_bytes for entry in found)
+        if as_json:
+            shown = {"folder": str(folder), "views": len(found), "bytes": n_bytes, "limit": CACHE_BYTES}
+            typer.echo(json.dumps(shown, ensure_ascii=False))
+        else:
+            typer.echo(f"{folder}: {len(found)} views, {n_bytes / 1e6:.1f} MB of at most {CACHE_BYTES / 1e6:.0f} MB")
+
+
+@cache.command()
+def clear() -> None:
+    """Remove everything that the cache holds."""
+    from lfm2vl_edge.files import cache_folder
+    from lfm2vl_edge.shelf import clear as remove_all
+
+    with reporting():
+        folder = cache_folder()
+        typer.echo(f"{folder}: {remove_all(folder) / 1e6:.1f} MB removed")

@@ -1,0 +1,64 @@
+"""Snapshots of the engine's sequence: bit for bit what a fresh run gives, and refused when they are none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lfm2vl_edge import EngineError, Model
+from lfm2vl_edge.engine import Floats
+from tests.conftest import Pair
+
+
+def pixels(seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    return np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def after(model: Model, tokens: list[int]) -> Floats:
+    model.engine.decode_tokens(tokens)
+    return model.engine.logits()
+
+
+@pytest.mark.parametrize("quant", ["F32", "F16"])
+def test_a_restored_sequence_goes_on_as_the_first_one_did(pair: Pair, quant: str) -> None:
+    with Model.open(pair("a", quant), n_threads=1) as model:
+        engine = model.engine
+        words, more = engine.tokenize("what colours are there in this picture?"), engine.tokenize("and where?")
+        embeddings = engine.encode(pixels(0), 4)
+        engine.reserve(200)
+        engine.decode_tokens(words)
+        engine.decode_embeddings(embeddings)
+        state = engine.snapshot()
+        expected = after(model, more), after(model, more[:1])
+        engine.reserve(200)
+        engine.decode_tokens(more)
+        engine.restore(state)
+        assert all(np.array_equal(one, after(model, ids)) for one, ids in zip(expected, (more, more[:1]), strict=True))
+        engine.reserve(engine.info.n_ctx + 1)  # a new, longer context
+        engine.restore(state)
+        assert np.array_equal(expected[0], after(model, more))
+        engine.reserve(200)
+        assert not np.array_equal(expected[0], after(model, more))
+
+
+def test_bytes_that_are_no_snapshot_are_refused_and_leave_the_engine_usable(model: Model) -> None:
+    engine = model.engine
+    words = engine.tokenize("what is this?")
+    engine.reserve(100)
+    expected = after(model, words)
+    state = engine.snapshot()
+    for wrong in (state[:-1], state[: len(state) // 2], state[:0], np.append(state, np.uint8(0))):
+        engine.reserve(100)
+        with pytest.raises(EngineError, match="llama_state_seq_set_data read"):
+            engine.restore(wrong)
+        assert np.array_equal(expected, after(model, words))
+
+
+def test_the_engine_names_what_may_change_a_bit(pair: Pair) -> None:
+    with Model.open(pair("a", "F32"), n_threads=1) as one, Model.open(pair("a", "F16"), n_threads=2) as two:
+        first, second = one.engine.info, two.engine.info
+    assert first.encoder_settings == second.encoder_settings == "flash=1 gpu=False"
+    assert "flash=0 threads=1" in first.language_settings
+    assert "flash=1 threads=2" in second.language_settings
+    assert any("llama" in path.name for path in first.libraries)
+    assert all(path.is_file() for path in first.libraries)
