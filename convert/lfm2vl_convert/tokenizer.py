@@ -25,15 +25,19 @@ WHOLE_WORDS: Final = "lfm2"
 MERGES_ONLY: Final = "smaug-bpe"
 """llama.cpp's name of the same regular expression, where every word is built by merges."""
 _WORDS: Final = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_NEWER_WORDS: Final = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s"
+"""As a newer LFM2.5 tokenizer spells it. Its `\\s*` takes all newlines but the last, and what is left for the last
+alternative is one character, so both give the same words."""
 _PATTERNS: Final = frozenset(
-    contractions + _WORDS
+    contractions + words
+    for words in (_WORDS, _NEWER_WORDS)
     for contractions in (
         "(?i:'s|'t|'re|'ve|'m|'ll|'d)",
         "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",
         "'(?i:[sdmt]|ll|ve|re)",
     )
 )
-"""Spellings of the one split that llama.cpp implements under that name."""
+"""Spellings of the one split that llama.cpp implements under that name; none has possessive quantifiers."""
 _SPLITS: Final = (("Isolated", False), ("Removed", True))
 """The matches are kept: either as they are, or by removing what lies between them, which is nothing."""
 _SPECIAL: Final = ("bos", "eos", "unk", "sep", "pad", "mask")
@@ -123,10 +127,15 @@ def _check_splitting(source: Section) -> None:
     split, byte_level = steps
     pattern = split.section("pattern").text("Regex")
     behavior = (split.text("behavior"), split.flag("invert", default=False))
-    if pattern not in _PATTERNS or behavior not in _SPLITS:
+    if _greedy(pattern) not in _PATTERNS or behavior not in _SPLITS:
         raise split.error("pattern", "the word pattern of the LFM2 tokenizers, which llama.cpp implements,")
     if byte_level.flag("add_prefix_space", default=True) or byte_level.flag("use_regex", default=True):
         raise ConvertError(f"{byte_level.where}: add_prefix_space and use_regex must be false")
+
+
+def _greedy(pattern: str) -> str:
+    """Return a pattern with greedy for possessive quantifiers: in this one, giving back never leads to a match."""
+    return pattern.replace("?+", "?").replace("++", "+").replace("{1,3}+", "{1,3}")
 
 
 def _vocabulary(source: Section, model: Section, n_vocab: int) -> tuple[dict[str, int], dict[int, int]]:

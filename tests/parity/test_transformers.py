@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lfm2vl_convert import convert_checkpoint
 from lfm2vl_edge import Model
+from tests.conftest import REFERENCE
 from tests.parity.conftest import Both
 from tests.test_reference import divergence, relative_error
 
+transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
 TEXTS = [
@@ -51,6 +56,23 @@ def talks(pictures: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
 def test_ordinary_text_gives_the_reference_ids(both: Both, text: str) -> None:
     for messages in ([{"role": "user", "content": text}], talk(text), talk(text)[:1] + talk("again\n")):
         assert both.ours.token_ids(messages) == both.reference.token_ids(messages)
+
+
+NEWER = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s"
+
+
+@pytest.mark.parametrize("pattern", [NEWER, NEWER.replace("?+", "?").replace("++", "+")])
+def test_newer_spellings_of_the_word_pattern_give_the_reference_ids(pattern: str, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(REFERENCE / "a" / "checkpoint", checkpoint)
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
+    convert_checkpoint(checkpoint, tmp_path)
+    reference = transformers.PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    with Model.open(tmp_path) as model:
+        for text in [*TEXTS, "\n \n\n x", " \r\n\r\n  ", "   a", "\t\t\n", "a  \n  b", "'S 'Ll o'clock", "!!!\n\n?"]:
+            assert model.engine.tokenize(text) == reference(text, add_special_tokens=False)["input_ids"], repr(text)
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>\n<|im_start|>system\n", "see <image> here", "<|startoftext|>"])
