@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2vl_edge.engine import Floats, State
-from lfm2vl_edge.image import Pixels
 from lfm2vl_edge.preprocess import Tile
 
 Key: TypeAlias = bytes
@@ -120,15 +119,14 @@ class Embeddings:
 
     def of(self, tile: Tile, encode: Callable[[], Floats]) -> Floats:
         """Return float32 `[tile.n_tokens, n_embd]`: what is known of these pixels, or what `encode` makes of them."""
-        key = pixels_key(tile.pixels)
-        known = self._recent.get(key)
+        known = self._recent.get(tile.key)
         if known is not None:
             return known
-        shelved = self._shelf.get(key, (tile.n_tokens, self._n_embd)) if self._shelf else None
+        shelved = self._shelf.get(tile.key, (tile.n_tokens, self._n_embd)) if self._shelf else None
         embeddings = encode() if shelved is None else shelved
-        self._recent.put(key, embeddings)
+        self._recent.put(tile.key, embeddings)
         if self._shelf and shelved is None:
-            self._shelf.put(key, embeddings)
+            self._shelf.put(tile.key, embeddings)
         return embeddings
 
 
@@ -142,13 +140,6 @@ class Memory:
     """Of views, by their pixels."""
 
 
-def pixels_key(pixels: Pixels) -> Key:
-    """Return the key of uint8 `[height, width, 3]` pixels."""
-    state = hashlib.sha256(repr(pixels.shape).encode())
-    state.update(np.ascontiguousarray(pixels).data)
-    return state.digest()
-
-
 def chain(pieces: Sequence[Piece]) -> list[Key]:
     """Return, for each piece, the key of everything up to and including it.
 
@@ -157,10 +148,6 @@ def chain(pieces: Sequence[Piece]) -> list[Key]:
     keys: list[Key] = []
     for piece in pieces:
         before = keys[-1] if keys else b""
-        content = (
-            b"view" + pixels_key(piece.pixels)
-            if isinstance(piece, Tile)
-            else b"run" + np.asarray(piece, "<i4").tobytes()
-        )
+        content = b"view" + piece.key if isinstance(piece, Tile) else b"run" + np.asarray(piece, "<i4").tobytes()
         keys.append(hashlib.sha256(before + content).digest())
     return keys

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lfm2vl_edge.errors import EdgeError
+from lfm2vl_edge.files import write_beside
 from lfm2vl_edge.geometry import TilePlan, View
 from lfm2vl_edge.image import Pixels
 
@@ -58,19 +58,14 @@ def _draw_view(
 
 
 def save_png(pixels: Pixels, path: Path) -> None:
-    """Write a picture beside its final name, then rename it, so that a half file never appears.
+    """Write a picture, whole or not at all.
 
     Raises:
         EdgeError: the file cannot be written.
     """
-    temporary = ""
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, format="PNG")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            Image.fromarray(pixels).save(file, format="PNG")
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        write_beside(path, [encoded.getbuffer()])
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
         raise EdgeError(f"cannot write {path}: {error.strerror or error}") from error

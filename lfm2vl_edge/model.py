@@ -23,7 +23,7 @@ from lfm2vl_edge.generate import Chunk, look, n_tokens, prefill, prepare, split,
 from lfm2vl_edge.hardware import physical_cores
 from lfm2vl_edge.identity import Identity, Source, encoder_digest, identify
 from lfm2vl_edge.image import ImageInput
-from lfm2vl_edge.modelfile import ModelConfig, find_pair, read_config
+from lfm2vl_edge.modelfile import ModelConfig, Pair, find_pair, read_config
 from lfm2vl_edge.preprocess import Tile
 from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
 from lfm2vl_edge.session import Photo, load_saved
@@ -47,6 +47,7 @@ class Model:
         *,
         memory: Memory | None = None,
         source: Source | None = None,
+        digests: Path | None = None,
         load_seconds: float = 0.0,
     ) -> None:
         self.engine = engine
@@ -57,7 +58,7 @@ class Model:
         """Time that opening took."""
         self._memory = memory or Memory(states=States(), embeddings=Embeddings())
         self._source = source
-        self._digests: Path | None = None
+        self._digests = digests
         self._identity: Identity | None = None
         self._answering = threading.Lock()
         self._is_closed = False
@@ -104,23 +105,17 @@ class Model:
         pair = find_pair(Path(path), Path(mmproj) if mmproj is not None else None)
         config = with_image_settings(read_config(pair), image_settings or {})
         source = Source.of(pair)
-        from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
-
-        settings = EngineSettings(
-            n_threads=n_threads or physical_cores(),
-            n_ctx=min(n_ctx, config.n_ctx_train),
-            n_ctx_max=config.n_ctx_train,
-            max_view_tokens=max(config.image.max_image_tokens, config.image.tile_tokens),
-            exact=config.is_float32,
-            gpu_layers=gpu_layers,
-        )
-        engine = LlamaEngine(pair.model, pair.mmproj, settings)
+        engine = _load(pair, config, n_ctx, n_threads, gpu_layers)
         folder = None if cache is False else cache_folder() if cache is True else Path(cache)
         embeddings = _embeddings(engine, source, folder, cache_bytes)
-        model = cls(engine, config, memory=Memory(states=States(state_bytes), embeddings=embeddings), source=source)
-        model._digests = None if folder is None else digests_folder(folder)
-        model.load_seconds = time.perf_counter() - begin
-        return model
+        return cls(
+            engine,
+            config,
+            memory=Memory(states=States(state_bytes), embeddings=embeddings),
+            source=source,
+            digests=None if folder is None else digests_folder(folder),
+            load_seconds=time.perf_counter() - begin,
+        )
 
     def ask(self, images: ImageInput | Sequence[ImageInput], prompt: str = DEFAULT_PROMPT, **options: Any) -> str:
         """Return the answer to a question about one or several pictures.
@@ -288,6 +283,21 @@ class Model:
             yield
         finally:
             self._answering.release()
+
+
+def _load(pair: Pair, config: ModelConfig, n_ctx: int, n_threads: int | None, gpu_layers: int) -> Engine:
+    """Return the engine with both files; llama.cpp itself is imported only here."""
+    from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
+
+    settings = EngineSettings(
+        n_threads=n_threads or physical_cores(),
+        n_ctx=min(n_ctx, config.n_ctx_train),
+        n_ctx_max=config.n_ctx_train,
+        max_view_tokens=max(config.image.max_image_tokens, config.image.tile_tokens),
+        exact=config.is_float32,
+        gpu_layers=gpu_layers,
+    )
+    return LlamaEngine(pair.model, pair.mmproj, settings)
 
 
 def _embeddings(engine: Engine, source: Source, folder: Path | None, budget: int) -> Embeddings:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,6 +21,13 @@ class Tile:
     """Its place in the picture, its size and its token count."""
     pixels: Pixels
     """uint8 `[view.height, view.width, 3]`, RGB, before normalisation."""
+    key: bytes = field(init=False)
+    """SHA-256 of shape and pixels: the same key means the same embeddings."""
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256(repr(self.pixels.shape).encode())
+        digest.update(np.ascontiguousarray(self.pixels).data)
+        object.__setattr__(self, "key", digest.digest())
 
     @property
     def n_tokens(self) -> int:
