@@ -23,7 +23,7 @@ LAYERS = [
     {"generate"},
     {"session"},
     {"model"},
-    {"verify"},
+    {"verify", "evaluate"},
     {""},
     {"cli"},
     {"__main__"},
