@@ -157,7 +157,8 @@ def _picture(folder: Path, name: str) -> Path:
             return path
         is_there = path.exists()
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
-        raise DataError(f"{name[:200]!r} is no path of a picture: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{name[:200]!r} is no path of a picture: {why}; give a path that exists") from None
     if is_there:
         raise DataError(f"{str(path)!r} is no file; give the path of one picture")
     raise DataError(f"no picture at {str(path)!r}; give a path from the folder of the data file, or an absolute one")
