@@ -24,13 +24,13 @@ from lfm2vl_edge.cli import eval as command
 from lfm2vl_edge.evaluate import GREEDY, asking, normalised
 from tests.conftest import PICTURES, Pair
 from tests.fake_engine import FakeEngine, scripted
-from tests.test_cli import Run, run
 from tests.test_evaluate import ANSWERS, ROWS, data, write
 from tests.test_verify import small_pictures
 
-__all__ = ["data", "run", "small_pictures"]
+__all__ = ["data", "small_pictures"]
 SMALL = str(PICTURES / "small.png")
-QUESTIONS = [{"image": SMALL, "question": f"What is number {n}?", "answer": str(n)} for n in range(60)]
+QUESTIONS = [{"image": SMALL, "question": f"What is number {n}?", "answer": str(n)} for n in range(500)]
+N_KILLED = 100
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_the_exit_code_follows_the_accuracy_only_if_asked(data: Path, engine: Fa
 
 def test_options_reach_the_model(data: Path, engine: FakeEngine) -> None:
     shown = json.loads(asked(data, "--limit", 2, "-n", 1, "--temperature", 0.5, "--json").stdout)
-    assert (shown["rows"], shown["answer_tokens"]) == (2, 1)
+    assert (shown["rows"], shown["mean_answer_tokens"]) == (2, 1)
     assert {sampling.temperature for sampling in engine.sampled} == {0.5}
     assert asked(data).exit_code == 0
     assert (engine.sampled[-1].temperature, engine.sampled[-1].repetition_penalty) == (0, 1)
@@ -132,6 +132,7 @@ def wait_for_lines(path: Path, count: int) -> None:
 
 def test_a_killed_run_is_gone_on_from(pair: Pair, tmp_path: Path, opened: Callable[[str, str], Model]) -> None:
     line, out = command_line(tmp_path, pair("a", "F16")), tmp_path / "out.jsonl"
+    line += ["--limit", str(N_KILLED)]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_lines(out, 2)
     process.kill()
@@ -139,16 +140,16 @@ def test_a_killed_run_is_gone_on_from(pair: Pair, tmp_path: Path, opened: Callab
     kept = out.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
     n_kept = kept.count(b"\n")
-    assert 2 <= n_kept < len(QUESTIONS)
+    assert 2 <= n_kept < N_KILLED
     out.write_bytes(kept + b'{"eval": 1, "id": "line')  # as if it had been killed while writing
     shown = json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
-    assert (shown["rows"], shown["resumed"]) == (len(QUESTIONS), n_kept)
+    assert (shown["rows"], shown["resumed"]) == (N_KILLED, n_kept)
     lines = [json.loads(one) for one in out.read_bytes().splitlines()]
     assert out.read_bytes().startswith(kept)
-    assert [one["id"] for one in lines] == [f"line {n}" for n in range(1, len(QUESTIONS) + 1)]
-    assert [one["encoded_views"] for one in lines] == [int(n in (0, n_kept)) for n in range(len(QUESTIONS))]
+    assert [one["id"] for one in lines] == [f"line {n}" for n in range(1, N_KILLED + 1)]
+    assert [one["encoded_views"] for one in lines] == [int(n in (0, n_kept)) for n in range(N_KILLED)]
     greedy: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 12}
-    for n in (0, n_kept - 1, n_kept, len(QUESTIONS) - 1):
+    for n in (0, n_kept - 1, n_kept, N_KILLED - 1):
         assert lines[n]["answer"] == opened("a", "F16").ask(SMALL, QUESTIONS[n]["question"], **greedy)
 
 
@@ -175,7 +176,7 @@ def test_ctrl_c_says_how_far_it_got_and_how_to_go_on(pair: Pair, tmp_path: Path)
     shown = b"".join(pieces).decode()
     assert (process.returncode, answer) == (130, b"")
     done = out.read_bytes().count(b"\n")
-    assert f"interrupted after {done} of 60 rows; the same command goes on from there" in shown
+    assert f"interrupted after {done} of 500 rows; the same command goes on from there" in shown
     assert "right" in shown  # the bar, on a terminal
     assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")  # the cursor is there again
 
@@ -207,7 +208,7 @@ def test_verify_counts_what_two_pairs_have_right(
     monkeypatch.setattr(asking, "GREEDY", {**GREEDY, "max_tokens": 24})
     coarse, fine = pair("a", "BF16"), pair("a", "F16")
     greedy: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 24}
-    names = [f"What is number {n}?" for n in range(4)]
+    names = [f"What is number {n}?" for n in range(3)]
     known = [opened("a", "F16").ask(SMALL, name, **greedy) for name in names]
     path = write(tmp_path, [{"image": SMALL, "question": q, "answer": a} for q, a in zip(names, known, strict=True)])
     found = [opened("a", "BF16").ask(SMALL, name, **greedy) for name in names]
@@ -228,13 +229,14 @@ def test_verify_counts_what_two_pairs_have_right(
     assert "questions with known answers" in good.stderr
 
 
-def test_verify_alone_only_reports_accuracy(run: Run, pair: Pair, tmp_path: Path) -> None:
+def test_verify_alone_only_reports_accuracy(pair: Pair, tmp_path: Path) -> None:
     path = write(tmp_path, [{"image": SMALL, "question": "Who?", "answer": "nobody"}])
-    result = run("verify", pair("a", "F16"), "--data", path)
-    assert result.returncode == 0
-    assert result.stdout.decode().endswith("finite, accuracy 0.00%\n")
-    assert b"normalised 0.00% of 1" in result.stderr
+    line = ["verify", str(pair("a", "F16")), "--data", str(path)]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0
+    assert result.stdout.endswith("finite, accuracy 0.00%\n")
+    assert "normalised 0.00% of 1" in result.stderr
     path.write_text("[]")
-    bad = run("verify", pair("a", "F16"), "--data", path)
-    assert (bad.returncode, bad.stdout) == (1, b"")
-    assert b"data.jsonl, line 1: it is a list" in bad.stderr
+    bad = CliRunner().invoke(app, line)
+    assert (bad.exit_code, bad.stdout) == (1, "")
+    assert "data.jsonl, line 1: it is a list" in bad.stderr

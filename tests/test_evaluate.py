@@ -79,7 +79,7 @@ def test_accuracies_of_scripted_answers(data: Path) -> None:
         "7",
     ]
     assert [one.reply.answer_tokens for one in results[:2]] == [len("Red."), len("3")]
-    assert total.image_tokens == pytest.approx((7 * 4 + 8) / 8)  # 64x64 are 2 x 2 tokens
+    assert total.mean_image_tokens == pytest.approx((7 * 4 + 8) / 8)  # 64x64 are 2 x 2 tokens
     assert (summary.failures, summary.resumed) == ({}, 0)
     assert {sampling.temperature for sampling in engine.sampled} == {0}
     assert {sampling.repetition_penalty for sampling in engine.sampled} == {1}
@@ -116,7 +116,7 @@ def test_a_row_that_cannot_be_asked_is_wrong_and_the_next_one_is_asked(data: Pat
     assert results[2].score.boxes is not None
     assert results[2].score.boxes.iou == 0
     summary = summarise(results)
-    assert (summary.total.failed, summary.total.image_tokens) == (3, 4)
+    assert (summary.total.failed, summary.total.mean_image_tokens) == (3, 4)
     assert "broken.png" in summary.failures["broken"]
     assert "the prompt has" in summary.failures["long"]
     small, _ = run(data, max_pixels=1000)

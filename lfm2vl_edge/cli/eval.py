@@ -101,6 +101,7 @@ def _collected(
             done.append(result)
             right += result.score.normalised
             move(len(done), right / len(done))
+            interrupt.check()
     return done
 
 
@@ -157,8 +158,8 @@ def _cells(tally: Tally) -> dict[str, str]:
         "normalised": f"{tally.normalised:.1%}",
         "  IoU": f"{boxes.mean_iou:.3f}" if boxes else "-",
         "valid JSON": f"{boxes.valid:.1%}" if boxes else "-",
-        "image tokens": f"{tally.image_tokens:.1f}",
-        "answer tokens": f"{tally.answer_tokens:.1f}",
+        "image tokens": f"{tally.mean_image_tokens:.1f}",
+        "answer tokens": f"{tally.mean_answer_tokens:.1f}",
         "median s": f"{tally.median_seconds:.3f}",
         " total s": f"{tally.total_seconds:.1f}",
     }

@@ -62,6 +62,11 @@ class Interrupt:
         """Say that the main thread has stopped."""
         self._left.set()
 
+    def check(self) -> None:
+        """Raise KeyboardInterrupt after Ctrl-C: between two answers there is nothing that `cancel` could stop."""
+        if self.happened.is_set():
+            raise KeyboardInterrupt
+
     def take_leave(self) -> None:
         """Let the block say its last words, if it has any."""
         if self.farewell:
@@ -84,7 +89,7 @@ def at_once() -> Iterator[Interrupt]:
     watcher.start()
     try:
         yield interrupt
-    except EdgeError:
+    except (EdgeError, KeyboardInterrupt):
         if not interrupt.happened.is_set():
             raise
     finally:

@@ -43,10 +43,10 @@ class Tally:
     """Share that is right after normalising, 0 to 1; what is called the accuracy."""
     boxes: BoxTally | None
     """Of the rows that ask for boxes; None if none does."""
-    image_tokens: float
-    """Mean number of image tokens of a prompt, over the rows with an answer."""
-    answer_tokens: float
-    """Mean number of tokens of an answer."""
+    mean_image_tokens: float
+    """Image tokens of a prompt, over the rows with an answer."""
+    mean_answer_tokens: float
+    """Tokens of an answer."""
     median_seconds: float
     """Of a question, pictures included, over the rows with an answer."""
     total_seconds: float
@@ -96,8 +96,8 @@ def _tally(results: Sequence[Result]) -> Tally:
         exact=_mean([one.score.exact for one in results]),
         normalised=_mean([one.score.normalised for one in results]),
         boxes=_box_tally(boxes) if boxes else None,
-        image_tokens=_mean([one.image_tokens for one in answered]),
-        answer_tokens=_mean([one.answer_tokens for one in answered]),
+        mean_image_tokens=_mean([one.image_tokens for one in answered]),
+        mean_answer_tokens=_mean([one.answer_tokens for one in answered]),
         median_seconds=statistics.median([one.seconds for one in answered]) if answered else 0.0,
         total_seconds=sum(one.reply.seconds for one in results),
     )
