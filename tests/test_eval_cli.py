@@ -95,6 +95,15 @@ def test_the_exit_code_follows_the_accuracy_only_if_asked(data: Path, engine: Fa
     assert low.exit_code == 1
     assert low.stderr == "error: accuracy 37.5 % is below --min-accuracy 37.6\n"
     assert low.stdout.startswith("group")
+    write(data.parent, [{**ROWS[0], "answer": "red" if n < 29 else "blue"} for n in range(100)])
+    assert asked(data, "--min-accuracy", 29).exit_code == 0
+    assert asked(data, "--min-accuracy", 29.1).exit_code == 1
+
+
+def test_what_is_said_after_ctrl_c() -> None:
+    assert command._kept(Path("x"), restart=False) == "the same command goes on from there"
+    assert command._kept(Path("x"), restart=True) == "the same command without --restart goes on from there"
+    assert "nothing was kept; with --out" in command._kept(None, restart=False)
 
 
 def test_options_reach_the_model(data: Path, engine: FakeEngine) -> None:
