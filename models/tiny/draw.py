@@ -145,7 +145,7 @@ def _font(index: int, points: int) -> Any:
     package, name = FONTS[index]
     if not package:
         return ImageFont.load_default(points)
-    return ImageFont.truetype(str(files(package).joinpath("files", name)), points)
+    return ImageFont.truetype(str(files(package) / "files" / name), points)
 
 
 def _draw_number(canvas: Image.Image, number: Number, scene: Scene) -> None:
@@ -174,16 +174,19 @@ def _background(scene: Scene, rng: np.random.Generator) -> Pixels:
         change = change + waves * rng.uniform(3, 8)
     elif scene.texture == "speckle":
         change = rng.integers(-10, 11, (height, width)).astype(np.float32)
-    values = plain + change.round().astype(np.int16)[..., None]
-    return np.clip(values, 0, 255).astype(np.uint8)
+    return _clipped(plain + change.round().astype(np.int16)[..., None])
 
 
 def _noisy(pixels: Pixels, deviation: float, rng: np.random.Generator) -> Pixels:
     if not deviation:
         return pixels
     grain = deviation * rng.standard_normal(pixels.shape[:2], dtype=np.float32)
-    values = pixels + grain.round().astype(np.int16)[..., None]
-    return np.clip(values, 0, 255).astype(np.uint8)
+    return _clipped(pixels + grain.round().astype(np.int16)[..., None])
+
+
+def _clipped(values: NDArray[np.int16]) -> Pixels:
+    pixels: Pixels = np.clip(values, 0, 255).astype(np.uint8)
+    return pixels
 
 
 def _compressed(pixels: Pixels, quality: int | None) -> Pixels:

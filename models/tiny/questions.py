@@ -158,7 +158,7 @@ def _is_there(name: str) -> tuple[str, ...]:
     return f"Is there {name}?", f"Do you see {name}?", f"Is there {name} in the picture?"
 
 
-def _yes(condition: bool) -> str:  # noqa: FBT001
+def _yes(condition: bool) -> str:
     return "Yes" if condition else "No"
 
 

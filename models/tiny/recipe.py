@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from lfm2vl_edge.config import ImageConfig
@@ -54,17 +54,19 @@ class Stage:
     """Share of the batches whose pictures are tiled."""
     batch: int
     """Pictures of a batch, of those that are not tiled."""
+    resized: float
+    """Share of the batches whose pictures are drawn in another size than the view's, and so are resized."""
 
 
 STAGES: Final = (
-    Stage(until=0.30, tokens=(16, 20), tiled=0.0, batch=64),
-    Stage(until=0.60, tokens=(16, 40), tiled=0.0, batch=48),
-    Stage(until=1.01, tokens=(16, 64), tiled=0.4, batch=40),
+    Stage(until=0.337, tokens=(16, 20), tiled=0.0, batch=64, resized=0.0),
+    Stage(until=0.60, tokens=(36, 64), tiled=0.0, batch=40, resized=0.3),
+    Stage(until=1.01, tokens=(16, 64), tiled=0.4, batch=40, resized=0.5),
 )
 TILED_BATCH: Final = 12
 LEARNING_RATE: Final = 2e-3
 WARM_UP: Final = 300
-DECAY_FROM: Final = 0.55
+DECAY_FROM: Final = 0.60
 """The rate is constant up to this share of the steps and then falls linearly to nothing."""
 WEIGHT_DECAY: Final = 0.02
 
@@ -90,6 +92,13 @@ def single_plan(rng: random.Random, tokens: tuple[int, int]) -> TilePlan:
         fits = tokens[0] <= rows * cols <= tokens[1] and rows and cols and max(rows, cols) <= ASPECT * min(rows, cols)
         if fits:
             return plan(rows * side, cols * side, IMAGE_CONFIG)
+
+
+def rescaled(rng: random.Random, tile_plan: TilePlan) -> TilePlan:
+    """Return the same views of a picture of another size."""
+    scale = rng.uniform(0.7, 1.5)
+    height, width = round(tile_plan.height * scale), round(tile_plan.width * scale)
+    return replace(tile_plan, height=height, width=width)
 
 
 def tiled_plan(rng: random.Random) -> TilePlan:

@@ -39,14 +39,15 @@ TEMPLATE: Final = (
     "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
     "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}{{- '<image>' -}}"
     "{%- elif part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
-    "{{- '<|im_end|>\\n' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 """ChatML."""
 
 
 def corpus(seed: int) -> Iterator[str]:
     """Yield questions and answers of scenes that are never drawn."""
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)
     kind = Kind(digits=(14, 40), number_share=0.3)
     for _ in range(N_SCENES):
         scene = draw_scene(rng, 256, 256, kind)
