@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from lfm2vl_edge import hub
+from lfm2vl_edge import blobs, hub
 from lfm2vl_edge.errors import DownloadError, ModelNotPulled
 from lfm2vl_edge.files import data_folder
 from lfm2vl_edge.hub import RemoteFile, Repository
@@ -113,7 +113,7 @@ def _is_sound(here: Pulled, progress: Progress | None) -> bool:
     done = 0
     for file in here.files:
         try:
-            if not file.is_there or not hub.is_right(file.path, file.digest):
+            if not file.is_there or not blobs.is_right(file.path, file.digest):
                 return False
         except OSError:
             return False
@@ -150,10 +150,11 @@ def _choose(repository: Repository, reference: Reference, mmproj_quant: str | No
         raise DownloadError(f"{repository.repo} holds no mmproj file, so its model would be blind; pull another one")
     if repository.architecture not in (None, _ARCHITECTURE):
         raise DownloadError(f"{repository.repo} holds a {repository.architecture!r} model, not LFM2-VL; pull another")
-    usual = ((reference.known.quant,) if reference.known else ()) + _QUANTS
+    known = reference.known
+    usual, usual_mmproj = ((known.quant,), (known.mmprojs[0].quant,)) if known else ((), ())
     return (
-        _of_type(repository.repo, models, reference.quant, usual),
-        _of_type(repository.repo, mmprojs, mmproj_quant, _MMPROJ_QUANTS),
+        _of_type(repository.repo, models, reference.quant, usual + _QUANTS),
+        _of_type(repository.repo, mmprojs, mmproj_quant, usual_mmproj + _MMPROJ_QUANTS),
     )
 
 
@@ -179,7 +180,8 @@ def _compare_with_table(reference: Reference, files: Iterable[RemoteFile]) -> No
         if known is not None and known.sha256 not in (None, file.digest):
             raise DownloadError(
                 f"{file.path} of {reference.repo} is not the file that this program knows: it was replaced on "
-                f"the hub; update this program, or take what is there: lfm2vl-edge pull {reference.name} --revision main"
+                "the hub; update this program, or take what is there: "
+                f"lfm2vl-edge pull {reference.name} --revision main"
             )
 
 
@@ -202,7 +204,7 @@ def _fetch_all(offer: Offer, show: Show | None, progress: Progress | None) -> tu
 
 def _check_space(needed: int) -> None:
     """Raise a DownloadError if the disk has less free bytes than are needed."""
-    folder = hub.cache_folder()
+    folder = blobs.hub_cache()
     existing = next(one for one in (folder, *folder.parents) if one.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -260,8 +262,8 @@ def remove(reference: Reference) -> tuple[str, int]:
         found = _removable(entries, reference)
         kept = [one for one in entries if one is not found]
         try:
-            freed = hub.forget_begun(reference.repo)
-            freed += sum(map(hub.forget, _unneeded(found, kept))) if found else 0
+            freed = blobs.forget_begun(reference.repo)
+            freed += sum(map(blobs.forget, _unneeded(found, kept))) if found else 0
         except OSError as error:
             raise DownloadError(f"cannot remove {error.filename}: {error.strerror}; make it writable") from error
         if found is None and not freed:
@@ -294,7 +296,7 @@ def _remember(entry: Pulled) -> None:
         write_pulled([*kept, entry])
         try:
             for path in [path for one in old for path in _unneeded(one, [*kept, entry])]:
-                hub.forget(path)
+                blobs.forget(path)
         except OSError as error:
             raise DownloadError(f"cannot remove {error.filename}: {error.strerror}; make it writable") from error
 

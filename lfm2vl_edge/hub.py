@@ -8,29 +8,28 @@ before the cache sees them.
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from lfm2vl_edge.blobs import PART, blob_path, hub_cache, is_right, part_path, size_of
 from lfm2vl_edge.errors import DownloadError
 
 Tell = Callable[[int], None]
 """Called with the bytes of a file that are here."""
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _DIGEST: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_PART: Final = ".lfm2vl.incomplete"
-"""Ends the name of a begun file, after its digest; `hf cache prune` knows what ends with .incomplete."""
-_BLOCK: Final = 1 << 20
 _WAITS: Final = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each further try when nothing arrives."""
 _PASSING: Final = frozenset({408, 429, 500, 502, 503, 504})
 """Answers that another try may change."""
+_LOG: Final = logging.getLogger(__name__)
 _LIBRARY: Final = "lfm2vl-edge"
 
 
@@ -100,27 +99,11 @@ def _remote_file(one: Any) -> RemoteFile:
     return RemoteFile(path=path, n_bytes=one.size, digest=digest)
 
 
-def is_right(path: Path, digest: str) -> bool:
-    """Tell whether a file has the SHA-256 or git blob SHA-1 that it should have.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    if not path.is_file():
-        return False
-    size = path.stat().st_size
-    state = hashlib.sha256() if len(digest) == 64 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            state.update(block)
-    return state.hexdigest() == digest
-
-
 def missing_bytes(repository: Repository, file: RemoteFile) -> int:
     """Return how much of a file still has to be received."""
-    blob = _blob(repository.repo, file)
-    begun = _size(_part(blob))
-    return 0 if _size(blob) == file.n_bytes else file.n_bytes - (begun if begun <= file.n_bytes else 0)
+    blob = blob_path(repository.repo, file.digest)
+    begun = size_of(part_path(blob))
+    return 0 if size_of(blob) == file.n_bytes else file.n_bytes - (begun if begun <= file.n_bytes else 0)
 
 
 def fetch(repository: Repository, file: RemoteFile, tell: Tell) -> Path:
@@ -134,9 +117,9 @@ def fetch(repository: Repository, file: RemoteFile, tell: Tell) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import WeakFileLock
 
-    blob = _blob(repository.repo, file)
+    blob = blob_path(repository.repo, file.digest)
     with _translated(repository.repo):
-        lock = cache_folder() / ".locks" / blob.parent.parent.name / f"{file.digest}{_PART}.lock"
+        lock = hub_cache() / ".locks" / blob.parent.parent.name / f"{file.digest}{PART}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):  # two processes that pull the same model take turns
             if not is_right(blob, file.digest):
@@ -159,11 +142,11 @@ def _received(repository: Repository, file: RemoteFile, tell: Tell) -> Path:
     Raises:
         DownloadError: it broke off too often, or arrived damaged; in the latter case nothing is kept.
     """
-    part = _part(_blob(repository.repo, file))
+    part = part_path(blob_path(repository.repo, file.digest))
     part.parent.mkdir(parents=True, exist_ok=True)
-    if _size(part) > file.n_bytes:
+    if size_of(part) > file.n_bytes:
         part.unlink()
-    was_begun = _size(part) > 0
+    was_begun = size_of(part) > 0
     _receive(repository, file, part, tell)
     if is_right(part, file.digest):
         return part
@@ -183,7 +166,7 @@ def _receive(repository: Repository, file: RemoteFile, part: Path, tell: Tell) -
     url = hf_hub_url(repository.repo, file.path, revision=repository.commit)
     waits = list(_WAITS)
     part.touch()
-    while (before := _size(part)) < file.n_bytes:
+    while (before := size_of(part)) < file.n_bytes:
         problem = "it ended early"
         try:
             _append(url, file, part, tell)
@@ -191,14 +174,15 @@ def _receive(repository: Repository, file: RemoteFile, part: Path, tell: Tell) -
             if isinstance(error, HfHubHTTPError) and error.response.status_code not in _PASSING:
                 raise
             problem = _reason(error)
-        if before < _size(part):
+        if before < size_of(part):
             waits = list(_WAITS)
-        if _size(part) < file.n_bytes:
+        if size_of(part) < file.n_bytes:
             if not waits:
-                done = f"{_size(part) / 1e6:.1f} of {file.n_bytes / 1e6:.1f} MB"
+                done = f"{size_of(part) / 1e6:.1f} of {file.n_bytes / 1e6:.1f} MB"
                 raise DownloadError(f"{file.path} broke off after {done}: {problem}; pull again to go on from there")
+            _LOG.warning("%s: %s; trying again", file.path, problem)
             time.sleep(waits.pop(0))
-    if _size(part) > file.n_bytes:
+    if size_of(part) > file.n_bytes:
         part.unlink()
         raise DownloadError(f"the hub sends more of {file.path} than its {file.n_bytes} bytes; try again later")
 
@@ -208,7 +192,7 @@ def _append(url: str, file: RemoteFile, part: Path, tell: Tell) -> None:
     from huggingface_hub import get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-    begun = _size(part)
+    begun = size_of(part)
     headers = build_hf_headers(library_name=_LIBRARY) | {"Accept-Encoding": "identity"}
     if begun:
         headers["Range"] = f"bytes={begun}-"
@@ -223,70 +207,6 @@ def _append(url: str, file: RemoteFile, part: Path, tell: Tell) -> None:
                     return
             out.flush()
             os.fsync(out.fileno())
-
-
-def forget(path: Path) -> int:
-    """Remove a file of the cache, and its bytes unless another commit needs them; return the bytes that are free now.
-
-    What does not lie in a snapshot of a hub's cache is left alone.
-
-    Raises:
-        OSError: it cannot be removed.
-    """
-    snapshots = next((one for one in path.parents if one.name == "snapshots"), None)
-    if snapshots is None or not snapshots.parent.name.startswith("models--") or not path.is_file():
-        return 0
-    n_bytes, blob = _size(path), path.resolve()
-    path.unlink()
-    for folder in path.parents[: len(path.relative_to(snapshots).parts) - 1]:
-        with suppress(OSError):  # an empty snapshot says nothing; one that is not empty stays
-            folder.rmdir()
-    if any(one.is_file() and one.samefile(blob) for one in snapshots.rglob("*") if blob.exists()):
-        return 0
-    if blob.parent == snapshots.parent.resolve() / "blobs":
-        blob.unlink(missing_ok=True)
-    return n_bytes
-
-
-def forget_begun(repo: str) -> int:
-    """Remove the begun files of a repository; return the bytes that are free now.
-
-    Raises:
-        OSError: one cannot be removed.
-    """
-    begun = list((_storage(repo) / "blobs").glob(f"*{_PART}"))
-    freed = sum(map(_size, begun))
-    for path in begun:
-        path.unlink(missing_ok=True)
-    return freed
-
-
-def cache_folder() -> Path:
-    """Return the hub's cache on this machine."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE).expanduser().absolute()
-
-
-def _storage(repo: str) -> Path:
-    from huggingface_hub.file_download import repo_folder_name
-
-    return cache_folder() / str(repo_folder_name(repo_id=repo, repo_type="model"))
-
-
-def _blob(repo: str, file: RemoteFile) -> Path:
-    return _storage(repo) / "blobs" / file.digest
-
-
-def _part(blob: Path) -> Path:
-    return blob.with_name(blob.name + _PART)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def _timeout() -> float:
@@ -321,7 +241,7 @@ def _translated(repo: str) -> Iterator[None]:
             f"cannot reach {_endpoint()}: {_reason(error)}; check the connection, try again"
         ) from error
     except OSError as error:
-        where = error.filename or cache_folder()
+        where = error.filename or hub_cache()
         why = error.strerror or _reason(error)
         raise DownloadError(
             f"cannot write {where}: {why}; make room or make it writable, or set HF_HOME to another folder"

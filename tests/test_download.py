@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from lfm2vl_edge import DownloadError, EdgeError, Model, ModelNotFound, ModelNotPulled, hub, registry
+from lfm2vl_edge import DownloadError, EdgeError, Model, ModelNotFound, ModelNotPulled, blobs, registry
 from lfm2vl_edge.download import Offer, fetch_checkpoint, pull, remove
 from lfm2vl_edge.locate import locate
 from lfm2vl_edge.pulled import Pulled, read_pulled, state_path
@@ -41,7 +41,11 @@ def server(hub_here: HubHere, pair: Pair) -> Hub:
         **{f"mmproj-pair-{quant}.gguf": mmproj.read_bytes() for quant in ("BF16", "F16")},
     }
     files = {path.name: path.read_bytes() for path in (REFERENCE / "a" / "checkpoint").iterdir()}
-    hub_here.hub.repos[CHECKPOINT] = files | {"training.log": b"x", "pytorch_model.bin": b"x", "onnx/config.json": b"x"}
+    hub_here.hub.repos[CHECKPOINT] = files | {
+        "training.log": b"x",
+        "pytorch_model.bin": b"x",
+        "onnx/config.json": b"x",
+    }
     return hub_here.hub
 
 
@@ -75,7 +79,7 @@ def test_a_pair_is_pulled_remembered_and_opened_by_name(server: Hub) -> None:
 def test_types_are_chosen(server: Hub) -> None:
     assert names(pull(named(REPO))) == ["pair-Q8_0.gguf", "mmproj-pair-F16.gguf"]
     assert names(pull(named(f"{REPO}:Q8_0"), mmproj_quant="bf16")) == ["pair-Q8_0.gguf", "mmproj-pair-BF16.gguf"]
-    assert not list(hub.cache_folder().glob("*/snapshots/*/*F16.gguf".replace("*F16", "*pair-F16")))  # it was replaced
+    assert not list(blobs.hub_cache().glob("*/snapshots/*/*F16.gguf".replace("*F16", "*pair-F16")))  # it was replaced
     with pytest.raises(DownloadError, match="has no file of type Q9_K; there are: BF16, Q8_0"):
         pull(named(f"{REPO}:q9_k"))
     with pytest.raises(DownloadError, match="has no file of type Q9; there are: BF16, F16"):
@@ -167,7 +171,7 @@ def test_the_latest_is_last_and_can_be_removed(server: Hub) -> None:
     assert locate().pair.model == two.files[0].path
     assert remove(named(REPO)) == (f"{REPO}:Q8_0", two.n_bytes)
     assert read_pulled() == []
-    assert not [path for path in hub.cache_folder().rglob("*.gguf") if path.exists()]
+    assert not [path for path in blobs.hub_cache().rglob("*.gguf") if path.exists()]
     with pytest.raises(ModelNotPulled, match="is not on this machine"):
         remove(named(REPO))
 
@@ -179,7 +183,7 @@ def test_rm_also_removes_what_was_begun(server: Hub) -> None:
     with pytest.raises(DownloadError, match="broke off"):
         pull(named(REPO))
     assert remove(named(REPO)) == (REPO, 1000)
-    assert not list(hub.cache_folder().rglob("*.incomplete"))
+    assert not list(blobs.hub_cache().rglob("*.incomplete"))
 
 
 @pytest.fixture
@@ -307,7 +311,7 @@ def test_a_pull_that_is_killed_is_finished_by_the_next(server: Hub, hub_here: Hu
 
         server.on_bytes = kill
         process.communicate()
-        for path in hub.cache_folder().glob("models--*/blobs/*"):  # nothing half under a final name
+        for path in blobs.hub_cache().glob("models--*/blobs/*"):  # nothing half under a final name
             assert path.name.endswith(".incomplete") or sha256(path.read_bytes()) == path.name
         if process.returncode != 0:
             assert read_pulled() == []
@@ -316,5 +320,5 @@ def test_a_pull_that_is_killed_is_finished_by_the_next(server: Hub, hub_here: Hu
     server.on_bytes = lambda sent: None
     pulled = pull(named(f"{REPO}:BF16"))
     assert [sha256(file.path.read_bytes()) for file in pulled.files] == [file.digest for file in pulled.files]
-    assert not list(hub.cache_folder().rglob("*.incomplete"))
+    assert not list(blobs.hub_cache().rglob("*.incomplete"))
     assert any(one.start for one in server.asked())

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from lfm2vl_edge import DownloadError, hub
-from lfm2vl_edge.hub import RemoteFile, Repository, fetch, forget, read_repository
+from lfm2vl_edge import DownloadError, blobs, hub
+from lfm2vl_edge.blobs import forget
+from lfm2vl_edge.hub import RemoteFile, Repository, fetch, read_repository
 from tests.conftest import HubHere
 from tests.hub_server import COMMIT, Fault, Hub, Request, serving, sha256
 
@@ -34,7 +35,7 @@ def get(path: str = "a.gguf", repository: Repository | None = None) -> tuple[Pat
 
 
 def begun() -> list[Path]:
-    return list(hub.cache_folder().rglob("*.incomplete"))
+    return list(blobs.hub_cache().rglob("*.incomplete"))
 
 
 def test_a_repository_is_read(server: Hub) -> None:
@@ -102,14 +103,14 @@ def test_a_damaged_file_is_refused_and_not_kept(server: Hub, place: int) -> None
     server.fault = lambda one: Fault(flip=place)
     with pytest.raises(DownloadError, match="a.gguf of owner/files-GGUF arrived damaged .*was removed; pull again"):
         get()
-    assert not any(path.name.startswith(sha256(DATA)[:8]) for path in hub.cache_folder().glob("models--*/*/*"))
+    assert not any(path.name.startswith(sha256(DATA)[:8]) for path in blobs.hub_cache().glob("models--*/*/*"))
     server.fault = lambda one: None
     assert get()[0].read_bytes() == DATA
 
 
 def test_what_an_earlier_run_left_damaged_is_fetched_again(server: Hub) -> None:
     repository = read_repository(REPO, None)
-    part = hub._part(hub._blob(REPO, repository.files[0]))
+    part = blobs.part_path(blobs.blob_path(REPO, repository.files[0].digest))
     part.parent.mkdir(parents=True)
     part.write_bytes(bytes(50_000))
     assert get()[0].read_bytes() == DATA
@@ -140,7 +141,7 @@ def test_more_bytes_than_were_stated_are_refused(server: Hub) -> None:
 def test_a_slow_hub_is_waited_for_and_a_silent_one_is_asked_again(server: Hub) -> None:
     server.fault = lambda one: Fault(pause=0.02) if one.method == "GET" else None
     assert get()[0].read_bytes() == DATA
-    shutil.rmtree(hub.cache_folder())
+    shutil.rmtree(blobs.hub_cache())
 
     def silent(one: Request) -> Fault | None:
         return Fault(pause=0.7) if one.method == "GET" and one.start == 0 and "/resolve/" in one.path else None
@@ -179,7 +180,7 @@ def test_a_passing_refusal_is_asked_again(server: Hub) -> None:
 
     server.fault = fault
     assert get()[0].read_bytes() == DATA
-    shutil.rmtree(hub.cache_folder())
+    shutil.rmtree(blobs.hub_cache())
     server.fault = lambda one: Fault(status=500) if "/resolve/" in one.path else None
     with pytest.raises(DownloadError, match="broke off after 0.0 of 0.3 MB: .*500"):
         get()
@@ -250,8 +251,8 @@ def test_a_full_disk_and_a_read_only_folder(server: Hub, monkeypatch: pytest.Mon
         with pytest.raises(DownloadError, match="No space left on device; make room .*or set HF_HOME"):
             get(repository=repository)
     assert get(repository=repository)[0].read_bytes() == DATA
-    shutil.rmtree(hub.cache_folder())
-    hub.cache_folder().write_text("a file")
+    shutil.rmtree(blobs.hub_cache())
+    blobs.hub_cache().write_text("a file")
     with pytest.raises(DownloadError, match="cannot write .*; make room or make it writable, or set HF_HOME"):
         get(repository=repository)
 
@@ -277,7 +278,7 @@ def test_the_size_that_is_missing(server: Hub) -> None:
     repository = read_repository(REPO, None)
     file = repository.files[0]
     assert hub.missing_bytes(repository, file) == 300_000
-    part = hub._part(hub._blob(REPO, file))
+    part = blobs.part_path(blobs.blob_path(REPO, file.digest))
     part.parent.mkdir(parents=True)
     part.write_bytes(bytes(1000))
     assert hub.missing_bytes(repository, file) == 299_000

@@ -15,8 +15,8 @@ FILES = sorted([*(ROOT / "lfm2vl_edge").rglob("*.py"), *(ROOT / "convert").rglob
 LAYERS = [
     {"errors", "files"},
     {"config", "metadata"},
-    {"published", "geometry", "image", "stats", "hardware", "stream", "registry", "pulled", "hub"},
-    {"modelfile", "resample", "draw"},
+    {"published", "geometry", "image", "stats", "hardware", "stream", "registry", "pulled", "blobs"},
+    {"modelfile", "resample", "draw", "hub"},
     {"preprocess", "engine", "locate", "download"},
     {"prompt", "cache", "shelf", "identity", "engine.ffi"},
     {"engine.llama", "engine.quantize"},

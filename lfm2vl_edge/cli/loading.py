@@ -44,12 +44,16 @@ def find_model(options: ModelOptions) -> Located:
 
 def _wants_it_now(name: str) -> bool:
     """Ask whether a model is to be pulled; without a terminal nobody is asked, and nothing is pulled."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if not _is_terminal():
         return False
     try:
         return typer.confirm(f"{name} is not on this machine. Pull it now?", err=True)
     except typer.Abort:  # the terminal was closed
         return False
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def reference_of(name: str) -> Reference:

@@ -24,7 +24,10 @@ def pull(
         typer.Argument(metavar="NAME[:TYPE]", help="As `models` lists it, or OWNER/REPO of a hub with a GGUF pair."),
     ],
     mmproj_quant: Annotated[
-        str | None, typer.Option("--mmproj-quant", metavar="TYPE", help="Type of the mmproj file. Default: F16.")
+        str | None,
+        typer.Option(
+            "--mmproj-quant", metavar="TYPE", help="Type of the mmproj file. Default: F16 where there is one."
+        ),
     ] = None,
     revision: Revision = None,
     as_json: opt.Json = False,
