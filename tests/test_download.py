@@ -22,7 +22,7 @@ from lfm2vl_edge.locate import locate
 from lfm2vl_edge.pulled import Pulled, read_pulled, state_path
 from lfm2vl_edge.registry import KnownFile, KnownModel, Reference, parse_name
 from tests.conftest import REFERENCE, HubHere, Pair
-from tests.hub_server import COMMIT, Fault, Hub, git_digest, is_lfs, sha256
+from tests.hub_server import COMMIT, Fault, Hub, Request, git_digest, is_lfs, sha256
 
 REPO = "owner/pair-GGUF"
 CHECKPOINT = "owner/LFM2-VL-mine"
@@ -299,7 +299,7 @@ def test_a_pull_that_is_killed_is_finished_by_the_next(server: Hub, hub_here: Hu
     command = [sys.executable, "-m", "lfm2vl_edge", "pull", f"{REPO}:BF16"]
     total = sum(len(server.repos[REPO][name]) for name in ("pair-BF16.gguf", "mmproj-pair-F16.gguf"))
     chance = random.Random(7)
-    for _ in range(KILLS):
+    for number in range(KILLS):
         process = subprocess.Popen(
             command, env=os.environ | hub_here.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -309,16 +309,23 @@ def test_a_pull_that_is_killed_is_finished_by_the_next(server: Hub, hub_here: Hu
             if sent > last:
                 process.kill()
 
-        server.on_bytes = kill
+        def kill_at_link(one: Request, process: subprocess.Popen[bytes] = process) -> None:
+            """A file that is whole and in its place is linked after a HEAD."""
+            if one.method == "HEAD":
+                process.kill()
+
+        if number % 2:
+            server.fault = kill_at_link
+        else:
+            server.on_bytes = kill
         process.communicate()
+        server.fault, server.on_bytes = lambda one: None, lambda sent: None
         for path in blobs.hub_cache().glob("models--*/blobs/*"):  # nothing half under a final name
             assert path.name.endswith(".incomplete") or sha256(path.read_bytes()) == path.name
         if process.returncode != 0:
             assert read_pulled() == []
             with pytest.raises(ModelNotPulled):
                 locate(REPO)
-    server.on_bytes = lambda sent: None
     pulled = pull(named(f"{REPO}:BF16"))
     assert [sha256(file.path.read_bytes()) for file in pulled.files] == [file.digest for file in pulled.files]
     assert not list(blobs.hub_cache().rglob("*.incomplete"))
-    assert any(one.start for one in server.asked())

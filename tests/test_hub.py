@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,15 @@ def test_a_slow_hub_is_waited_for_and_a_silent_one_is_asked_again(server: Hub) -
     server.fault = silent
     assert get()[0].read_bytes() == DATA
     assert server.asked()[-1].start > 0
+
+
+def test_two_that_fetch_the_same_file_take_turns(server: Hub) -> None:
+    server.fault = lambda one: Fault(pause=0.02) if one.method == "GET" else None
+    repository = read_repository(REPO, None)
+    with ThreadPoolExecutor(2) as pool:
+        paths = [pool.submit(get, repository=repository) for _ in range(2)]
+        assert {one.result()[0].read_bytes() for one in paths} == {DATA}
+    assert len(server.asked()) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from lfm2vl_edge import Model, ModelNotFound, locate
 from lfm2vl_edge.cli import app, loading
