@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -23,6 +23,8 @@ _QUANTS: Final = ("Q4_0", "Q4_K_M", "Q8_0", "F16", "BF16", "F32")
 """Types of a language file in the order in which they are taken when none is asked for."""
 _MMPROJ_QUANTS: Final = ("F16", "BF16", "Q8_0", "F32")
 """The same for the mmproj: the fastest that is exact everywhere first, F32 last for its size."""
+_UNTYPED: Final = "GGUF"
+"""Stands for the type of a file whose name tells none."""
 _ARCHITECTURE: Final = "lfm2"
 _INDEX: Final = "model.safetensors.index.json"
 _CHECKPOINT_FILES: Final = frozenset(
@@ -98,7 +100,10 @@ def pull(
     usual = reference.known.quant if reference.known else None
     here = find_pulled(read_pulled(), reference.repo, reference.quant, usual)
     if here is None or not _serves(here, mmproj_quant, revision) or not _is_sound(here, progress):
-        here = _fetch_pair(reference, mmproj_quant, revision, show, progress)
+        pin = revision or (here.revision if here else None)
+        if here and reference.quant is None:
+            reference = replace(reference, quant=here.quant)
+        here = _fetch_pair(reference, mmproj_quant, pin, show, progress)
     _remember(here)
     return here
 
@@ -124,19 +129,18 @@ def _is_sound(here: Pulled, progress: Progress | None) -> bool:
 
 
 def _fetch_pair(
-    reference: Reference, mmproj_quant: str | None, revision: str | None, show: Show | None, progress: Progress | None
+    reference: Reference, mmproj_quant: str | None, pin: str | None, show: Show | None, progress: Progress | None
 ) -> Pulled:
     known = reference.known
-    repository = hub.read_repository(reference.repo, revision or (known.revision if known else None))
+    repository = hub.read_repository(reference.repo, pin or (known.revision if known else None))
     model, mmproj = _choose(repository, reference, mmproj_quant)
-    if known and revision is None:
+    if known and pin in (None, known.revision):
         _compare_with_table(reference, (model, mmproj))
     licence = (known.licence if known else repository.licence) or "not stated; see the model card"
     offer = Offer(name=reference.name, repository=repository, files=(model, mmproj), licence=licence)
     files = _fetch_all(offer, show, progress)
     read_config(Pair(model=files[0].path, mmproj=files[1].path))
-    quant = reference.quant or quant_of(model.path) or "GGUF"
-    return Pulled(repo=reference.repo, quant=quant, revision=repository.commit, files=files)
+    return Pulled(repo=reference.repo, quant=_type_of(model), revision=repository.commit, files=files)
 
 
 def _choose(repository: Repository, reference: Reference, mmproj_quant: str | None) -> tuple[RemoteFile, RemoteFile]:
@@ -164,9 +168,13 @@ def _what_instead(repository: Repository) -> str:
     return "; give a repository with a language file and its mmproj"
 
 
+def _type_of(file: RemoteFile) -> str:
+    return quant_of(file.path) or _UNTYPED
+
+
 def _of_type(repo: str, files: Sequence[RemoteFile], quant: str | None, usual: Sequence[str]) -> RemoteFile:
     """Return the file of a type, or of the first usual one that there is."""
-    by_type = {quant_of(file.path) or "": file for file in reversed(files)}
+    by_type = {_type_of(file): file for file in reversed(files)}
     if quant is not None and quant.upper() not in by_type:
         raise DownloadError(f"{repo} has no file of type {quant}; there are: {', '.join(sorted(by_type))}")
     wanted = [quant.upper()] if quant is not None else usual

@@ -96,6 +96,17 @@ def test_types_are_chosen(server: Hub) -> None:
         pull(named(f"{REPO}:BF16"))
 
 
+def test_a_type_that_is_here_stays_and_a_file_may_have_none(server: Hub) -> None:
+    pull(named(f"{REPO}:BF16"))
+    assert names(pull(named(REPO), mmproj_quant="BF16")) == ["pair-BF16.gguf", "mmproj-pair-BF16.gguf"]
+    remove(named(REPO))
+    files = server.repos[REPO]
+    server.repos[REPO] = {"model.gguf": files["pair-BF16.gguf"], "mmproj.gguf": files["mmproj-pair-F16.gguf"]}
+    assert pull(named(REPO)).quant == "GGUF"
+    assert pull(named(f"{REPO}:GGUF"), revision="main") == read_pulled()[0]
+    assert locate(f"{REPO}:GGUF").pair.model.name == "model.gguf"
+
+
 def test_a_pair_that_is_none_is_not_remembered(server: Hub) -> None:
     server.architecture = None
     server.repos[REPO]["pair-BF16.gguf"] = b"GGUF"
@@ -148,6 +159,10 @@ def test_a_damaged_file_is_noticed_and_fetched_again(server: Hub) -> None:
 
 def test_another_revision_replaces_the_first(server: Hub) -> None:
     first = pull(named(f"{REPO}:BF16"))
+    first.files[0].path.resolve().write_bytes(b"damaged")
+    server.listing = lambda shown: shown | {"sha": COMMIT if COMMIT in server.requests[-1].path else "d1" * 20}
+    assert pull(named(f"{REPO}:BF16")) == first  # the same commit again, not the newest
+    server.listing = lambda shown: shown
     server.commits[REPO] = "d1" * 20
     assert pull(named(f"{REPO}:BF16")) == first
     second = pull(named(f"{REPO}:BF16"), revision="main")

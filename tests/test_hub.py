@@ -139,16 +139,16 @@ def test_more_bytes_than_were_stated_are_refused(server: Hub) -> None:
     assert begun() == []
 
 
-def test_a_slow_hub_is_waited_for_and_a_silent_one_is_asked_again(server: Hub) -> None:
+def test_a_slow_hub_is_waited_for(server: Hub) -> None:
     server.fault = lambda one: Fault(pause=0.02) if one.method == "GET" else None
     assert get()[0].read_bytes() == DATA
-    shutil.rmtree(blobs.hub_cache())
 
-    def silent(one: Request) -> Fault | None:
-        return Fault(pause=0.7) if one.method == "GET" and one.start == 0 and "/resolve/" in one.path else None
 
-    server.fault = silent
-    assert get()[0].read_bytes() == DATA
+def test_a_silent_hub_is_asked_again(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = read_repository(REPO, None)
+    server.fault = lambda one: Fault(pause=1.2) if one.method == "GET" and one.number == 0 else None
+    monkeypatch.setattr(hub, "_timeout", lambda: 0.6)
+    assert get(repository=repository)[0].read_bytes() == DATA
     assert server.asked()[-1].start > 0
 
 
