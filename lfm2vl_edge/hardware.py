@@ -1,4 +1,4 @@
-"""What this machine offers: how many threads are worth starting."""
+"""What this machine offers: how many threads are worth starting, and how much memory there is."""
 
 from __future__ import annotations
 
@@ -26,3 +26,19 @@ def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
         except OSError:
             return len(cpus)
     return len(cores)
+
+
+def total_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
+    """Return the bytes of memory that this process may hope for: the machine's, or its container's; None if unknown.
+
+    Args:
+        limit: the file in which Linux tells a container's limit.
+    """
+    try:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+    try:
+        return min(machine, int(limit.read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return machine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -23,13 +24,15 @@ from lfm2vl_edge.generate import Chunk, look, n_tokens, prefill, prepare, split,
 from lfm2vl_edge.hardware import physical_cores
 from lfm2vl_edge.identity import Identity, Source, encoder_digest, identify
 from lfm2vl_edge.image import ImageInput
-from lfm2vl_edge.modelfile import ModelConfig, Pair, find_pair, read_config
+from lfm2vl_edge.locate import FALLBACK_NOTE, locate
+from lfm2vl_edge.modelfile import ModelConfig, Pair, read_config
 from lfm2vl_edge.preprocess import Tile
 from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
 from lfm2vl_edge.session import Photo, load_saved
 from lfm2vl_edge.shelf import CACHE_BYTES, DiskShelf, digests_folder
 from lfm2vl_edge.stats import Stopwatch
 
+_LOG: Final = logging.getLogger(__name__)
 DEFAULT_CONTEXT: Final = 4096
 """Tokens of context that a model begins with: room for a picture of ten tiles and a talk about it."""
 
@@ -66,7 +69,7 @@ class Model:
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         *,
         mmproj: str | os.PathLike[str] | None = None,
         image_settings: Mapping[str, Any] | None = None,
@@ -80,7 +83,9 @@ class Model:
         """Open a model's two files.
 
         Args:
-            path: the language GGUF, or the folder that holds it.
+            path: the language GGUF, the folder that holds it, or the name of a model that was pulled. Without it:
+                LFM2VL_MODEL, else the model that was pulled last, else the small built-in one, with a warning in the
+                log `lfm2vl_edge.model`. Nothing is ever fetched here.
             mmproj: the vision encoder's GGUF; by default the one beside the language GGUF.
             image_settings: fields of `ImageConfig` that replace the model's own.
             n_ctx: tokens of context to begin with; it grows when a prompt needs more.
@@ -93,7 +98,7 @@ class Model:
             cache_bytes: what all processes together may keep there.
 
         Raises:
-            ModelNotFound: a file is missing.
+            ModelNotFound: a file is missing, or no model of that name is here; the message says how to pull it.
             ConfigError: the files do not fit together, or a setting is out of range.
             EngineError: llama.cpp refuses a file.
         """
@@ -102,7 +107,10 @@ class Model:
         _check_count("n_threads", 1 if n_threads is None else n_threads)
         _check_count("state_bytes", state_bytes, least=0)
         _check_count("cache_bytes", cache_bytes)
-        pair = find_pair(Path(path), Path(mmproj) if mmproj is not None else None)
+        located = locate(path, Path(mmproj) if mmproj is not None else None)
+        if located.is_fallback:
+            _LOG.warning(FALLBACK_NOTE)
+        pair = located.pair
         config = with_image_settings(read_config(pair), image_settings or {})
         source = Source.of(pair)
         engine = _load(pair, config, n_ctx, n_threads, gpu_layers)

@@ -15,9 +15,9 @@ FILES = sorted([*(ROOT / "lfm2vl_edge").rglob("*.py"), *(ROOT / "convert").rglob
 LAYERS = [
     {"errors", "files"},
     {"config", "metadata"},
-    {"published", "geometry", "image", "stats", "hardware", "stream"},
-    {"modelfile", "resample", "draw"},
-    {"preprocess", "engine"},
+    {"published", "geometry", "image", "stats", "hardware", "stream", "registry", "pulled", "blobs"},
+    {"modelfile", "resample", "draw", "hub"},
+    {"preprocess", "engine", "locate", "download"},
     {"prompt", "cache", "shelf", "identity", "engine.ffi"},
     {"engine.llama", "engine.quantize"},
     {"generate"},
@@ -87,7 +87,9 @@ def test_files_and_functions_stay_short(path: Path) -> None:
         assert not isinstance(node, ast.Assert), "errors are raised, not asserted"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["eval", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["eval", "--help"], ["pull", "--help"], ["--version"], ["models"]]
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; sys.argv = ['lfm2vl-edge', *sys.argv[1:]]\n"

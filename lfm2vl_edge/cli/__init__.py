@@ -9,8 +9,11 @@ import typer
 from lfm2vl_edge.cli.cache import cache
 from lfm2vl_edge.cli.convert import convert
 from lfm2vl_edge.cli.eval import evaluate
+from lfm2vl_edge.cli.models import models
 from lfm2vl_edge.cli.plan import plan
+from lfm2vl_edge.cli.pull import pull
 from lfm2vl_edge.cli.quantize import quantize
+from lfm2vl_edge.cli.rm import rm
 from lfm2vl_edge.cli.run import run
 from lfm2vl_edge.cli.verify import verify
 
@@ -25,6 +28,9 @@ app = typer.Typer(
 app.command()(run)
 app.command()(plan)
 app.command("eval")(evaluate)
+app.command()(pull)
+app.command()(models)
+app.command()(rm)
 app.command()(convert)
 app.command()(quantize)
 app.command()(verify)

@@ -10,6 +10,7 @@ import typer
 
 from lfm2vl_edge.cli import options as opt
 from lfm2vl_edge.cli.output import bytes_bar, reporting, shows_progress
+from lfm2vl_edge.cli.pulling import checkpoint_files
 from lfm2vl_edge.cli.quantizing import AUTO, encoder_type, parse_overrides, show_report
 
 
@@ -67,7 +68,10 @@ TensorType = Annotated[
 
 
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT_DIR", help="Folder in the Hugging Face form.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="FOLDER|OWNER/REPO", help="A checkpoint in the Hugging Face form, here or on the hub."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the two files.")] = Path(),
     quant: Quant = LanguageType.Q4_0,
     mmproj_quant: MmprojQuant = EncoderType.auto,
@@ -80,19 +84,25 @@ def convert(
             "Default: where the blocks of its type need it.",
         ),
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a checkpoint on the hub.")
+    ] = None,
     as_json: opt.Json = False,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Convert and quantize a checkpoint: lfm2vl-edge convert LFM2-VL-450M -o models."""
+    """Convert and quantize a checkpoint: lfm2vl-edge convert LFM2-VL-450M -o models.
+
+    A hub's OWNER/REPO works too: only the files that are needed are fetched, once. A local folder of that name wins.
+    """
     from lfm2vl_convert import convert_checkpoint
     from lfm2vl_convert.report import planned_rows, report_file
     from lfm2vl_edge.engine.quantize import quantize_file
 
-    with reporting():
+    with reporting(), checkpoint_files(checkpoint, revision, quiet=quiet) as folder:
         with bytes_bar("converting", shows_progress(quiet)) as progress:
             result = convert_checkpoint(
-                checkpoint,
+                folder,
                 output,
                 quant=quant.value,
                 mmproj_quant=encoder_type(mmproj_quant.value),

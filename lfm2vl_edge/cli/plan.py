@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.loading import load_picture, model_path
+from lfm2vl_edge.cli.loading import find_model, load_picture
 from lfm2vl_edge.cli.output import refuse_overwrite, reporting
 from lfm2vl_edge.errors import EdgeError
 
@@ -58,13 +58,14 @@ def plan(
 def _settings(model: opt.ModelOptions, image: opt.ImageOptions) -> tuple[ImageConfig, str]:
     """Return the image settings, and where they came from."""
     from lfm2vl_edge.config import ImageConfig
+    from lfm2vl_edge.locate import last_pulled
     from lfm2vl_edge.metadata import read_metadata
-    from lfm2vl_edge.modelfile import find_pair, image_settings
+    from lfm2vl_edge.modelfile import image_settings
 
-    if model.model is None and model.mmproj is None:
+    if model.model is None and model.mmproj is None and last_pulled() is None:
         config, source = ImageConfig(), "the documented defaults (no model given)"
     else:
-        path = model.mmproj or find_pair(model_path(model)).mmproj
+        path = model.mmproj or find_model(model).pair.mmproj
         config, source = image_settings(read_metadata(path), path)
     changes = image.changes()
     if changes:
