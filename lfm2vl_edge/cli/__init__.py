@@ -11,6 +11,7 @@ from lfm2vl_edge.cli.convert import convert
 from lfm2vl_edge.cli.plan import plan
 from lfm2vl_edge.cli.quantize import quantize
 from lfm2vl_edge.cli.run import run
+from lfm2vl_edge.cli.tune import tune
 from lfm2vl_edge.cli.verify import verify
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(plan)
+app.command()(tune)
 app.command()(convert)
 app.command()(quantize)
 app.command()(verify)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfm2vl_edge.cli.options import ImageOptions, ModelOptions
+from lfm2vl_edge.cli.output import warnings_to_stderr
 from lfm2vl_edge.errors import ModelNotFound
 from lfm2vl_edge.files import CACHE_VARIABLE
 
@@ -42,7 +42,7 @@ def open_model(
     from lfm2vl_edge.model import Model
 
     path = model_path(options)
-    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    warnings_to_stderr()
     if verbose > 1:
         from lfm2vl_edge.engine.ffi import LOG
 
@@ -51,8 +51,8 @@ def open_model(
         path,
         mmproj=options.mmproj,
         image_settings=image.changes(),
-        n_ctx=options.ctx_size,
-        n_threads=options.threads,
+        **image.wishes(),
+        **options.machine(),
         cache=bool(os.environ.get(CACHE_VARIABLE)) if cache is None else cache,
         state_bytes=STATE_BYTES if remember else 0,
     )
