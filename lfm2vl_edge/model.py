@@ -85,10 +85,13 @@ class Model:
             path: the language GGUF, or the folder that holds it.
             mmproj: the vision encoder's GGUF; by default the fastest beside the language GGUF.
             image_settings: fields of `ImageConfig` that replace the model's own.
-            detail, budget_tokens, budget_seconds: how closely pictures are looked at; see `Sight`.
+            detail: how closely pictures are looked at: full, high, balanced or fast; see `detail_changes`.
+            budget_tokens: most image tokens of a picture, which is then cut as well as that allows.
+            budget_seconds: the same for predicted seconds in encoder and language tower; see `Costs`.
             n_ctx: tokens of context to begin with; it grows when a prompt needs more.
             n_threads: threads that compute; by default what `tune` found, else one per physical core.
-            gpu_layers, device: layers that a GPU takes (-1: all) and its name, where llama.cpp was built for one.
+            gpu_layers: layers that a GPU takes, where the installed llama.cpp was built for one; -1 means all.
+            device: name of that GPU; by default llama.cpp chooses.
             state_bytes: memory for states of earlier prompts, so that another question about a picture or the next
                 turn of a talk decodes only what is new; 0 keeps none.
             cache: a folder that keeps the embeddings of views for later processes; `True` means LFM2VL_CACHE or the
@@ -100,9 +103,6 @@ class Model:
             ConfigError: the files do not fit together, or a setting is out of range.
             EngineError: llama.cpp refuses a file.
         """
-        begin = time.perf_counter()
-        check_count("state_bytes", state_bytes, least=0)
-        check_count("cache_bytes", cache_bytes)
         wishes = Wishes(
             mmproj=Path(mmproj) if mmproj is not None else None,
             image_settings=image_settings,
@@ -114,10 +114,17 @@ class Model:
             gpu_layers=gpu_layers,
             device=device,
         )
-        opening = decide(Path(path), wishes)
+        folder = None if cache is False else cache_folder() if cache is True else Path(cache)
+        return cls._opened(Path(path), wishes, folder, state_bytes=state_bytes, cache_bytes=cache_bytes)
+
+    @classmethod
+    def _opened(cls, path: Path, wishes: Wishes, folder: Path | None, *, state_bytes: int, cache_bytes: int) -> Model:
+        begin = time.perf_counter()
+        check_count("state_bytes", state_bytes, least=0)
+        check_count("cache_bytes", cache_bytes)
+        opening = decide(path, wishes)
         source = Source.of(opening.pair)
         engine = load(opening, wishes)
-        folder = None if cache is False else cache_folder() if cache is True else Path(cache)
         return cls(
             engine,
             opening.config,
