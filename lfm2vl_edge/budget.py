@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, get_args
 from lfm2vl_edge.config import ImageConfig
 from lfm2vl_edge.costs import Costs
 from lfm2vl_edge.errors import ConfigError
-from lfm2vl_edge.geometry import TilePlan, is_too_large, plan, single_view
+from lfm2vl_edge.geometry import TilePlan, fit, is_too_large, plan, single_view
 
 Detail = Literal["fast", "balanced", "high", "full"]
 DETAILS: Final[tuple[Detail, ...]] = get_args(Detail)
@@ -84,6 +84,13 @@ class Sight:
     def has_budget(self) -> bool:
         """Whether there is a limit at all."""
         return self.budget_tokens is not None or self.budget_seconds is not None
+
+    def described(self, source: str) -> str:
+        """Return a phrase on where image settings came from, with the wishes that were added to them."""
+        wishes = [] if self.detail == "full" else [f"detail {self.detail}"]
+        wishes += [] if self.budget_tokens is None else [f"at most {self.budget_tokens} tokens"]
+        wishes += [] if self.budget_seconds is None else [f"at most {self.budget_seconds:g} seconds"]
+        return "; ".join([source, *wishes])
 
     def allows(self, tile_plan: TilePlan) -> bool:
         """Tell whether a plan is within the budget."""
@@ -197,8 +204,13 @@ def _fewer_tiles(whole: TilePlan, config: ImageConfig) -> Iterator[Rung]:
 
 def _smaller_views(whole: TilePlan, config: ImageConfig) -> Iterator[Rung]:
     """Yield the single view with fewer and fewer tokens; as in the levels of detail, the least is half of the most."""
+    last = 0, 0
     for most in range(config.max_image_tokens, max(1, config.max_image_tokens // _LEAST_DIVISOR) - 1, -1):
         least = max(1, min(config.min_image_tokens, most // 2))
+        size = fit(whole.height, whole.width, config.token_side, least, most)
+        if size == last:
+            continue
+        last = size
         changes = {"do_image_splitting": False, "min_image_tokens": least, "max_image_tokens": most}
         yield Rung(tile_plan=single_view(whole.height, whole.width, config, least, most), changes=changes)
 

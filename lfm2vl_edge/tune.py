@@ -69,7 +69,7 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bench:
+class Gauge:
     """How engines are opened and time is told; a test has its own."""
 
     load: Callable[[Opening, Wishes], Engine] = load
@@ -92,13 +92,13 @@ class Bench:
         return statistics.median(seconds)
 
 
-def tune(path: Path, wishes: Wishes, bench: Bench, report: Callable[[str], None] = lambda _: None) -> Tuning:
+def tune(path: Path, wishes: Wishes, gauge: Gauge, report: Callable[[str], None] = lambda _: None) -> Tuning:
     """Measure a model with every mmproj file beside it, or with the one that was wished for.
 
     Args:
         path: the language GGUF, or the folder that holds it.
         wishes: `mmproj`, `n_threads` and the GPU are heeded; without `n_threads`, all counts worth trying are.
-        bench: how to measure.
+        gauge: how to measure.
         report: told what is measured now.
 
     Raises:
@@ -106,14 +106,14 @@ def tune(path: Path, wishes: Wishes, bench: Bench, report: Callable[[str], None]
         ConfigError: the files do not fit together.
         EngineError: a native call failed.
     """
-    check_count("runs", bench.runs)
+    check_count("runs", gauge.runs)
     model = find_model(path)
     files = [wishes.mmproj] if wishes.mmproj else mmprojs_beside(model)
     counts = [wishes.n_threads] if wishes.n_threads else thread_counts()
     trials = []
     for threads in counts:
         report(f"{threads} thread{'s' if threads > 1 else ''}: {', '.join(map(mmproj_type, files))}")
-        trials.append(_trial(model, files, replace(wishes, n_threads=threads), bench))
+        trials.append(_trial(model, files, replace(wishes, n_threads=threads), gauge))
     best = min(trials, key=lambda trial: trial.seconds)
     memory = peak_memory() or decide(model, wishes).costs.memory_bytes
     profile = Profile(
@@ -129,29 +129,29 @@ def tune(path: Path, wishes: Wishes, bench: Bench, report: Callable[[str], None]
     return Tuning(place=place, trials=tuple(trials), profile=profile)
 
 
-def _trial(model: Path, files: Sequence[Path], wishes: Wishes, bench: Bench) -> Trial:
+def _trial(model: Path, files: Sequence[Path], wishes: Wishes, gauge: Gauge) -> Trial:
     """Measure each file's encoder, and the language tower once: it does not depend on them."""
     encode: dict[str, dict[int, float]] = {}
     speeds = 0.0, 0.0
     for file in files:
         own = replace(wishes, mmproj=file)
         opening = decide(model, own)
-        engine = bench.load(opening, own)
+        engine = gauge.load(opening, own)
         try:
             views = drawn_views(opening.config.image)
-            encode[mmproj_type(file)] = encode_seconds(engine, views, bench)
+            encode[mmproj_type(file)] = encode_seconds(engine, views, gauge)
             if file == files[0]:
                 largest = max(views)
-                speeds = language_speeds(engine, engine.encode(views[largest], largest), bench)
+                speeds = language_speeds(engine, engine.encode(views[largest], largest), gauge)
         finally:
             engine.close()
     return Trial(threads=wishes.n_threads or 1, encode=encode, prefill_speed=speeds[0], decode_speed=speeds[1])
 
 
-def encode_seconds(engine: Engine, views: Mapping[int, Pixels], bench: Bench) -> dict[int, float]:
+def encode_seconds(engine: Engine, views: Mapping[int, Pixels], gauge: Gauge) -> dict[int, float]:
     """Return seconds of views by their image tokens."""
     return {
-        n_tokens: bench.median(functools.partial(engine.encode, pixels, n_tokens))
+        n_tokens: gauge.median(functools.partial(engine.encode, pixels, n_tokens))
         for n_tokens, pixels in views.items()
     }
 
@@ -166,13 +166,13 @@ def drawn_views(config: ImageConfig) -> dict[int, Pixels]:
     }
 
 
-def language_speeds(engine: Engine, embeddings: Floats, bench: Bench) -> tuple[float, float]:
+def language_speeds(engine: Engine, embeddings: Floats, gauge: Gauge) -> tuple[float, float]:
     """Return tokens per second of prefill and of decoding.
 
     Args:
         engine: the language tower.
         embeddings: float32 `[n, n_embd]` of a view.
-        bench: how to measure.
+        gauge: how to measure.
     """
     n_tokens = len(embeddings)
 
@@ -187,6 +187,6 @@ def language_speeds(engine: Engine, embeddings: Floats, bench: Bench) -> tuple[f
         for _ in islice(engine.sample(_GREEDY, 0, ()), _ANSWER_TOKENS + 1):
             pass
 
-    prefill = bench.median(lambda: engine.decode_embeddings(embeddings), reserve)
-    decode = bench.median(answer, read)
+    prefill = gauge.median(lambda: engine.decode_embeddings(embeddings), reserve)
+    decode = gauge.median(answer, read)
     return n_tokens / prefill, _ANSWER_TOKENS / decode

@@ -26,6 +26,7 @@ LAYERS = [
     {"session"},
     {"model"},
     {"verify", "tune"},
+    {"bench"},
     {""},
     {"cli"},
     {"__main__"},

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lfm2vl_edge.cli.bench import bench
 from lfm2vl_edge.cli.cache import cache
 from lfm2vl_edge.cli.convert import convert
 from lfm2vl_edge.cli.plan import plan
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(plan)
 app.command()(tune)
+app.command()(bench)
 app.command()(convert)
 app.command()(quantize)
 app.command()(verify)

@@ -64,9 +64,11 @@ class ModelOptions:
     ] = None
     mmproj: Annotated[
         Path | None,
-        _machine("--mmproj", metavar="PATH", help="Vision GGUF; default: the one beside the model."),
+        _machine("--mmproj", metavar="PATH", help="Vision GGUF; default: the fastest beside the model."),
     ] = None
-    threads: Annotated[int | None, _machine("--threads", "-t", min=1, help="Default: one per physical core.")] = None
+    threads: Annotated[
+        int | None, _machine("--threads", "-t", min=1, help="Default: what tune found, else one per physical core.")
+    ] = None
     ctx_size: Annotated[
         int, _machine("--ctx-size", "-c", min=1, help="Tokens of context to begin with; it grows if needed.")
     ] = 4096

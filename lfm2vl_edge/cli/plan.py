@@ -68,7 +68,9 @@ def plan(
         if as_json:
             typer.echo(json.dumps(_as_dict(tile_plan) | _costs_dict(tile_plan, basis), ensure_ascii=False))
         else:
-            typer.echo("\n".join([*_lines(tile_plan, basis.source), *_cost_lines(tile_plan, basis)]))
+            typer.echo(
+                "\n".join([*_lines(tile_plan, basis.sight.described(basis.source)), *_cost_lines(tile_plan, basis)])
+            )
 
 
 def _draw(path: Path, pixels: Pixels | None, tile_plan: TilePlan, *, force: bool) -> None:
@@ -89,9 +91,7 @@ def _basis(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
     wishes = Wishes(mmproj=model.mmproj, image_settings=image.changes(), **image.wishes(), **model.machine())
     opening = decide(model_path(model), wishes)
     config = opening.config
-    return _Basis(
-        image=config.image, source=_described(config.image_source, image), sight=config.sight, costs=opening.costs
-    )
+    return _Basis(image=config.image, source=config.image_source, sight=config.sight, costs=opening.costs)
 
 
 def _without_model(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
@@ -113,16 +113,7 @@ def _without_model(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
     guessed = guess(SHAPE_450M, "F16", ImageConfig().tile_tokens, model.threads or big_cores())
     costs = replace(guessed, source="a rough guess for a 450M model: nothing was measured here")
     sight = Sight(**image.wishes(), costs=costs)
-    return _Basis(image=config.with_changes(changes), source=_described(source, image), sight=sight, costs=costs)
-
-
-def _described(source: str, image: opt.ImageOptions) -> str:
-    """Return where the settings came from, with the wishes that were added to them."""
-    asked = [
-        f"{name.replace('_', ' ')} {value:g}" for name, value in image.wishes().items() if name != "detail" and value
-    ]
-    detail = [] if image.detail is opt.DetailLevel.full else [f"detail {image.detail.value}"]
-    return "; ".join([source, *detail, *asked])
+    return _Basis(image=config.with_changes(changes), source=source, sight=sight, costs=costs)
 
 
 def _costs_dict(tile_plan: TilePlan, basis: _Basis) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def tune(
     """Measure this machine once, for plan, budgets, threads and the choice of an mmproj: lfm2vl-edge tune -m MODEL."""
     from lfm2vl_edge.device import save_profile
     from lfm2vl_edge.opening import Wishes
-    from lfm2vl_edge.tune import Bench
+    from lfm2vl_edge.tune import Gauge
     from lfm2vl_edge.tune import tune as measure
 
     with reporting():
@@ -39,7 +39,7 @@ def tune(
             if not quiet:
                 typer.echo(f"measuring {line}", err=True)
 
-        tuning = measure(model_path(model), wishes, Bench(runs=runs), report)
+        tuning = measure(model_path(model), wishes, Gauge(runs=runs), report)
         path = save_profile(tuning.profile, tuning.place)
         if as_json:
             trials = [asdict(trial) for trial in tuning.trials]
