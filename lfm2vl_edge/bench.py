@@ -188,7 +188,7 @@ def _resident(model: Model, pictures: Mapping[str, Pixels]) -> Figures:
 
 def _one_corner_changed(pixels: Pixels) -> Pixels:
     """Return a copy with other pixels in the first tile alone: uint8 of the same shape."""
-    changed = pixels.copy()
+    changed: Pixels = pixels.copy()
     changed[:16, :16] = 255 - changed[:16, :16]
     return changed
 

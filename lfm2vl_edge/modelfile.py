@@ -183,6 +183,8 @@ def _family(path: Path) -> str:
 
 
 def _fastest(paths: Sequence[Path], seconds: Mapping[str, float]) -> Path:
+    if len(paths) == 1:
+        return paths[0]
     order = _BF16_FIRST if has_fast_bf16() else _EXACT_TYPES
 
     def rank(path: Path) -> tuple[bool, float, int, str]:

@@ -67,15 +67,20 @@ class Opening:
     """What views and tokens cost: measured, else guessed."""
 
 
-def decide(path: Path, wishes: Wishes) -> Opening:
+def decide(path: Path, wishes: Wishes, *, use_profile: bool = True) -> Opening:
     """Find and read a model's files and decide how it is opened, without the engine.
+
+    Args:
+        path: the language GGUF, or the folder that holds it.
+        wishes: what the caller asked for.
+        use_profile: whether what `tune` measured is heeded.
 
     Raises:
         ModelNotFound: a file is missing.
         ConfigError: the files do not fit together, or the wishes contradict each other.
     """
     model = find_model(path)
-    profile = load_profile(place_of(model, wishes.gpu_layers, wishes.device))
+    profile = load_profile(place_of(model, wishes.gpu_layers, wishes.device)) if use_profile else None
     pair = find_pair(model, wishes.mmproj, _seconds(profile))
     threads = wishes.n_threads or (profile.threads if profile else big_cores())
     changes = wishes.image_settings or {}

@@ -115,7 +115,7 @@ def tune(path: Path, wishes: Wishes, gauge: Gauge, report: Callable[[str], None]
         report(f"{threads} thread{'s' if threads > 1 else ''}: {', '.join(map(mmproj_type, files))}")
         trials.append(_trial(model, files, replace(wishes, n_threads=threads), gauge))
     best = min(trials, key=lambda trial: trial.seconds)
-    memory = peak_memory() or decide(model, wishes).costs.memory_bytes
+    memory = peak_memory() or decide(model, wishes, use_profile=False).costs.memory_bytes
     profile = Profile(
         threads=best.threads,
         mmproj=best.fastest,
@@ -135,7 +135,7 @@ def _trial(model: Path, files: Sequence[Path], wishes: Wishes, gauge: Gauge) -> 
     speeds = 0.0, 0.0
     for file in files:
         own = replace(wishes, mmproj=file)
-        opening = decide(model, own)
+        opening = decide(model, own, use_profile=False)
         engine = gauge.load(opening, own)
         try:
             views = drawn_views(opening.config.image)

@@ -72,7 +72,7 @@ def test_wrong_wishes_are_one_line() -> None:
     assert failed(shell("plan", "900x900", "--budget-tokens", 3), "of 3 tokens; the least possible is 25 tokens")
     assert failed(shell("plan", "900x900", "--budget-seconds", 0), "budget_seconds is 0")
     assert failed(shell("plan", "900x900", "--budget-seconds", "nan"), "budget_seconds is nan")
-    assert failed(shell("plan", "900x900", "--budget-seconds", "soon"), "soon", code=2)
+    assert failed(shell("plan", "900x900", "--budget-seconds", "soon"), "budget-seconds", code=2)
     assert failed(shell("plan", "900x900", "--budget-tokens", 0), "budget-tokens", code=2)
     assert failed(shell("plan", "900x900", "--detail", "huge"), "huge", code=2)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lfm2vl_edge import ConfigError, EngineError, Model, ModelNotFound, hardware, modelfile
+from lfm2vl_edge import ConfigError, EngineError, Model, ModelNotFound, modelfile
 from lfm2vl_edge import device as device_module
 from lfm2vl_edge.device import Place, Profile, load_profile, place_of, save_profile
 from lfm2vl_edge.engine.gpu import find_gpu, gpus
@@ -171,7 +171,7 @@ def test_of_several_mmproj_types_the_fastest_exact_one_is_taken(
 
 
 def test_processor_features_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware.sys, "platform", "linux")
+    monkeypatch.setattr("lfm2vl_edge.hardware.sys.platform", "linux")
     info = tmp_path / "cpuinfo"
     for text, fast in (
         ("model name\t: Big CPU\nflags\t\t: fpu avx512_bf16 sse\n", True),

@@ -59,9 +59,7 @@ def plan(
     with reporting():
         warnings_to_stderr()
         basis = _basis(model, image)
-        size = _SIZE.fullmatch(picture)
-        pixels = None if size else load_picture(picture, max_megapixels)
-        height, width = (int(size[2]), int(size[1])) if size else pixels.shape[:2]
+        pixels, height, width = _look(picture, max_megapixels)
         tile_plan = plan_views(height, width, settings_for(height, width, basis.image, basis.sight))
         if draw is not None:
             _draw(draw, pixels, tile_plan, force=force)
@@ -71,6 +69,14 @@ def plan(
             typer.echo(
                 "\n".join([*_lines(tile_plan, basis.sight.described(basis.source)), *_cost_lines(tile_plan, basis)])
             )
+
+
+def _look(picture: str, max_megapixels: float) -> tuple[Pixels | None, int, int]:
+    """Return the pixels, height and width of a picture; of a size there are no pixels."""
+    if size := _SIZE.fullmatch(picture):
+        return None, int(size[2]), int(size[1])
+    pixels = load_picture(picture, max_megapixels)
+    return pixels, pixels.shape[0], pixels.shape[1]
 
 
 def _draw(path: Path, pixels: Pixels | None, tile_plan: TilePlan, *, force: bool) -> None:
