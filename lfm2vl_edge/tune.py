@@ -17,7 +17,8 @@ import numpy as np
 from lfm2vl_edge.config import ImageConfig, Sampling
 from lfm2vl_edge.device import Place, Profile, place_of
 from lfm2vl_edge.engine import Engine, Floats
-from lfm2vl_edge.hardware import thread_counts
+from lfm2vl_edge.errors import ConfigError
+from lfm2vl_edge.hardware import available_cpus, thread_counts
 from lfm2vl_edge.image import Pixels
 from lfm2vl_edge.modelfile import find_model, is_exact, mmproj_type, mmprojs_beside
 from lfm2vl_edge.opening import Opening, Wishes, check_count, decide, load
@@ -103,10 +104,12 @@ def tune(path: Path, wishes: Wishes, gauge: Gauge, report: Callable[[str], None]
 
     Raises:
         ModelNotFound: a file is missing.
-        ConfigError: the files do not fit together.
+        ConfigError: the files do not fit together, or there are fewer processors than threads.
         EngineError: a native call failed.
     """
     check_count("runs", gauge.runs)
+    if wishes.n_threads and wishes.n_threads > len(available_cpus()):
+        raise ConfigError(f"n_threads is {wishes.n_threads}; this process may use {len(available_cpus())} processors")
     model = find_model(path)
     files = [wishes.mmproj] if wishes.mmproj else mmprojs_beside(model)
     counts = [wishes.n_threads] if wishes.n_threads else thread_counts()

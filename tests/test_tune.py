@@ -22,6 +22,8 @@ from lfm2vl_edge.opening import Opening, Wishes, decide
 from lfm2vl_edge.tune import Gauge, Trial, tune
 from tests.conftest import Pair
 
+SIZES = ((256, 256), (600, 1200))
+"""Smaller pictures than bench's own: one view, and two tiles with a thumbnail."""
 ENCODE = {"F16": 0.002, "BF16": 0.001, "Q4_0": 0.0005}
 """Seconds per image token with one thread."""
 
@@ -146,6 +148,8 @@ def test_tune_measures_only_what_was_asked_for(folder: Path) -> None:
         tune(folder / "nothing", Wishes(), gauge(engines))
     with pytest.raises(ConfigError, match="runs is 0"):
         tune(folder, Wishes(), Gauge(runs=0))
+    with pytest.raises(ConfigError, match="n_threads is 9999; this process may use"):
+        tune(folder, Wishes(n_threads=9999), gauge(engines))
 
 
 def test_tune_closes_an_engine_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,21 +187,22 @@ class Shell:
         return Spent(seconds=seconds, cpu_seconds=1.0, memory_bytes=5 * 10**8, output=json.dumps(stats))
 
 
-def test_bench_gathers_every_figure(folder: Path) -> None:
+def test_bench_gathers_every_figure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfm2vl_edge.bench.SIZES", SIZES)
     shell = Shell()
     opening, wishes = decide(folder, Wishes(n_threads=1)), Wishes(n_threads=1)
     rows = {row.name: row for row in bench(opening, wishes, 2, shell)}
     assert all(len(row.runs) == 2 and min(row.runs) >= 0 for row in rows.values())
-    for name in ("open the model", "encode a view", "prefill", "decode", "another question, 512x512"):
+    for name in ("open the model", "encode a view", "prefill", "decode", "another question, 256x256"):
         assert rows[name].median > 0
-    assert rows["cold run, 1920x1080"].runs == (8.0, 8.0)
-    assert (rows["cold run, 512x512, peak memory"].median, rows["cold run, 512x512, peak memory"].unit) == (
+    assert rows["cold run, 1200x600"].runs == (8.0, 8.0)
+    assert (rows["cold run, 256x256, peak memory"].median, rows["cold run, 256x256, peak memory"].unit) == (
         500.0,
         "MB",
     )
-    assert rows["new process, embeddings on disk, 1920x1080"].runs == (2.0, 2.0)
-    assert rows["new process, embeddings on disk, 1920x1080, first token, share"].median == 0.25
-    assert "encode, one of 9 views changed, share" in rows
+    assert rows["new process, embeddings on disk, 1200x600"].runs == (2.0, 2.0)
+    assert rows["new process, embeddings on disk, 1200x600, first token, share"].median == 0.25
+    assert "encode, one of 3 views changed, share" in rows
     assert len(shell.commands) == 8
     shown = list(lines(list(rows.values())))
     assert len(shown) == len(rows)
@@ -225,7 +230,9 @@ def test_processes_are_accounted_for_and_their_failures_told() -> None:
         spend([sys.executable, "-c", "import sys; sys.stderr.write('alas'); sys.exit(3)"], {})
 
 
-def test_a_process_without_figures_is_an_error(folder: Path) -> None:
+def test_a_process_without_figures_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfm2vl_edge.bench.SIZES", SIZES)
+
     def silent(command: Sequence[str], environment: Mapping[str, str]) -> Spent:
         return Spent(seconds=1.0, cpu_seconds=1.0, memory_bytes=1, output="hm")
 
