@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check --quiet
 DEMO   := scratch/demo
-SOURCE := lfm2vl_edge convert tests benchmarks
+SOURCE := lfm2vl_edge convert models tests benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check format parity clean

@@ -10,6 +10,7 @@ from lfm2vl_edge.config import ImageConfig, Options, Sampling
 from lfm2vl_edge.errors import (
     ConfigError,
     ConvertError,
+    DataError,
     EdgeError,
     EngineError,
     ImageError,
@@ -31,6 +32,7 @@ __all__ = [
     "Chunk",
     "ConfigError",
     "ConvertError",
+    "DataError",
     "EdgeError",
     "EngineError",
     "ImageConfig",

@@ -32,5 +32,9 @@ class SessionError(EdgeError):
     """A saved picture cannot be written, is damaged, or belongs to another model, engine or settings."""
 
 
+class DataError(EdgeError):
+    """A file of questions or of results has a line that is none; the message names the line and what to do."""
+
+
 class ConvertError(EdgeError):
     """A checkpoint cannot be converted; the message names the file or tensor, and what was expected."""

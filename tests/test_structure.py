@@ -25,7 +25,7 @@ LAYERS = [
     {"generate", "opening"},
     {"session"},
     {"model"},
-    {"verify", "tune"},
+    {"verify", "evaluate", "tune"},
     {"bench"},
     {""},
     {"cli"},
@@ -90,7 +90,7 @@ def test_files_and_functions_stay_short(path: Path) -> None:
         assert not isinstance(node, ast.Assert), "errors are raised, not asserted"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["eval", "--help"], ["--version"]])
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; sys.argv = ['lfm2vl-edge', *sys.argv[1:]]\n"

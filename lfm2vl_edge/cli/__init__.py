@@ -9,6 +9,7 @@ import typer
 from lfm2vl_edge.cli.bench import bench
 from lfm2vl_edge.cli.cache import cache
 from lfm2vl_edge.cli.convert import convert
+from lfm2vl_edge.cli.eval import evaluate
 from lfm2vl_edge.cli.plan import plan
 from lfm2vl_edge.cli.quantize import quantize
 from lfm2vl_edge.cli.run import run
@@ -27,6 +28,7 @@ app.command()(run)
 app.command()(plan)
 app.command()(tune)
 app.command()(bench)
+app.command("eval")(evaluate)
 app.command()(convert)
 app.command()(quantize)
 app.command()(verify)

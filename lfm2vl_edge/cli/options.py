@@ -177,6 +177,17 @@ class AnswerOptions:
         return {**values, "stop": tuple(self.stop or ())}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedOptions(AnswerOptions):
+    """How answers are drawn that are compared with known ones; the defaults are those of `evaluate.GREEDY`."""
+
+    max_tokens: Annotated[
+        int, _answer("--max-tokens", "-n", help="Longest answer, tokens: three or four boxes fit into 128.")
+    ] = 128
+    temperature: Annotated[float, _answer("--temperature", help="0 always takes the likeliest token.")] = 0.0
+    repetition_penalty: Annotated[float, _answer("--repetition-penalty", help="1 turns it off.")] = 1.0
+
+
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command have parameters that are groups of options: typer sees their fields, the command the group."""
     hints = get_type_hints(command, include_extras=True)

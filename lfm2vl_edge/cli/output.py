@@ -49,6 +49,8 @@ class Interrupt:
     def __init__(self) -> None:
         self.cancel: Callable[[], None] | None = None
         """Called from another thread at Ctrl-C."""
+        self.farewell: Callable[[], None] | None = None
+        """Called once after Ctrl-C, when the block has ended or is about to be cut off: says how far it got."""
         self.happened = threading.Event()
         self._left = threading.Event()
 
@@ -60,11 +62,22 @@ class Interrupt:
                 if self.cancel:
                     self.cancel()
                 if not self._left.wait(_GRACE_SECONDS):
+                    self.take_leave()
                     os._exit(EXIT_INTERRUPTED)
 
     def leave(self) -> None:
         """Say that the main thread has stopped."""
         self._left.set()
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt after Ctrl-C: between two answers there is nothing that `cancel` could stop."""
+        if self.happened.is_set():
+            raise KeyboardInterrupt
+
+    def take_leave(self) -> None:
+        """Let the block say its last words, if it has any."""
+        if self.farewell:
+            self.farewell()
 
 
 @contextmanager
@@ -83,7 +96,7 @@ def at_once() -> Iterator[Interrupt]:
     watcher.start()
     try:
         yield interrupt
-    except EdgeError:
+    except (EdgeError, KeyboardInterrupt):
         if not interrupt.happened.is_set():
             raise
     finally:
@@ -94,6 +107,7 @@ def at_once() -> Iterator[Interrupt]:
         watcher.join()
         os.close(reader)
     if interrupt.happened.is_set():
+        interrupt.take_leave()
         raise KeyboardInterrupt
 
 
@@ -121,3 +135,18 @@ def bytes_bar(title: str, wanted: bool) -> Iterator[Callable[[int, int], None] |
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def rows_bar(total: int, wanted: bool) -> Iterator[Callable[[int, float], None]]:
+    """Show a bar of rows on stderr, and give what moves it: a function of rows done and the share that is right."""
+    if not wanted:
+        yield lambda *_: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("asking", total=total)
+        yield lambda done, right: bar.update(task, completed=done, description=f"{right:.1%} right")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,10 +18,13 @@ from lfm2vl_edge.cli.output import EXIT_FAILED, reporting
 if TYPE_CHECKING:
     from lfm2vl_convert.report import Rows
     from lfm2vl_convert.verify import TensorError
+    from lfm2vl_edge.evaluate import Row, Tally
     from lfm2vl_edge.modelfile import Pair
     from lfm2vl_edge.verify import Behaviour
 
 _SHOWN_TENSORS = 5
+_ROUNDING = 1e-9
+"""Points; a loss of exactly what is allowed must not fail for the last bit of a float."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +37,25 @@ class _Result:
     """Errors by file, the largest first; empty without a reference."""
     behaviour: Behaviour | None
     """How it answers; None without a reference."""
+    accuracy: _Accuracy | None = None
+    """How much it has right; None without data."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Accuracy:
+    """How much is right of questions with known answers."""
+
+    pair: Tally
+    """Of the pair."""
+    reference: Tally | None
+    """Of the pair that it is compared with; None without one."""
+
+    @property
+    def drop(self) -> float | None:
+        """What the pair has less than the reference, in points of a hundred; None without a reference."""
+        if self.reference is None:
+            return None
+        return 100 * (self.reference.normalised - self.pair.normalised)
 
 
 def verify(
@@ -51,6 +73,14 @@ def verify(
     min_cosine: Annotated[
         float, typer.Option("--min-cosine", min=-1, max=1, help="Smallest cosine of a view's embeddings.")
     ] = 0.99,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DATA.jsonl", help="Questions with known answers to ask too, as for eval."),
+    ] = None,
+    max_drop: Annotated[
+        float,
+        typer.Option("--max-drop", min=0, help="Largest loss of accuracy in points, where --against is a pair."),
+    ] = 1.0,
     threads: Annotated[
         int | None, typer.Option("--threads", "-t", min=1, help="Default: one per physical core.")
     ] = None,
@@ -58,12 +88,16 @@ def verify(
     quiet: opt.Quiet = False,
 ) -> None:
     """Check a pair, and compare it: lfm2vl-edge verify models/q4 --against LFM2-VL-450M."""
+    from lfm2vl_edge.evaluate import read_rows
     from lfm2vl_edge.modelfile import find_pair
 
     with reporting():
         pair = find_pair(model, mmproj)
+        rows = [] if data is None else read_rows(data)
         result = _examine(pair, against, threads)
-        complaints = _complaints(result, max_kl, min_cosine)
+        if rows and not result.problems:
+            result = replace(result, accuracy=_accuracy(pair, against, rows, threads))
+        complaints = [*_complaints(result, max_kl, min_cosine), *_losses(result.accuracy, max_drop)]
         verdict = f"bad: {complaints[0]}" if complaints else _praise(result)
         for line in () if quiet else _lines(result):
             typer.echo(line, err=True)
@@ -97,13 +131,35 @@ def _reference(pair: Pair, against: Path) -> Iterator[tuple[Pair, list[Rows]]]:
     from lfm2vl_edge.modelfile import find_pair
 
     with tempfile.TemporaryDirectory(prefix="lfm2vl-verify-") as folder:
-        if (against / "config.json").is_file():
+        if _is_checkpoint(against):
             quant = lossless_type(read_checkpoint(checkpoint_folder(against)))
             convert_checkpoint(against, folder, quant=quant, mmproj_quant="F32")
             against = Path(folder)
         reference = find_pair(against)
         rows = [reference_rows(pair.model, reference.model), reference_rows(pair.mmproj, reference.mmproj)]
         yield reference, rows
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def _accuracy(pair: Pair, against: Path | None, rows: Sequence[Row], threads: int | None) -> _Accuracy:
+    """Ask a pair, and the other one if there is a pair to compare with."""
+    from lfm2vl_edge.modelfile import find_pair
+
+    other = None if against is None or _is_checkpoint(against) else find_pair(against)
+    return _Accuracy(
+        pair=_asked(pair, rows, threads), reference=None if other is None else _asked(other, rows, threads)
+    )
+
+
+def _asked(pair: Pair, rows: Sequence[Row], threads: int | None) -> Tally:
+    from lfm2vl_edge.evaluate import evaluate, summarise
+    from lfm2vl_edge.model import Model
+
+    with Model.open(pair.model, mmproj=pair.mmproj, n_threads=threads) as model:
+        return summarise(evaluate(model, rows)).total
 
 
 def _behaviour(pair: Pair, reference: Pair, threads: int | None) -> Behaviour:
@@ -128,13 +184,22 @@ def _complaints(result: _Result, max_kl: float, min_cosine: float) -> list[str]:
     return found
 
 
+def _losses(accuracy: _Accuracy | None, max_drop: float) -> Iterator[str]:
+    if accuracy is not None and accuracy.drop is not None and not accuracy.drop <= max_drop + _ROUNDING:
+        yield (
+            f"accuracy {accuracy.pair.normalised:.2%} is {accuracy.drop:.2f} points below the reference's, "
+            f"more than --max-drop {max_drop:g}"
+        )
+
+
 def _praise(result: _Result) -> str:
+    right = f", accuracy {result.accuracy.pair.normalised:.2%}" if result.accuracy else ""
     if result.behaviour is None:
-        return "good: every tensor is there, of the right shape and finite"
+        return f"good: every tensor is there, of the right shape and finite{right}"
     one = result.behaviour
     return (
         f"good: lowest cosine {one.min_cosine:.6f}, mean divergence {one.mean_kl:.3g} nats, "
-        f"same next token in {one.agreement:.0%} of the talks"
+        f"same next token in {one.agreement:.0%} of the talks{right}"
     )
 
 
@@ -151,6 +216,17 @@ def _lines(result: _Result) -> Iterator[str]:
         for talk in result.behaviour.talks:
             same = "same" if talk.agrees else "other"
             yield f"  {talk.picture or '-':<8} {same:<5} divergence {talk.kl:.2e} nats  {talk.question}"
+    if result.accuracy is not None:
+        yield "questions with known answers"
+        yield _accuracy_line("pair", result.accuracy.pair)
+        if result.accuracy.reference is not None:
+            yield _accuracy_line("reference", result.accuracy.reference)
+
+
+def _accuracy_line(name: str, tally: Tally) -> str:
+    boxes = f", IoU {tally.boxes.mean_iou:.3f} in {tally.boxes.rows} with boxes" if tally.boxes else ""
+    failed = f", {tally.failed} failed" if tally.failed else ""
+    return f"  {name:<9} exact {tally.exact:.2%}, normalised {tally.normalised:.2%} of {tally.rows}{boxes}{failed}"
 
 
 def _as_dict(result: _Result, complaints: list[str], verdict: str) -> dict[str, Any]:
@@ -169,4 +245,5 @@ def _as_dict(result: _Result, complaints: list[str], verdict: str) -> dict[str, 
         "complaints": complaints,
         "tensors": tensors,
         "behaviour": summary,
+        "accuracy": asdict(result.accuracy) | {"drop": result.accuracy.drop} if result.accuracy else None,
     }

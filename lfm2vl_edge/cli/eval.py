@@ -1,0 +1,179 @@
+"""`lfm2vl-edge eval`: questions whose answers are known, and how many come out right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lfm2vl_edge.cli import options as opt
+from lfm2vl_edge.cli.loading import open_model
+from lfm2vl_edge.cli.output import EXIT_FAILED, Interrupt, at_once, reporting, rows_bar, shows_progress
+
+if TYPE_CHECKING:
+    from lfm2vl_edge.evaluate import Result, Row, Summary, Tally
+
+_SHOWN_FAILURES = 5
+_ROUNDING = 1e-9
+"""Percent; 29 of 100 rows are 29 %, though 100 times 0.29 is a little less in floats."""
+_BOX_TITLES = ("  IoU", "valid JSON")
+
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="FILE.jsonl", help="Append each result; the same command goes on from there if interrupted."
+    ),
+]
+_MinAccuracy = Annotated[
+    float | None,
+    typer.Option(
+        "--min-accuracy", metavar="PERCENT", min=0, max=100, help="Exit with 1 if fewer are right after normalising."
+    ),
+]
+
+
+@opt.takes_groups
+def evaluate(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA.jsonl", help='Lines of {"image": ..., "question": ..., "answer": ..., "group": ...}.'
+        ),
+    ],
+    model: opt.ModelOptions,
+    image: opt.ImageOptions,
+    answer: opt.ComparedOptions,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask only the first rows.")] = None,
+    out: _Out = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget the results in --out and begin anew.")] = False,
+    min_accuracy: _MinAccuracy = None,
+    cache: opt.Cache = None,
+    max_megapixels: opt.MaxMegapixels = 200,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Ask questions with known answers and count what is right: lfm2vl-edge eval data.jsonl -m MODEL.
+
+    Exact: the answer is an accepted one, to the character.
+    Normalised: it is one after Unicode NFKC, in lower case, with single spaces,
+    without punctuation around it and articles before it.
+    Accepted answers that are lists of boxes are compared by IoU too.
+    """
+    from lfm2vl_edge.evaluate import evaluate as ask_all
+    from lfm2vl_edge.evaluate import read_rows, summarise
+
+    if restart and out is None:
+        raise typer.BadParameter("it needs --out, whose results are to be forgotten", param_hint="--restart")
+    with reporting(), at_once() as interrupt:
+        rows = read_rows(data)[:limit]
+        with open_model(model, image, 0, remember=True, cache=cache) as opened:
+            interrupt.cancel = opened.cancel
+            pixels = int(max_megapixels * 1_000_000)
+            kept = _kept(out, restart)
+            results = ask_all(opened, rows, out=out, restart=restart, max_pixels=pixels, **answer.values())
+            summary = summarise(_collected(results, rows, interrupt, kept, shows_progress(quiet)))
+            name = opened.config.name
+        typer.echo(_as_json(summary, name, data) if as_json else "\n".join(_lines(summary)))
+    accuracy = 100 * summary.total.normalised
+    if min_accuracy is not None and not accuracy + _ROUNDING >= min_accuracy:
+        typer.echo(f"error: accuracy {accuracy:.4g} % is below --min-accuracy {min_accuracy:g}", err=True)
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _collected(
+    results: Iterator[Result], rows: Sequence[Row], interrupt: Interrupt, kept: str, bar: bool
+) -> list[Result]:
+    """Return all results; a bar is moved meanwhile, and Ctrl-C tells how far they came and what is `kept`."""
+    done: list[Result] = []
+    with ExitStack() as stack:
+        move = stack.enter_context(rows_bar(len(rows), bar))
+
+        def farewell() -> None:
+            stack.close()  # takes the bar away, also where the main thread hangs in a native call
+            typer.echo(f"interrupted after {len(done)} of {len(rows)} rows; {kept}", err=True)
+
+        interrupt.farewell = farewell
+        right = 0
+        for result in results:
+            done.append(result)
+            right += result.score.normalised
+            move(len(done), right / len(done))
+            interrupt.check()
+    return done
+
+
+def _kept(out: Path | None, restart: bool) -> str:
+    """Say what an interrupted run leaves, and how to go on."""
+    if out is None:
+        return "nothing was kept; with --out FILE.jsonl the next run can go on"
+    return f"the same command{' without --restart' if restart else ''} goes on from there"
+
+
+def _as_json(summary: Summary, model: str, data: Path) -> str:
+    """Return one object: the figures of all rows, with a list of the groups' and one of the failures."""
+    shown: dict[str, Any] = {"model": model, "data": str(data), **_figures(summary.total)}
+    shown["groups"] = [{"group": name, **_figures(tally)} for name, tally in summary.groups.items()]
+    shown["failures"] = [{"id": name, "error": error} for name, error in summary.failures.items()]
+    shown["resumed"] = summary.resumed
+    return json.dumps(shown, ensure_ascii=False)
+
+
+def _figures(tally: Tally) -> dict[str, Any]:
+    """Return the figures by name, seconds to the tenth of a millisecond."""
+    seconds = {name: round(getattr(tally, name), 4) for name in ("median_seconds", "total_seconds")}
+    return asdict(tally) | seconds
+
+
+def _lines(summary: Summary) -> Iterator[str]:
+    """Yield the figures for people: a table, and what a table cannot say."""
+    names = [*("(none)" if name is None else _printable(name) for name in summary.groups), "all"]
+    tallies = [*summary.groups.values(), summary.total]
+    yield from _table(names, tallies)
+    boxes = summary.total.boxes
+    if boxes is not None and boxes.empty:
+        rest = "" if boxes.mean_iou_with_boxes is None else f"; mean IoU of the others {boxes.mean_iou_with_boxes:.3f}"
+        yield (
+            f"boxes: {boxes.empty} of {boxes.rows} rows have nothing to find, {boxes.empty_right} of them were "
+            f"answered with an empty list (IoU 1, else 0){rest}"
+        )
+    if summary.failures:
+        yield f"failed: {len(summary.failures)} of {summary.total.rows} rows have no answer and count as wrong"
+        for name, error in list(summary.failures.items())[:_SHOWN_FAILURES]:
+            yield f"  {_printable(name)}: {_printable(error)}"
+    if summary.resumed:
+        yield f"resumed: {summary.resumed} of {summary.total.rows} rows were answered by an earlier run"
+
+
+def _table(names: Sequence[str], tallies: Sequence[Tally]) -> Iterator[str]:
+    cells = [_cells(tally) for tally in tallies]
+    titles = [title for title in cells[-1] if title not in _BOX_TITLES or tallies[-1].boxes is not None]
+    width = max(map(len, ["group", *names]))
+    yield "  ".join(["group".ljust(width), *titles])
+    for name, line in zip(names, cells, strict=True):
+        yield "  ".join([name.ljust(width), *(line[title].rjust(len(title)) for title in titles)])
+
+
+def _cells(tally: Tally) -> dict[str, str]:
+    """Return what stands in a line of the table, by title; a title is at least as wide as its column."""
+    boxes = tally.boxes
+    return {
+        "  rows": str(tally.rows),
+        " exact": f"{tally.exact:.1%}",
+        "normalised": f"{tally.normalised:.1%}",
+        "  IoU": f"{boxes.mean_iou:.3f}" if boxes else "-",
+        "valid JSON": f"{boxes.valid:.1%}" if boxes else "-",
+        "image tokens": f"{tally.mean_image_tokens:.1f}",
+        "answer tokens": f"{tally.mean_answer_tokens:.1f}",
+        "median s": f"{tally.median_seconds:.3f}",
+        " total s": f"{tally.total_seconds:.1f}",
+    }
+
+
+def _printable(text: str) -> str:
+    """Return a text from a file so that it cannot command a terminal."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -1,0 +1,34 @@
+"""How good a model is on questions whose answers are known.
+
+from lfm2vl_edge import Model
+from lfm2vl_edge.evaluate import evaluate, read_rows, summarise
+
+with Model.open("models/450m") as model:
+    print(summarise(evaluate(model, read_rows("data.jsonl"))).total.normalised)
+"""
+
+from lfm2vl_edge.evaluate.asking import GREEDY, evaluate
+from lfm2vl_edge.evaluate.result import Reply, Result
+from lfm2vl_edge.evaluate.rows import Row, read_rows
+from lfm2vl_edge.evaluate.score import Box, BoxScore, Score, iou, mean_iou, normalised, score
+from lfm2vl_edge.evaluate.summary import BoxTally, Summary, Tally, summarise
+
+__all__ = [
+    "GREEDY",
+    "Box",
+    "BoxScore",
+    "BoxTally",
+    "Reply",
+    "Result",
+    "Row",
+    "Score",
+    "Summary",
+    "Tally",
+    "evaluate",
+    "iou",
+    "mean_iou",
+    "normalised",
+    "read_rows",
+    "score",
+    "summarise",
+]

@@ -1,0 +1,1 @@
+"""The demonstration model: its pictures, its training, its evaluation, and the checkpoint."""

@@ -1,0 +1,167 @@
+"""Batches of pictures with talks about them; step and seed decide every pixel and word."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+
+from lfm2vl_edge.geometry import TilePlan
+from lfm2vl_edge.image import Pixels
+from lfm2vl_edge.preprocess import Tile
+from models.tiny import recipe
+from models.tiny.draw import draw
+from models.tiny.network import PATCH
+from models.tiny.questions import Question, talk
+from models.tiny.scene import draw_scene
+
+IGNORED: Final = -100
+TURN_TOKENS: Final = 10
+"""What a turn takes besides question and answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one step learns from, or what is judged at once."""
+
+    patches: NDArray[np.uint8]
+    """`[n_views, n_patches, PATCH * PATCH * 3]`, smaller views padded with zeros."""
+    shapes: NDArray[np.int64]
+    """`[n_views, 2]`: rows and columns of patches."""
+    ids: NDArray[np.int64]
+    """`[n_pictures, length]`: tokens, padded at the end."""
+    labels: NDArray[np.int64]
+    """`[n_pictures, length]`: the token that follows, where it belongs to an answer; else `IGNORED`."""
+    weights: NDArray[np.float32]
+    """`[n_pictures, length]`: what each label counts; longer answers count more, but less per token."""
+    groups: tuple[tuple[str, ...], ...]
+    """Of each picture's questions."""
+
+
+class Writer:
+    """Turns pictures and talks into token ids, as the runtime does it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.special = {token.content: number for number, token in self.tokenizer.get_added_tokens_decoder().items()}
+
+    def text(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def picture(self, tiles: Sequence[Tile]) -> list[int]:
+        """Return the ids that stand for a picture: markers and one placeholder for each image token."""
+        ids = [self.special["<|image_start|>"]]
+        for tile in tiles:
+            if len(tiles) > 1:
+                view = tile.view
+                name = f"<|img_row_{view.row + 1}_col_{view.col + 1}|>"
+                ids.append(self.special["<|img_thumbnail|>" if view.kind == "thumbnail" else name])
+            ids += [self.special["<image>"]] * tile.n_tokens
+        return [*ids, self.special["<|image_end|>"]]
+
+    def talk(self, tiles: Sequence[Tile], questions: Sequence[Question]) -> tuple[list[int], list[float]]:
+        """Return the ids of a talk about one picture, and for each what it counts as a label (0 outside answers)."""
+        start, end = self.special["<|im_start|>"], self.special["<|im_end|>"]
+        ids, counts = [self.special["<|startoftext|>"]], [0.0]
+        for number, question in enumerate(questions):
+            shown = self.picture(tiles) if number == 0 else []
+            asked = [start, *self.text("user\n"), *shown, *self.text(question.text), end, *self.text("\n")]
+            asked += [start, *self.text("assistant\n")]
+            answer = [*self.text(question.answer), end]
+            after = self.text("\n")
+            ids += [*asked, *answer, *after]
+            counts += [0.0] * len(asked) + [len(answer) ** -0.5] * len(answer) + [0.0] * len(after)
+        return ids, counts
+
+
+def patches_of(tile: Tile) -> NDArray[np.uint8]:
+    """Return `[rows * cols, PATCH * PATCH * 3]`, row by row."""
+    rows, cols = tile.view.height // PATCH, tile.view.width // PATCH
+    grid = tile.pixels.reshape(rows, PATCH, cols, PATCH, 3).transpose(0, 2, 1, 3, 4)
+    patches: NDArray[np.uint8] = grid.reshape(rows * cols, -1)
+    return patches
+
+
+def collate(writer: Writer, pictures: Sequence[Sequence[Tile]], talks: Sequence[Sequence[Question]]) -> Batch:
+    """Return pictures and their talks as arrays."""
+    views = [patches_of(tile) for tiles in pictures for tile in tiles]
+    patches = np.zeros((len(views), max(map(len, views)), views[0].shape[1]), np.uint8)
+    for number, view in enumerate(views):
+        patches[number, : len(view)] = view
+    shapes = [(tile.view.height // PATCH, tile.view.width // PATCH) for tiles in pictures for tile in tiles]
+    written = [writer.talk(tiles, questions) for tiles, questions in zip(pictures, talks, strict=True)]
+    length = max(len(ids) for ids, _ in written)
+    ids, labels = np.zeros((len(written), length), np.int64), np.full((len(written), length), IGNORED, np.int64)
+    weights = np.zeros((len(written), length), np.float32)
+    for row, (tokens, counts) in enumerate(written):
+        ids[row, : len(tokens)] = tokens
+        weights[row, : len(tokens) - 1] = counts[1:]
+        labels[row, : len(tokens) - 1] = np.where(np.asarray(counts[1:]) > 0, tokens[1:], IGNORED)
+    return Batch(
+        patches=patches,
+        shapes=np.asarray(shapes, np.int64),
+        ids=ids,
+        labels=labels,
+        weights=weights,
+        groups=tuple(tuple(question.group for question in questions) for questions in talks),
+    )
+
+
+def training_batch(writer: Writer, seed: int, step: int, n_steps: int) -> Batch:
+    """Return what a step of the training learns from."""
+    rng = random.Random(f"{seed}/{step}")
+    stage = recipe.stage_at(step / n_steps)
+    if rng.random() < stage.tiled:
+        plans = [recipe.tiled_plan(rng)] * recipe.TILED_BATCH
+    else:
+        tile_plan = recipe.single_plan(rng, stage.tokens)
+        if stage.resized and rng.random() < stage.resized:
+            tile_plan = recipe.rescaled(rng, tile_plan)
+        plans = [tile_plan] * stage.batch
+    is_long = plans[0].is_tiled or rng.random() < recipe.LONG_SHARE
+    room = recipe.LONG_TALK if is_long else recipe.TALK
+    drawn = [example(writer, rng, tile_plan, room) for tile_plan in plans]
+    return collate(writer, [tiles for tiles, _ in drawn], [questions for _, questions in drawn])
+
+
+def example(writer: Writer, rng: random.Random, tile_plan: TilePlan, room: int) -> tuple[list[Tile], list[Question]]:
+    """Return a picture of this plan, cut, and a talk about it that takes at most `room` tokens."""
+    share = 0.6 if tile_plan.is_tiled else 0.35
+    kind = recipe.kind_for(tile_plan, fine=rng.random() < 0.75, number_share=share)
+    scene = draw_scene(rng, tile_plan.height, tile_plan.width, kind)
+    questions: list[Question] = []
+    for question in talk(rng, scene, recipe.TURNS, recipe.WEIGHTS):
+        needed = len(writer.text(question.text)) + len(writer.text(question.answer)) + TURN_TOKENS
+        if needed <= room:
+            questions.append(question)
+            room -= needed
+    return quick_cut(draw(scene), tile_plan), questions
+
+
+def quick_cut(pixels: Pixels, tile_plan: TilePlan) -> list[Tile]:
+    """Return what the runtime's `cut` does, resized by Pillow: the same but for a level or two, in less time."""
+    side = recipe.IMAGE_CONFIG.tile_size
+    grid = _resized(pixels, tile_plan.rows * side, tile_plan.cols * side) if tile_plan.is_tiled else pixels
+    tiles = []
+    for view in tile_plan.views:
+        if view.kind == "tile":
+            top, left = view.row * side, view.col * side
+            tiles.append(Tile(view=view, pixels=grid[top : top + side, left : left + side]))
+        else:
+            tiles.append(Tile(view=view, pixels=_resized(pixels, view.height, view.width)))
+    return tiles
+
+
+def _resized(pixels: Pixels, height: int, width: int) -> Pixels:
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))

@@ -1,0 +1,134 @@
+"""What is trained on when: the curriculum, the weights of the groups, the optimizers' settings."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Final
+
+from lfm2vl_edge.config import ImageConfig
+from lfm2vl_edge.geometry import TilePlan, plan
+from models.tiny.network import IMAGES
+from models.tiny.scene import Kind
+
+IMAGE_CONFIG: Final = ImageConfig().with_changes({key: IMAGES[key] for key in IMAGES if key != "image_processor_type"})
+SEED: Final = 20261121
+"""Of the weights, the tokenizer's corpus and all training pictures."""
+HELD_OUT_SEED: Final = 7
+"""Of the pictures that the model is judged by."""
+WEIGHTS: Final = {
+    "describe": 2.0,
+    "count": 1.5,
+    "color": 2.5,
+    "place": 2.0,
+    "shape": 2.0,
+    "number": 2.5,
+    "background": 0.3,
+    "yes/no": 2.5,
+    "detect": 1.5,
+}
+"""How often each group of questions is asked in training."""
+TURNS: Final = 9
+"""Most questions about one picture of the training, which is encoded once for all of them..."""
+TALK: Final = 100
+"""...as far as these many tokens go..."""
+LONG_TALK: Final = 190
+"""...or in some batches, and about tiled pictures, these, so that the longest answers have room."""
+LONG_SHARE: Final = 0.05
+DIGITS: Final = (14.0, 44.0)
+"""Least and greatest height of a digit in the view that shows it best, pixels."""
+FINE_DIGITS: Final = (13.0, 17.0)
+"""The same for numbers that only a tile shows: the thumbnail has them at half that or less."""
+ASPECT: Final = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One part of the curriculum."""
+
+    until: float
+    """Share of all steps at which it ends."""
+    tokens: tuple[int, int]
+    """Image tokens of the pictures that are not tiled."""
+    tiled: float
+    """Share of the batches whose pictures are tiled."""
+    batch: int
+    """Pictures of a batch, of those that are not tiled."""
+    resized: float
+    """Share of the batches whose pictures are drawn in another size than the view's, and so are resized."""
+
+
+STAGES: Final = (
+    Stage(until=0.337, tokens=(16, 20), tiled=0.0, batch=64, resized=0.0),
+    Stage(until=0.60, tokens=(36, 64), tiled=0.0, batch=40, resized=0.3),
+    Stage(until=1.01, tokens=(16, 64), tiled=0.4, batch=40, resized=0.5),
+)
+TILED_BATCH: Final = 12
+LEARNING_RATE: Final = 2e-3
+WARM_UP: Final = 300
+DECAY_FROM: Final = 0.60
+"""The rate is constant up to this share of the steps and then falls linearly to nothing."""
+WEIGHT_DECAY: Final = 0.02
+
+
+def stage_at(progress: float) -> Stage:
+    """Return the stage at a share of all steps."""
+    return next(stage for stage in STAGES if progress < stage.until)
+
+
+def learning_rate(step: int, n_steps: int) -> float:
+    """Return the learning rate of a step."""
+    left = (n_steps - step) / (n_steps * (1 - DECAY_FROM))
+    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP, left)
+
+
+def single_plan(rng: random.Random, tokens: tuple[int, int]) -> TilePlan:
+    """Return the plan of a picture that is one view; many are as near to a square as can be."""
+    side = IMAGE_CONFIG.token_side
+    while True:
+        n_tokens = rng.randint(*tokens) if rng.random() < 0.6 else tokens[1]
+        aspect = 1.0 if rng.random() < 0.4 else ASPECT ** rng.uniform(-1, 1)
+        rows, cols = round((n_tokens / aspect) ** 0.5), round((n_tokens * aspect) ** 0.5)
+        fits = tokens[0] <= rows * cols <= tokens[1] and rows and cols and max(rows, cols) <= ASPECT * min(rows, cols)
+        if fits:
+            return plan(rows * side, cols * side, IMAGE_CONFIG)
+
+
+def rescaled(rng: random.Random, tile_plan: TilePlan) -> TilePlan:
+    """Return the same views of a picture of another size."""
+    scale = rng.uniform(0.7, 1.5)
+    height, width = round(tile_plan.height * scale), round(tile_plan.width * scale)
+    return replace(tile_plan, height=height, width=width)
+
+
+def tiled_plan(rng: random.Random) -> TilePlan:
+    """Return the plan of a picture that is cut into tiles, of any aspect ratio from 1:3 to 3:1."""
+    while True:
+        if rng.random() < 0.5:  # nothing to resize, so quick to make
+            side = IMAGE_CONFIG.tile_size
+            rows, cols = rng.choice(((2, 2), (2, 2), (1, 3), (3, 1)))
+            return plan(rows * side, cols * side, IMAGE_CONFIG)
+        aspect = 1.0 if rng.random() < 0.4 else ASPECT ** rng.uniform(-1, 1)
+        area = rng.uniform(370, 640) ** 2
+        found = plan(round((area / aspect) ** 0.5), round((area * aspect) ** 0.5), IMAGE_CONFIG)
+        if found.is_tiled:
+            return found
+
+
+def kind_for(tile_plan: TilePlan, *, fine: bool, number_share: float = 0.35) -> Kind:
+    """Return what scenes to draw for pictures of this plan.
+
+    Args:
+        tile_plan: of the picture as it is drawn.
+        fine: whether numbers are so small that only a tile shows them.
+        number_share: how often there is one.
+    """
+    if not tile_plan.is_tiled:
+        view = tile_plan.views[0]
+        scale = ((tile_plan.height * tile_plan.width) / (view.height * view.width)) ** 0.5
+        return Kind(digits=(DIGITS[0] * scale, DIGITS[1] * scale), number_share=number_share)
+    scale = max(tile_plan.height / (tile_plan.rows * 256), tile_plan.width / (tile_plan.cols * 256))
+    low, high = FINE_DIGITS if fine else (2.2 * DIGITS[0], 2 * DIGITS[1])
+    rows, cols = tile_plan.rows, tile_plan.cols
+    borders = tuple(col / cols for col in range(1, cols)), tuple(row / rows for row in range(1, rows))
+    return Kind(digits=(low * scale, high * scale), number_share=number_share, borders=borders)

@@ -1,0 +1,116 @@
+"""An engine without a model: a token is a byte, and what it answers to a question is written down beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lfm2vl_edge import EngineError, ImageConfig, Model, Sampling
+from lfm2vl_edge.engine import EngineInfo, Floats, State
+from lfm2vl_edge.identity import Source
+from lfm2vl_edge.image import Pixels
+from lfm2vl_edge.modelfile import IMAGE, IMAGE_END, IMAGE_START, THUMBNAIL, ModelConfig, Pair
+
+END = 299
+CONTROLS = {IMAGE: 256, IMAGE_START: 257, IMAGE_END: 258, THUMBNAIL: 259}
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+CONFIG = ModelConfig(
+    name="scripted",
+    n_embd=4,
+    n_vocab=300,
+    n_ctx_train=500,
+    chat_template=TEMPLATE,
+    bos_token="",
+    eos_token="",
+    control_tokens=CONTROLS,
+    image=ImageConfig(min_image_tokens=1, max_image_tokens=16, do_image_splitting=False),
+    image_source="the test",
+    sampling=Sampling(),
+    is_float32=False,
+)
+
+
+class FakeEngine:
+    """See `lfm2vl_edge.engine.Engine`."""
+
+    def __init__(self, answers: Mapping[str, str]) -> None:
+        self.answers = answers
+        self.asked: list[str] = []
+        self.encoded = 0
+        self.fails_at: int | None = None
+        self.sampled: list[Sampling] = []
+        self._sequence: list[int] = []
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            n_embd=4,
+            n_vocab=300,
+            n_ctx=500,
+            n_threads=1,
+            system="none",
+            libraries=(),
+            encoder_settings="",
+            language_settings="",
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token])
+
+    def is_end(self, token: int) -> bool:
+        return token == END
+
+    def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
+        self.encoded += 1
+        return np.zeros((n_tokens, 4), np.float32)
+
+    def reserve(self, n_tokens: int) -> None:
+        self._sequence = []
+
+    def decode_tokens(self, tokens: Sequence[int]) -> None:
+        self._sequence += tokens
+
+    def decode_embeddings(self, embeddings: Floats) -> None:
+        self._sequence += [CONTROLS[IMAGE]] * len(embeddings)
+
+    def logits(self) -> Floats:
+        return np.zeros(300, np.float32)
+
+    def snapshot(self) -> State:
+        return np.asarray(self._sequence, "<i4").view(np.uint8)
+
+    def restore(self, state: State) -> None:
+        self._sequence = state.view("<i4").tolist()
+
+    def sample(self, sampling: Sampling, seed: int | None, seen: Sequence[int]) -> Iterator[int]:
+        question = bytes(token for token in self._sequence if token < 256).decode()
+        if self.fails_at == len(self.asked):
+            raise EngineError("the answer was cancelled")
+        self.asked.append(question)
+        self.sampled.append(sampling)
+        yield from self.answers.get(question, "?").encode()
+        yield END
+
+    def cancel(self) -> None:
+        self.fails_at = len(self.asked)
+
+    def close(self) -> None:
+        pass
+
+
+def scripted(folder: Path, answers: Mapping[str, str], weights: bytes = b"weights") -> tuple[Model, FakeEngine]:
+    """Return a model that gives these answers, with two small files that stand for its weights."""
+    pair = Pair(model=folder / "fake.gguf", mmproj=folder / "mmproj-fake.gguf")
+    pair.model.write_bytes(weights)
+    pair.mmproj.write_bytes(weights)
+    engine = FakeEngine(answers)
+    return Model(engine, CONFIG, source=Source.of(pair)), engine
