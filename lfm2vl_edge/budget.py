@@ -85,6 +85,11 @@ class Sight:
         """Whether there is a limit at all."""
         return self.budget_tokens is not None or self.budget_seconds is not None
 
+    @property
+    def key(self) -> str:
+        """All that decides how a picture is cut, as text; costs do so only where seconds are limited."""
+        return f"{self.described('')} {self.costs if self.budget_seconds is not None else ''}"
+
     def described(self, source: str) -> str:
         """Return a phrase on where image settings came from, with the wishes that were added to them."""
         wishes = [] if self.detail == "full" else [f"detail {self.detail}"]

@@ -246,7 +246,8 @@ class Model:
         if self._source is None:
             raise SessionError("this model was not opened from files, so its states cannot be saved or loaded")
         if self._identity is None:
-            self._identity = identify(self._source, self.engine.info, self.config.image, self._digests)
+            config = self.config
+            self._identity = identify(self._source, self.engine.info, config.image, config.sight, self._digests)
         return self._identity
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lfm2vl_edge import ConfigError, EngineError, Model, ModelNotFound, modelfile
+from lfm2vl_edge import ConfigError, EngineError, Model, ModelNotFound, SessionError, modelfile
 from lfm2vl_edge import device as device_module
 from lfm2vl_edge.device import Place, Profile, load_profile, place_of, save_profile
 from lfm2vl_edge.engine.gpu import find_gpu, gpus
@@ -239,10 +239,12 @@ def test_a_picture_within_a_budget_is_saved_and_loaded(folder: Path, tmp_path: P
         assert photo.picture.settings != model.config.image
         answer = photo.ask("What?", **greedy)
         photo.save(path)
-    with Model.open(folder, n_threads=1) as model:
+    with Model.open(folder, n_threads=1, budget_tokens=900) as model:
         loaded = model.load(path)
         assert loaded.picture.plan == photo.picture.plan
         assert loaded.ask("What?", **greedy) == answer
+    with Model.open(folder, n_threads=1) as model, pytest.raises(SessionError, match="saved with other settings"):
+        model.load(path)
 
 
 def test_the_profile_has_no_more_than_was_documented() -> None:
