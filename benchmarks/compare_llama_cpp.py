@@ -8,47 +8,20 @@ same kernels. The two take turns, because a shared machine drifts; medians and t
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from PIL import Image
 
+from lfm2vl_edge.bench import Spent, spend
+
 PHOTO = Path(__file__).parents[1] / "examples" / "hopper.jpg"
 PROMPT = "Describe this image."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """What one process cost."""
-
-    wall: float
-    """Seconds."""
-    cpu: float
-    """Seconds, user and system."""
-    memory: float
-    """Largest resident size, MB."""
-
-
-def measure(command: Sequence[str]) -> Cost:
-    """Run a command to its end; the system itself accounts for it."""
-    begin = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        errors = process.stderr.read() if process.stderr else b""
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    wall = time.perf_counter() - begin
-    if process.returncode:
-        sys.exit(f"{command[0]} failed: {errors.decode(errors='replace')[-500:]}")
-    return Cost(wall=wall, cpu=usage.ru_utime + usage.ru_stime, memory=usage.ru_maxrss / 1000)
 
 
 def ours(model: Path, mmproj: Path, picture: Path, n_tokens: int, threads: int) -> list[str]:
@@ -64,11 +37,16 @@ def theirs(peer: Path, model: Path, mmproj: Path, picture: Path, n_tokens: int, 
     return [*command, "-n", str(n_tokens), "-t", str(threads), "-c", "4096", "--temp", "0"]
 
 
-def row(name: str, pairs: Sequence[tuple[Cost, Cost]]) -> list[str]:
+def row(name: str, pairs: Sequence[tuple[Spent, Spent]]) -> list[str]:
     """Return the lines of the table for one picture."""
     lines = []
-    for figure, unit in (("wall", "s"), ("cpu", "s"), ("memory", "MB")):
-        a, b = ([getattr(cost, figure) for cost in side] for side in zip(*pairs, strict=True))
+    figures: tuple[tuple[str, str, Callable[[Spent], float]], ...] = (
+        ("wall", "s", lambda spent: spent.seconds),
+        ("cpu", "s", lambda spent: spent.cpu_seconds),
+        ("memory", "MB", lambda spent: spent.memory_bytes / 1e6),
+    )
+    for figure, unit, value in figures:
+        a, b = ([value(spent) for spent in side] for side in zip(*pairs, strict=True))
         ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
         form = ".0f" if unit == "MB" else ".2f"
         shown = f"{statistics.median(a):{form}} {unit} | {statistics.median(b):{form}} {unit} | {ratio:.2f}"
@@ -94,7 +72,7 @@ def main(
                 ours(model, mmproj, picture, n_tokens, threads),
                 theirs(peer, model, mmproj, picture, n_tokens, threads),
             )
-            pairs = [(measure(commands[0]), measure(commands[1])) for _ in range(runs + 1)][1:]
+            pairs = [(spend(commands[0], {}), spend(commands[1], {})) for _ in range(runs + 1)][1:]
             print("\n".join(row(f"{width}x{height}", pairs)), flush=True)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lfm2vl_edge.budget import WHOLE, Sight, settings_for
 from lfm2vl_edge.cache import Key, Memory, Piece, chain
 from lfm2vl_edge.config import ImageConfig, Options
 from lfm2vl_edge.engine import Engine, Floats
@@ -105,22 +106,24 @@ def stream(
     yield Chunk(text=text.flush(), finish=finish, stats=_stats(prompt, messages, n_drawn, watch))
 
 
-def look(image: ImageInput | Picture, config: ImageConfig) -> Picture:
+def look(image: ImageInput | Picture, config: ImageConfig, sight: Sight = WHOLE) -> Picture:
     """Return an image planned and cut; one that is cut already as it is.
 
     Raises:
         ImageError: the input is no picture.
+        ConfigError: no plan is within the budget.
     """
     if isinstance(image, Picture):
         return image
     pixels = load_image(image)
-    tile_plan = plan(pixels.shape[0], pixels.shape[1], config)
-    return Picture(plan=tile_plan, tiles=tuple(cut(pixels, tile_plan, config)))
+    settings = settings_for(pixels.shape[0], pixels.shape[1], config, sight)
+    tile_plan = plan(pixels.shape[0], pixels.shape[1], settings)
+    return Picture(plan=tile_plan, tiles=tuple(cut(pixels, tile_plan, settings)), settings=settings)
 
 
 def prepare(engine: Engine, config: ModelConfig, messages: Sequence[Message]) -> Prompt:
     """Return the prompt of a talk: its pictures cut, its text tokenized."""
-    pictures = [look(image, config.image) for image in images_of(messages)]
+    pictures = [look(image, config.image, config.sight) for image in images_of(messages)]
     segments = render(messages, pictures, config)
     ids = [_ids(segment, engine, config) for segment in segments]
     begin = max((index for index, segment in enumerate(segments) if isinstance(segment, Control)), default=len(ids))

@@ -80,12 +80,17 @@ def plan(height: int, width: int, config: ImageConfig) -> TilePlan:
         raise ImageError(f"a picture of {width}x{height} pixels has nothing to see; both sides must be 1 or more")
     may_split = config.do_image_splitting and config.max_tiles > 1
     if not (may_split and is_too_large(height, width, config)):
-        single = _view("single", *smart_resize(height, width, config), config)
-        return TilePlan(height=height, width=width, rows=1, cols=1, views=(single,))
+        return single_view(height, width, config, config.min_image_tokens, config.max_image_tokens)
     rows, cols = choose_grid(height, width, config)
     return TilePlan(
         height=height, width=width, rows=rows, cols=cols, views=_grid_views(height, width, rows, cols, config)
     )
+
+
+def single_view(height: int, width: int, config: ImageConfig, least: int, most: int) -> TilePlan:
+    """Return the plan of a picture that is not cut, within other limits of image tokens than the config's."""
+    view = _view("single", *fit(height, width, config.token_side, least, most), config)
+    return TilePlan(height=height, width=width, rows=1, cols=1, views=(view,))
 
 
 def _grid_views(height: int, width: int, rows: int, cols: int, config: ImageConfig) -> tuple[View, ...]:
@@ -118,8 +123,12 @@ def smart_resize(height: int, width: int, config: ImageConfig) -> tuple[int, int
 
     The token count lies within the config's limits, except for pictures so narrow that one side is a single token.
     """
-    side = config.token_side
-    least, most = config.min_image_tokens * side**2, config.max_image_tokens * side**2
+    return fit(height, width, config.token_side, config.min_image_tokens, config.max_image_tokens)
+
+
+def fit(height: int, width: int, side: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
+    """Return (height, width) in whole image tokens of `side` x `side` pixels; see `smart_resize`."""
+    least, most = min_tokens * side**2, max_tokens * side**2
     rounded = max(side, _round_to(height, side)), max(side, _round_to(width, side))
     if rounded[0] * rounded[1] > most:
         shrink = math.sqrt((height * width) / most)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from lfm2vl_edge.budget import Sight
 from lfm2vl_edge.config import ImageConfig
 from lfm2vl_edge.engine import EngineInfo
 from lfm2vl_edge.errors import ModelNotFound
@@ -68,13 +69,14 @@ class Source:
         return model, mmproj
 
 
-def identify(source: Source, info: EngineInfo, image: ImageConfig, memo: Path | None) -> Identity:
+def identify(source: Source, info: EngineInfo, image: ImageConfig, sight: Sight, memo: Path | None) -> Identity:
     """Return the identity of an opened model.
 
     Args:
         source: its files.
         info: what its engine says of itself.
         image: the image settings in use.
+        sight: how closely pictures are looked at.
         memo: a folder that keeps digests of files, or None.
 
     Raises:
@@ -83,7 +85,7 @@ def identify(source: Source, info: EngineInfo, image: ImageConfig, memo: Path | 
     return Identity(
         model=_digest(*source.digests(memo)),
         engine=engine_digest(info, memo),
-        settings=f"{info.language_settings}; encoder {info.encoder_settings}; {image}",
+        settings=f"{info.language_settings}; encoder {info.encoder_settings}; {image}; {sight.key}",
     )
 
 

@@ -22,10 +22,17 @@ TINY: Final = Path(__file__).parent / "tiny"
 class Located:
     """A model that was found."""
 
-    pair: Pair
-    """Its files."""
+    model: Path
+    """The language GGUF, or the folder that holds it."""
+    mmproj: Path | None = None
+    """The vision encoder's GGUF, where one was named or belongs to it; None: the fastest beside the model."""
     is_fallback: bool = False
     """Whether it is the demonstration model, taken because nobody named another one."""
+
+    @property
+    def pair(self) -> Pair:
+        """Its files; raises `ModelNotFound` where one is missing."""
+        return find_pair(self.model, self.mmproj)
 
 
 FALLBACK_NOTE: Final = (
@@ -54,13 +61,13 @@ def locate(
     if name is None:
         last = last_pulled()
         if last is not None:
-            return Located(pair=_pair(last, mmproj))
-        return Located(pair=_built_in(tiny or TINY, mmproj), is_fallback=True)
+            return _from(last, mmproj)
+        return Located(model=_built_in(tiny or TINY), mmproj=mmproj, is_fallback=True)
     if not isinstance(name, str) or _is_path(name):
-        return Located(pair=find_pair(Path(name), mmproj))
+        return Located(model=Path(name), mmproj=mmproj)
     if name.lower() == BUILT_IN:
-        return Located(pair=_built_in(tiny or TINY, mmproj))
-    return Located(pair=_named(name, mmproj))
+        return Located(model=_built_in(tiny or TINY), mmproj=mmproj)
+    return _named(name, mmproj)
 
 
 def last_pulled() -> Pulled | None:
@@ -79,14 +86,14 @@ def _is_path(text: str) -> bool:
         return False
 
 
-def _named(name: str, mmproj: Path | None) -> Pair:
+def _named(name: str, mmproj: Path | None) -> Located:
     reference = parse_name(name)
     if reference is None:
         raise _unknown(name)
     usual = reference.known.quant if reference.known else None
     here = find_pulled(read_pulled(), reference.repo, reference.quant, usual)
     if here is not None and here.is_there:
-        return _pair(here, mmproj)
+        return _from(here, mmproj)
     if reference.known is None and here is None and _is_path(str(Path(name).parent)):
         raise _unknown(name)  # the path of a file that is not there, rather than owner/name of a hub
     raise ModelNotPulled(reference.name)
@@ -109,15 +116,14 @@ def _names(entries: list[Pulled]) -> str:
     )
 
 
-def _pair(entry: Pulled, mmproj: Path | None) -> Pair:
-    model = entry.files[0].path
-    return Pair(model=model, mmproj=entry.files[1].path) if mmproj is None else find_pair(model, mmproj)
+def _from(entry: Pulled, mmproj: Path | None) -> Located:
+    return Located(model=entry.files[0].path, mmproj=mmproj or entry.files[1].path)
 
 
-def _built_in(folder: Path, mmproj: Path | None) -> Pair:
+def _built_in(folder: Path) -> Path:
     if not any(folder.glob("*.gguf")):
         raise ModelNotFound(
             f"this installation has no built-in model ({folder} holds no .gguf file); "
             f"give one with --model, or fetch one: lfm2vl-edge pull {RECOMMENDED}"
         )
-    return find_pair(folder, mmproj)
+    return folder

@@ -8,24 +8,25 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
 
+from lfm2vl_edge.budget import Detail
 from lfm2vl_edge.cache import STATE_BYTES, Embeddings, Key, Memory, Piece, States, chain
 from lfm2vl_edge.config import Options
+from lfm2vl_edge.costs import CONTEXT_TOKENS
 from lfm2vl_edge.engine import Engine, Floats, State
-from lfm2vl_edge.errors import ConfigError, EngineError, SessionError
+from lfm2vl_edge.errors import EngineError, SessionError
 from lfm2vl_edge.files import cache_folder
 from lfm2vl_edge.generate import Chunk, look, n_tokens, prefill, prepare, split, stream
-from lfm2vl_edge.hardware import physical_cores
 from lfm2vl_edge.identity import Identity, Source, encoder_digest, identify
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.locate import FALLBACK_NOTE, locate
-from lfm2vl_edge.modelfile import ModelConfig, Pair, read_config
+from lfm2vl_edge.modelfile import ModelConfig
+from lfm2vl_edge.opening import Wishes, check_count, decide, load
 from lfm2vl_edge.preprocess import Tile
 from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
 from lfm2vl_edge.session import Photo, load_saved
@@ -33,8 +34,6 @@ from lfm2vl_edge.shelf import CACHE_BYTES, DiskShelf, digests_folder
 from lfm2vl_edge.stats import Stopwatch
 
 _LOG: Final = logging.getLogger(__name__)
-DEFAULT_CONTEXT: Final = 4096
-"""Tokens of context that a model begins with: room for a picture of ten tiles and a talk about it."""
 
 
 class Model:
@@ -73,9 +72,13 @@ class Model:
         *,
         mmproj: str | os.PathLike[str] | None = None,
         image_settings: Mapping[str, Any] | None = None,
-        n_ctx: int = DEFAULT_CONTEXT,
+        detail: Detail = "full",
+        budget_tokens: int | None = None,
+        budget_seconds: float | None = None,
+        n_ctx: int = CONTEXT_TOKENS,
         n_threads: int | None = None,
         gpu_layers: int = 0,
+        device: str | None = None,
         state_bytes: int = STATE_BYTES,
         cache: bool | str | os.PathLike[str] = False,
         cache_bytes: int = CACHE_BYTES,
@@ -86,11 +89,15 @@ class Model:
             path: the language GGUF, the folder that holds it, or the name of a model that was pulled. Without it:
                 LFM2VL_MODEL, else the model that was pulled last, else the small built-in one, with a warning in the
                 log `lfm2vl_edge.model`. Nothing is ever fetched here.
-            mmproj: the vision encoder's GGUF; by default the one beside the language GGUF.
+            mmproj: the vision encoder's GGUF; by default the fastest beside the language GGUF.
             image_settings: fields of `ImageConfig` that replace the model's own.
+            detail: how closely pictures are looked at: full, high, balanced or fast; see `detail_changes`.
+            budget_tokens: most image tokens of a picture, which is then cut as well as that allows.
+            budget_seconds: the same for predicted seconds in encoder and language tower; see `Costs`.
             n_ctx: tokens of context to begin with; it grows when a prompt needs more.
-            n_threads: threads that compute; by default one per physical core.
-            gpu_layers: layers that a GPU takes, where the installed llama.cpp has one; -1 means all.
+            n_threads: threads that compute; by default what `tune` found, else one per physical core.
+            gpu_layers: layers that a GPU takes, where the installed llama.cpp was built for one; -1 means all.
+            device: name of that GPU; by default llama.cpp chooses.
             state_bytes: memory for states of earlier prompts, so that another question about a picture or the next
                 turn of a talk decodes only what is new; 0 keeps none.
             cache: a folder that keeps the embeddings of views for later processes; `True` means LFM2VL_CACHE or the
@@ -102,24 +109,35 @@ class Model:
             ConfigError: the files do not fit together, or a setting is out of range.
             EngineError: llama.cpp refuses a file.
         """
-        begin = time.perf_counter()
-        _check_count("n_ctx", n_ctx)
-        _check_count("n_threads", 1 if n_threads is None else n_threads)
-        _check_count("state_bytes", state_bytes, least=0)
-        _check_count("cache_bytes", cache_bytes)
         located = locate(path, Path(mmproj) if mmproj is not None else None)
         if located.is_fallback:
             _LOG.warning(FALLBACK_NOTE)
-        pair = located.pair
-        config = with_image_settings(read_config(pair), image_settings or {})
-        source = Source.of(pair)
-        engine = _load(pair, config, n_ctx, n_threads, gpu_layers)
+        wishes = Wishes(
+            mmproj=located.mmproj,
+            image_settings=image_settings,
+            detail=detail,
+            budget_tokens=budget_tokens,
+            budget_seconds=budget_seconds,
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            gpu_layers=gpu_layers,
+            device=device,
+        )
         folder = None if cache is False else cache_folder() if cache is True else Path(cache)
-        embeddings = _embeddings(engine, source, folder, cache_bytes)
+        return cls._opened(located.model, wishes, folder, state_bytes=state_bytes, cache_bytes=cache_bytes)
+
+    @classmethod
+    def _opened(cls, path: Path, wishes: Wishes, folder: Path | None, *, state_bytes: int, cache_bytes: int) -> Model:
+        begin = time.perf_counter()
+        check_count("state_bytes", state_bytes, least=0)
+        check_count("cache_bytes", cache_bytes)
+        opening = decide(path, wishes)
+        source = Source.of(opening.pair)
+        engine = load(opening, wishes)
         return cls(
             engine,
-            config,
-            memory=Memory(states=States(state_bytes), embeddings=embeddings),
+            opening.config,
+            memory=_memory(engine, source, folder, state_bytes, cache_bytes),
             source=source,
             digests=None if folder is None else digests_folder(folder),
             load_seconds=time.perf_counter() - begin,
@@ -163,23 +181,31 @@ class Model:
         with self._exclusive():
             yield from stream(self.engine, self.config, messages, options, self._memory)
 
-    def cut(self, image: ImageInput) -> Picture:
+    def cut(self, image: ImageInput, **wishes: Any) -> Picture:
         """Return a picture planned and cut, which may stand in several messages without being opened again.
 
+        Args:
+            image: in any form that `load_image` takes.
+            **wishes: `detail`, `budget_tokens`, `budget_seconds` for this picture, as for `open`.
+
         Raises:
+            ConfigError: a wish is unknown or out of range, or no plan is within the budget.
             ImageError: the input is no picture.
         """
-        return look(image, self.config.image)
+        return look(image, self.config.image, self.config.sight.with_wishes(wishes))
 
-    def look(self, image: ImageInput) -> Photo:
+    def look(self, image: ImageInput, **wishes: Any) -> Photo:
         """Return a picture that the model has seen: every question about it then costs only the question.
 
+        Arguments as for `cut`.
+
         Raises:
+            ConfigError: a wish is unknown or out of range, or no plan is within the budget.
             ImageError: the input is no picture.
             PromptError: the picture does not fit into the model's context.
             EngineError: a native call failed, or the model is busy.
         """
-        picture = look(image, self.config.image)
+        picture = self.cut(image, **wishes)
         with self._exclusive():
             pieces = self._up_to(picture)
             key = chain(pieces)[-1]
@@ -229,7 +255,8 @@ class Model:
         if self._source is None:
             raise SessionError("this model was not opened from files, so its states cannot be saved or loaded")
         if self._identity is None:
-            self._identity = identify(self._source, self.engine.info, self.config.image, self._digests)
+            config = self.config
+            self._identity = identify(self._source, self.engine.info, config.image, config.sight, self._digests)
         return self._identity
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -248,7 +275,7 @@ class Model:
             ImageError: the input is no picture.
             EngineError: a native call failed.
         """
-        tiles = look(image, self.config.image).tiles
+        tiles = self.cut(image).tiles
         with self._exclusive():
             return np.concatenate([self.engine.encode(tile.pixels, tile.n_tokens) for tile in tiles])
 
@@ -293,41 +320,10 @@ class Model:
             self._answering.release()
 
 
-def _load(pair: Pair, config: ModelConfig, n_ctx: int, n_threads: int | None, gpu_layers: int) -> Engine:
-    """Return the engine with both files; llama.cpp itself is imported only here."""
-    from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
-
-    settings = EngineSettings(
-        n_threads=n_threads or physical_cores(),
-        n_ctx=min(n_ctx, config.n_ctx_train),
-        n_ctx_max=config.n_ctx_train,
-        max_view_tokens=max(config.image.max_image_tokens, config.image.tile_tokens),
-        exact=config.is_float32,
-        gpu_layers=gpu_layers,
-    )
-    return LlamaEngine(pair.model, pair.mmproj, settings)
-
-
-def _embeddings(engine: Engine, source: Source, folder: Path | None, budget: int) -> Embeddings:
-    """Return the memory of embeddings, with a shelf on disk if there is a folder for it."""
+def _memory(engine: Engine, source: Source, folder: Path | None, state_bytes: int, cache_bytes: int) -> Memory:
+    """Return the memory of states and embeddings, the latter with a shelf on disk if there is a folder for it."""
+    states = States(state_bytes)
     if folder is None:
-        return Embeddings()
-    shelf = DiskShelf(folder, budget, lambda: encoder_digest(source, engine.info, digests_folder(folder)))
-    return Embeddings(shelf=shelf, n_embd=engine.info.n_embd)
-
-
-def with_image_settings(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
-    """Return the config with some image settings replaced, and the replacement named in `image_source`.
-
-    Raises:
-        ConfigError: a setting is unknown or out of range.
-    """
-    if not changes:
-        return config
-    image = config.image.with_changes(changes)
-    return replace(config, image=image, image_source=f"{config.image_source}; changed: {', '.join(changes)}")
-
-
-def _check_count(name: str, value: object, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+        return Memory(states=states, embeddings=Embeddings())
+    shelf = DiskShelf(folder, cache_bytes, lambda: encoder_digest(source, engine.info, digests_folder(folder)))
+    return Memory(states=states, embeddings=Embeddings(shelf=shelf, n_embd=engine.info.n_embd))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from lfm2vl_edge.budget import WHOLE, Sight
 from lfm2vl_edge.config import (
     ImageConfig,
     Sampling,
     stated_image_settings,
     states_tiling,
 )
+from lfm2vl_edge.costs import SHAPE_450M, Shape, shape_of
 from lfm2vl_edge.errors import ConfigError, ModelNotFound
+from lfm2vl_edge.hardware import has_fast_bf16
 from lfm2vl_edge.metadata import read_metadata
 from lfm2vl_edge.published import Published, find_published
 
@@ -38,8 +42,11 @@ _SAMPLING_KEYS: Final[Mapping[str, str]] = {
     "top_k": "general.sampling.top_k",
     "top_p": "general.sampling.top_p",
 }
-_MMPROJ_PREFERENCE: Final = ("F16", "BF16", "F32", "Q8_0")
-"""Of several mmproj types beside a model: the fastest that is exact everywhere first."""
+_EXACT_TYPES: Final = ("F16", "F32", "Q8_0", "BF16")
+"""Types of mmproj files whose embeddings err by 3 % at most, the fastest first on processors without bfloat16. Ones
+that err more (Q4_0: 24 %) are taken only where there is nothing else."""
+_BF16_FIRST: Final = ("BF16", "F16", "F32", "Q8_0")
+"""The same on processors that multiply bfloat16 themselves, where it is a quarter faster than F16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,22 +87,42 @@ class ModelConfig:
     """The model's own decoding defaults."""
     is_float32: bool
     """Whether the language tower's matrices are float32: such a file is made to be exact, not fast."""
+    sight: Sight = WHOLE
+    """How closely pictures are looked at, where the caller has a wish."""
+    shape: Shape = SHAPE_450M
+    """What its costs are guessed from where nothing was measured."""
 
 
-def find_pair(path: Path, mmproj: Path | None = None) -> Pair:
+def find_pair(path: Path, mmproj: Path | None = None, seconds: Mapping[str, float] | None = None) -> Pair:
     """Return the files of a model, given its language GGUF or the folder that holds it.
+
+    Args:
+        path: the file or folder.
+        mmproj: the vision file; by default the one beside the language file. Of several, the fastest is taken.
+        seconds: what a view takes by type of mmproj file, where that was measured. Types that were not come after
+            those that were, in an order that depends on whether the processor knows bfloat16.
 
     Raises:
         ModelNotFound: there is no such file, the folder holds none or several, or no mmproj lies beside it.
+    """
+    model = find_model(path)
+    if mmproj is not None and not mmproj.is_file():
+        raise ModelNotFound(f"no mmproj at {str(mmproj)!r}; check the path")
+    return Pair(model=model, mmproj=mmproj or _fastest(mmprojs_beside(model), seconds or {}))
+
+
+def find_model(path: Path) -> Path:
+    """Return the language GGUF, given itself or the folder that holds it.
+
+    Raises:
+        ModelNotFound: there is no such file, or the folder holds none or several.
     """
     model = _only_model(path) if path.is_dir() else path
     if not model.is_file():
         raise ModelNotFound(f"no model {str(path)!r}; {_what_exists(Path())}; give the path of a .gguf file")
     if _is_mmproj(model):
         raise ModelNotFound(f"{model.name} is the mmproj of a model; give the language file beside it")
-    if mmproj is not None and not mmproj.is_file():
-        raise ModelNotFound(f"no mmproj at {str(mmproj)!r}; check the path")
-    return Pair(model=model, mmproj=mmproj or _mmproj_beside(model))
+    return model
 
 
 def _is_mmproj(path: Path) -> bool:
@@ -125,14 +152,28 @@ def _names(paths: list[Path]) -> str:
     return ", ".join(path.name for path in paths)
 
 
-def _mmproj_beside(model: Path) -> Path:
+def mmprojs_beside(model: Path) -> list[Path]:
+    """Return the mmproj files beside a language file: those of its name, or all if none has its name.
+
+    Raises:
+        ModelNotFound: there is none.
+    """
     found = [path for path in _ggufs(model.parent) if _is_mmproj(path)]
     if not found:
         raise ModelNotFound(
             f"no mmproj beside {model}: the model would be blind; put its mmproj-*.gguf there or name it (--mmproj)"
         )
-    own = [path for path in found if _family(path) == _family(model)]
-    return min(own or found, key=_preference)
+    return [path for path in found if _family(path) == _family(model)] or found
+
+
+def mmproj_type(path: Path) -> str:
+    """Return the type that an mmproj file's name states at its end, such as F16."""
+    return path.stem.upper().rpartition("-")[2]
+
+
+def is_exact(kind: str) -> bool:
+    """Tell whether a type of mmproj file may be chosen for its speed."""
+    return kind in _EXACT_TYPES
 
 
 def _family(path: Path) -> str:
@@ -141,10 +182,17 @@ def _family(path: Path) -> str:
     return stem.rpartition("-")[0] or stem
 
 
-def _preference(path: Path) -> tuple[int, str]:
-    quant = path.stem.upper().rpartition("-")[2]
-    rank = _MMPROJ_PREFERENCE.index(quant) if quant in _MMPROJ_PREFERENCE else len(_MMPROJ_PREFERENCE)
-    return rank, path.name
+def _fastest(paths: Sequence[Path], seconds: Mapping[str, float]) -> Path:
+    if len(paths) == 1:
+        return paths[0]
+    order = _BF16_FIRST if has_fast_bf16() else _EXACT_TYPES
+
+    def rank(path: Path) -> tuple[bool, float, int, str]:
+        kind = mmproj_type(path)
+        place = order.index(kind) if kind in order else len(order)
+        return not is_exact(kind), seconds.get(kind, math.inf), place, path.name
+
+    return min(paths, key=rank)
 
 
 def read_config(pair: Pair) -> ModelConfig:
@@ -174,6 +222,7 @@ def read_config(pair: Pair) -> ModelConfig:
         image_source=source,
         sampling=_sampling(language, published),
         is_float32=language.get("general.file_type") == _ALL_F32,
+        shape=shape_of(language, vision, (pair.model.stat().st_size, pair.mmproj.stat().st_size)),
     )
 
 

@@ -22,6 +22,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from lfm2vl_edge.config import ImageConfig
 from lfm2vl_edge.errors import PromptError
 from lfm2vl_edge.geometry import TilePlan
 from lfm2vl_edge.image import ImageInput
@@ -57,6 +58,8 @@ class Picture:
     """Rows, columns and the views."""
     tiles: tuple[Tile, ...]
     """One per view, in prompt order."""
+    settings: ImageConfig
+    """What it was planned and cut with: the model's image settings, or less where there is a budget."""
 
 
 Segment: TypeAlias = "Control | Text | Tile"

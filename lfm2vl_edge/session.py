@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
 
+from lfm2vl_edge.budget import CHOSEN
 from lfm2vl_edge.cache import Key
 from lfm2vl_edge.config import ImageConfig
 from lfm2vl_edge.engine import State
-from lfm2vl_edge.errors import SessionError
+from lfm2vl_edge.errors import ConfigError, SessionError
 from lfm2vl_edge.files import write_beside
 from lfm2vl_edge.generate import Chunk
 from lfm2vl_edge.geometry import TilePlan, plan
@@ -38,7 +39,8 @@ _MAX_SIDE: Final = 1 << 24
 _WHY: Final = {
     "model": "was saved with another model; load it with that one, or open the picture again",
     "engine": "was saved by another build of llama.cpp or on another processor; open the picture again",
-    "settings": "was saved with other settings (threads, attention, image settings); use those, or open it again",
+    "settings": "was saved with other settings (threads, attention, image settings, budget); use those, or open the "
+    "picture again",
 }
 
 
@@ -127,13 +129,25 @@ def load_saved(path: Path, identity: Identity, config: ImageConfig) -> Saved:
     for name, why in _WHY.items():
         if header["identity"].get(name) != getattr(identity, name):
             raise SessionError(f"{path} {why}")
-    tile_plan = plan(header["height"], header["width"], config)
+    settings = _settings(path, header, config)
+    tile_plan = plan(header["height"], header["width"], settings)
     sizes = [view.height * view.width * 3 for view in tile_plan.views]
     if len(data) != begin + sum(sizes) + header["state_bytes"] + _CHECKSUM_BYTES:
         raise SessionError(f"{path} has sizes that contradict each other; save the picture again")
     body = np.frombuffer(data, np.uint8, len(data) - begin - _CHECKSUM_BYTES, begin)
-    picture = Picture(plan=tile_plan, tiles=tuple(_tiles(body, tile_plan)))
+    picture = Picture(plan=tile_plan, tiles=tuple(_tiles(body, tile_plan)), settings=settings)
     return Saved(picture=picture, key=bytes.fromhex(header["key"]), state=body[sum(sizes) :])
+
+
+def _settings(path: Path, header: Mapping[str, Any], config: ImageConfig) -> ImageConfig:
+    """Return what a saved picture was cut with: the model's settings, but for what a detail or budget changed."""
+    changes = header.get("cut", {})
+    if not isinstance(changes, dict) or not set(changes) <= set(CHOSEN):
+        raise SessionError(f"{path} has no valid header; save the picture again")
+    try:
+        return config.with_changes(changes)
+    except ConfigError as error:
+        raise SessionError(f"{path} has wrong image settings: {error}; save the picture again") from error
 
 
 def _tiles(body: State, tile_plan: TilePlan) -> Iterator[Tile]:
@@ -147,6 +161,7 @@ def _tiles(body: State, tile_plan: TilePlan) -> Iterator[Tile]:
 def _blocks(photo: Photo, identity: Identity) -> Iterator[bytes | memoryview]:
     header = {
         "identity": asdict(identity),
+        "cut": {name: getattr(photo.picture.settings, name) for name in CHOSEN},
         "height": photo.picture.plan.height,
         "width": photo.picture.plan.width,
         "state_bytes": photo.state.nbytes,

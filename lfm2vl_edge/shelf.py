@@ -171,7 +171,7 @@ def trim(folder: Path, budget: int) -> None:
 
 
 def clear(folder: Path) -> int:
-    """Remove everything that this program put into a cache folder, nothing else, and return how many bytes it had."""
+    """Remove the embeddings and digests of a cache folder, nothing else, and return how many bytes they had."""
     places = ((views_folder(folder), (_ENTRY, _BEGUN)), (digests_folder(folder), (_NOTE, _BEGUN)))
     found = [entry for place, patterns in places for pattern in patterns for entry in _files(place, pattern)]
     return sum(entry.n_bytes for entry in found if _remove(entry.path))

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lfm2vl_edge.cli.bench import bench
 from lfm2vl_edge.cli.cache import cache
 from lfm2vl_edge.cli.convert import convert
 from lfm2vl_edge.cli.eval import evaluate
@@ -15,6 +16,7 @@ from lfm2vl_edge.cli.pull import pull
 from lfm2vl_edge.cli.quantize import quantize
 from lfm2vl_edge.cli.rm import rm
 from lfm2vl_edge.cli.run import run
+from lfm2vl_edge.cli.tune import tune
 from lfm2vl_edge.cli.verify import verify
 
 app = typer.Typer(
@@ -27,6 +29,8 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(plan)
+app.command()(tune)
+app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(pull)
 app.command()(models)

@@ -33,7 +33,7 @@ def info(as_json: opt.Json = False) -> None:
 
 @cache.command()
 def clear() -> None:
-    """Remove everything that the cache holds."""
+    """Remove everything that the cache holds; what tune measured stays."""
     from lfm2vl_edge.files import cache_folder
     from lfm2vl_edge.shelf import clear as remove_all
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from lfm2vl_edge.cli.options import ImageOptions, ModelOptions
+from lfm2vl_edge.cli.output import warnings_to_stderr
 from lfm2vl_edge.errors import ModelNotFound, ModelNotPulled
 from lfm2vl_edge.files import CACHE_VARIABLE
 
@@ -40,6 +40,16 @@ def find_model(options: ModelOptions) -> Located:
 
         pull_visibly(reference_of(error.name))
         return locate(options.model, options.mmproj)
+
+
+def chosen_model(options: ModelOptions) -> Located:
+    """Return the same, and say on stderr when nobody chose it."""
+    from lfm2vl_edge.locate import FALLBACK_NOTE
+
+    located = find_model(options)
+    if located.is_fallback:
+        typer.echo(f"note: {FALLBACK_NOTE}", err=True)
+    return located
 
 
 def _wants_it_now(name: str) -> bool:
@@ -82,23 +92,20 @@ def open_model(
     disk holds what can be seen in pictures, so it is used only where that was asked for, here or by LFM2VL_CACHE.
     """
     from lfm2vl_edge.cache import STATE_BYTES
-    from lfm2vl_edge.locate import FALLBACK_NOTE
     from lfm2vl_edge.model import Model
 
-    located = find_model(options)
-    if located.is_fallback:
-        typer.echo(f"note: {FALLBACK_NOTE}", err=True)
-    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    located = chosen_model(options)
+    warnings_to_stderr()
     if verbose > 1:
         from lfm2vl_edge.engine.ffi import LOG
 
         LOG.verbose = True
     return Model.open(
-        located.pair.model,
-        mmproj=located.pair.mmproj,
+        located.model,
+        mmproj=located.mmproj,
         image_settings=image.changes(),
-        n_ctx=options.ctx_size,
-        n_threads=options.threads,
+        **image.wishes(),
+        **options.machine(),
         cache=bool(os.environ.get(CACHE_VARIABLE)) if cache is None else cache,
         state_bytes=STATE_BYTES if remember else 0,
     )

@@ -20,6 +20,15 @@ class Resample(str, Enum):
     bicubic = "bicubic"
 
 
+class DetailLevel(str, Enum):
+    """Levels of detail; see `lfm2vl_edge.budget`."""
+
+    fast = "fast"
+    balanced = "balanced"
+    high = "high"
+    full = "full"
+
+
 def _option(*names: str, help: str, panel: str, **more: Any) -> Any:  # noqa: A002 - typer's own name
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
@@ -61,18 +70,55 @@ class ModelOptions:
     ] = None
     mmproj: Annotated[
         Path | None,
-        _machine("--mmproj", metavar="PATH", help="Vision GGUF; default: the one beside the model."),
+        _machine("--mmproj", metavar="PATH", help="Vision GGUF; default: the fastest beside the model."),
     ] = None
-    threads: Annotated[int | None, _machine("--threads", "-t", min=1, help="Default: one per physical core.")] = None
+    threads: Annotated[
+        int | None, _machine("--threads", "-t", min=1, help="Default: what tune found, else one per physical core.")
+    ] = None
     ctx_size: Annotated[
         int, _machine("--ctx-size", "-c", min=1, help="Tokens of context to begin with; it grows if needed.")
     ] = 4096
+    gpu_layers: Annotated[
+        int, _machine("--gpu-layers", min=-1, help="Layers for a GPU, if llama.cpp was built for one; -1: all.")
+    ] = 0
+    device: Annotated[
+        str | None, _machine("--device", metavar="NAME", help="Which GPU, such as CUDA0; with --gpu-layers.")
+    ] = None
+
+    def machine(self) -> dict[str, Any]:
+        """Return the arguments of `Model.open` that say where and how it computes."""
+        return {
+            "n_ctx": self.ctx_size,
+            "n_threads": self.threads,
+            "gpu_layers": self.gpu_layers,
+            "device": self.device,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageOptions:
-    """Changes to the model's image settings."""
+    """How closely pictures are looked at, and changes to the model's image settings."""
 
+    detail: Annotated[
+        DetailLevel,
+        _image(
+            "--detail",
+            help="full: the model's own settings, with tiles. The others make one view of at most 256 (high), 128 "
+            "(balanced), 64 (fast) image tokens, or those shares of the model's --max-image-tokens.",
+        ),
+    ] = DetailLevel.full
+    budget_tokens: Annotated[
+        int | None,
+        _image("--budget-tokens", min=1, metavar="N", help="Most image tokens of a picture: the best plan."),
+    ] = None
+    budget_seconds: Annotated[
+        float | None,
+        _image(
+            "--budget-seconds",
+            metavar="S",
+            help="Most predicted seconds until a picture is read (see plan, tune): the best plan.",
+        ),
+    ] = None
     min_image_tokens: Annotated[
         int | None, _image("--min-image-tokens", min=1, help="Fewest tokens of a single view.")
     ] = None
@@ -89,6 +135,14 @@ class ImageOptions:
     tolerance: Annotated[
         float | None, _image("--tolerance", help="Tile above this many times the area of a single view.")
     ] = None
+
+    def wishes(self) -> dict[str, Any]:
+        """Return the arguments of `Model.open` that say how closely pictures are looked at."""
+        return {
+            "detail": self.detail.value,
+            "budget_tokens": self.budget_tokens,
+            "budget_seconds": self.budget_seconds,
+        }
 
     def changes(self) -> dict[str, Any]:
         """Return the fields of `ImageConfig` that these options change."""

@@ -36,6 +36,13 @@ def reporting() -> Iterator[None]:
         raise typer.Exit(EXIT_FAILED) from None
 
 
+def warnings_to_stderr() -> None:
+    """Show what the library warns of, one line each."""
+    import logging
+
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+
+
 class Interrupt:
     """Lets Ctrl-C reach a native call: Python itself notices it only after the call returns."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,14 +13,31 @@ import typer
 
 from lfm2vl_edge.cli import options as opt
 from lfm2vl_edge.cli.loading import find_model, load_picture
-from lfm2vl_edge.cli.output import refuse_overwrite, reporting
+from lfm2vl_edge.cli.output import refuse_overwrite, reporting, warnings_to_stderr
 from lfm2vl_edge.errors import EdgeError
 
 if TYPE_CHECKING:
+    from lfm2vl_edge.budget import Sight
     from lfm2vl_edge.config import ImageConfig
+    from lfm2vl_edge.costs import Costs
     from lfm2vl_edge.geometry import TilePlan
+    from lfm2vl_edge.image import Pixels
 
 _SIZE = re.compile(r"(\d{1,9})[xX](\d{1,9})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Basis:
+    """What a plan is made from."""
+
+    image: ImageConfig
+    """The image settings."""
+    source: str
+    """Where they came from."""
+    sight: Sight
+    """What was asked for."""
+    costs: Costs
+    """What views and tokens cost."""
 
 
 @opt.takes_groups
@@ -34,43 +52,132 @@ def plan(
     as_json: opt.Json = False,
     force: opt.Force = False,
 ) -> None:
-    """Show the views and tokens that a picture becomes: lfm2vl-edge plan 1920x1080."""
+    """Show the views, tokens, seconds and memory that a picture takes: lfm2vl-edge plan 1920x1080."""
+    from lfm2vl_edge.budget import settings_for
     from lfm2vl_edge.geometry import plan as plan_views
 
     with reporting():
-        config, source = _settings(model, image)
-        size = _SIZE.fullmatch(picture)
-        if size:
-            tile_plan = plan_views(int(size[2]), int(size[1]), config)
-        else:
-            pixels = load_picture(picture, max_megapixels)
-            tile_plan = plan_views(pixels.shape[0], pixels.shape[1], config)
+        warnings_to_stderr()
+        basis = _basis(model, image)
+        pixels, height, width = _look(picture, max_megapixels)
+        tile_plan = plan_views(height, width, settings_for(height, width, basis.image, basis.sight))
         if draw is not None:
-            if size:
-                raise EdgeError("--draw needs a picture to draw over, not a size")
-            refuse_overwrite(draw, force)
-            from lfm2vl_edge.draw import draw_plan, save_png
+            _draw(draw, pixels, tile_plan, force=force)
+        if as_json:
+            typer.echo(json.dumps(_as_dict(tile_plan) | _costs_dict(tile_plan, basis), ensure_ascii=False))
+        else:
+            typer.echo(
+                "\n".join([*_lines(tile_plan, basis.sight.described(basis.source)), *_cost_lines(tile_plan, basis)])
+            )
 
-            save_png(draw_plan(pixels, tile_plan), draw)
-        typer.echo(json.dumps(_as_dict(tile_plan)) if as_json else "\n".join(_lines(tile_plan, source)))
+
+def _look(picture: str, max_megapixels: float) -> tuple[Pixels | None, int, int]:
+    """Return the pixels, height and width of a picture; of a size there are no pixels."""
+    if size := _SIZE.fullmatch(picture):
+        return None, int(size[2]), int(size[1])
+    pixels = load_picture(picture, max_megapixels)
+    return pixels, pixels.shape[0], pixels.shape[1]
 
 
-def _settings(model: opt.ModelOptions, image: opt.ImageOptions) -> tuple[ImageConfig, str]:
-    """Return the image settings, and where they came from."""
-    from lfm2vl_edge.config import ImageConfig
+def _draw(path: Path, pixels: Pixels | None, tile_plan: TilePlan, *, force: bool) -> None:
+    from lfm2vl_edge.draw import draw_plan, save_png
+
+    if pixels is None:
+        raise EdgeError("--draw needs a picture to draw over, not a size")
+    refuse_overwrite(path, force)
+    save_png(draw_plan(pixels, tile_plan), path)
+
+
+def _basis(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
+    """Return what the model, or without one the documented defaults, and the options say."""
     from lfm2vl_edge.locate import last_pulled
+    from lfm2vl_edge.opening import Wishes, decide
+
+    if model.model is None and (model.mmproj is not None or last_pulled() is None):
+        return _without_model(model, image)
+    located = find_model(model)
+    wishes = Wishes(mmproj=located.mmproj, image_settings=image.changes(), **image.wishes(), **model.machine())
+    opening = decide(located.model, wishes)
+    config = opening.config
+    return _Basis(image=config.image, source=config.image_source, sight=config.sight, costs=opening.costs)
+
+
+def _without_model(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
+    """Return the same where only an mmproj file, or nothing, was given; what things cost is guessed for 450M."""
+    from lfm2vl_edge.budget import Sight, check_detail
+    from lfm2vl_edge.config import ImageConfig
+    from lfm2vl_edge.costs import SHAPE_450M, guess
+    from lfm2vl_edge.hardware import big_cores
     from lfm2vl_edge.metadata import read_metadata
     from lfm2vl_edge.modelfile import image_settings
 
-    if model.model is None and model.mmproj is None and last_pulled() is None:
-        config, source = ImageConfig(), "the documented defaults (no model given)"
-    else:
-        path = model.mmproj or find_model(model).pair.mmproj
-        config, source = image_settings(read_metadata(path), path)
+    config, source = ImageConfig(), "the documented defaults (no model given)"
+    if model.mmproj is not None:
+        config, source = image_settings(read_metadata(model.mmproj), model.mmproj)
     changes = image.changes()
+    check_detail(image.detail.value, changes)
     if changes:
         source += f"; changed: {', '.join(changes)}"
-    return config.with_changes(changes), source
+    guessed = guess(SHAPE_450M, "F16", ImageConfig().tile_tokens, model.threads or big_cores())
+    costs = replace(guessed, source="a rough guess for a 450M model: nothing was measured here")
+    sight = Sight(**image.wishes(), costs=costs)
+    return _Basis(image=config.with_changes(changes), source=source, sight=sight, costs=costs)
+
+
+def _costs_dict(tile_plan: TilePlan, basis: _Basis) -> dict[str, Any]:
+    from lfm2vl_edge.budget import cheaper
+
+    costs = basis.costs
+    ways = [
+        {
+            "height": one.tile_plan.height,
+            "width": one.tile_plan.width,
+            "detail": one.detail,
+            "image_tokens": one.tile_plan.n_image_tokens,
+            "seconds": _short(costs.seconds(one.tile_plan)),
+        }
+        for one in cheaper(tile_plan, basis.image)
+    ]
+    return {
+        "seconds": {
+            "encode": _short(costs.encode(tile_plan)),
+            "prefill": _short(costs.prefill(tile_plan)),
+            "all": _short(costs.seconds(tile_plan)),
+        },
+        "memory_bytes": round(costs.memory(tile_plan)),
+        "measured": costs.is_measured,
+        "costs_from": costs.source,
+        "cheaper": ways,
+    }
+
+
+def _short(value: float) -> float:
+    """Return a number with the three digits that a prediction has at most."""
+    return float(f"{value:.3g}")
+
+
+def _cost_lines(tile_plan: TilePlan, basis: _Basis) -> Iterator[str]:
+    from lfm2vl_edge.budget import cheaper
+
+    costs = basis.costs
+    encode, prefill = _seconds(costs.encode(tile_plan)), _seconds(costs.prefill(tile_plan))
+    yield f"seconds {_seconds(costs.seconds(tile_plan))} (encode {encode}, prefill {prefill})"
+    yield f"memory {costs.memory(tile_plan) / 1e6:.0f} MB at most"
+    yield f"both are {costs.source}" + ("" if costs.is_measured else "; `lfm2vl-edge tune` measures")
+    for number, one in enumerate(cheaper(tile_plan, basis.image)):
+        if number == 0:
+            yield ""
+        how = (
+            f"--detail {one.detail}:"
+            if one.detail
+            else f"scaled to {one.tile_plan.width}x{one.tile_plan.height} this is"
+        )
+        tokens = f"{one.tile_plan.n_image_tokens:,} tokens instead of {tile_plan.n_image_tokens:,}"
+        yield f"cheaper   {how} {tokens}, {_seconds(costs.seconds(one.tile_plan))} s"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def _as_dict(tile_plan: TilePlan) -> dict[str, Any]:

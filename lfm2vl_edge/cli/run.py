@@ -151,7 +151,7 @@ def _figures(last: Chunk, model: Model) -> Iterator[str]:
         return
     yield f"model      {model.config.name}, {info.n_threads} threads, context {info.n_ctx}"
     yield f"open       {model.load_seconds:8.2f} s"
-    yield f"images     settings from {model.config.image_source}"
+    yield f"images     settings from {model.config.sight.described(model.config.image_source)}"
     yield f"preprocess {stats.preprocess_seconds:8.2f} s"
     views = f"{stats.encoded_views} of {stats.views} views"
     yield f"encode     {stats.encode_seconds:8.2f} s   {views}, {stats.image_tokens} image tokens"

@@ -30,6 +30,7 @@ from lfm2vl_edge.engine.ffi import (
     sequence_bytes,
     set_sequence_bytes,
 )
+from lfm2vl_edge.engine.gpu import Gpu, find_gpu
 from lfm2vl_edge.errors import EngineError, PromptError
 from lfm2vl_edge.image import Pixels
 
@@ -59,13 +60,15 @@ class EngineSettings:
     """Whether exactness counts more than speed: attention without 16-bit shortcuts, a fifth slower to prefill."""
     gpu_layers: int = 0
     """Layers that a GPU takes, where the installed llama.cpp has one; -1 means all."""
+    device: str | None = None
+    """Name of that GPU; None leaves the choice to llama.cpp."""
 
 
 class LlamaEngine:
     """See `lfm2vl_edge.engine.Engine`. Not safe for several threads at a time, but for `cancel`.
 
     Raises:
-        EngineError: llama.cpp refuses a file; the message has its last log line.
+        EngineError: llama.cpp refuses a file, and the message has its last log line; or it has no such GPU.
     """
 
     def __init__(self, model: Path, mmproj: Path, settings: EngineSettings) -> None:
@@ -79,8 +82,9 @@ class LlamaEngine:
         self._abort = AbortFlag()
         LOG.forget()
         llama.llama_backend_init()
+        self._gpu = find_gpu(settings.gpu_layers, settings.device)
         try:
-            self._model = _load_model(model, settings)
+            self._model = _load_model(model, settings.gpu_layers, self._gpu)
             self._vocab = llama.llama_model_get_vocab(self._model)
             self._n_embd = llama.llama_model_n_embd(self._model)
             self._n_vocab = llama.llama_vocab_n_tokens(self._vocab)
@@ -99,7 +103,7 @@ class LlamaEngine:
             n_threads=self._settings.n_threads,
             system=llama.llama_print_system_info().decode("utf-8", "replace").strip(),
             libraries=libraries(),
-            encoder_settings=f"flash={_FLASH_ATTENTION} gpu={self._uses_gpu}",
+            encoder_settings=f"flash={_FLASH_ATTENTION} gpu={self._uses_gpu} device={self._settings.device}",
             language_settings=self._language_settings(),
         )
 
@@ -225,7 +229,8 @@ class LlamaEngine:
         params = llama.llama_context_default_params()
         settings = self._settings
         return (
-            f"flash={self._attention} threads={settings.n_threads} gpu={settings.gpu_layers} batch={N_BATCH} "
+            f"flash={self._attention} threads={settings.n_threads} gpu={settings.gpu_layers} "
+            f"device={settings.device} batch={N_BATCH} "
             f"ubatch={params.n_ubatch} k={params.type_k} v={params.type_v}"
         )
 
@@ -256,6 +261,7 @@ class LlamaEngine:
         self._view_tokens = max(n_tokens, self._view_tokens)
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = self._uses_gpu
+        params.device = self._gpu.handle if self._gpu else None
         params.print_timings = False
         params.n_threads = self._settings.n_threads
         params.flash_attn_type = _FLASH_ATTENTION
@@ -277,9 +283,12 @@ class LlamaEngine:
         check("llama_decode", code)
 
 
-def _load_model(path: Path, settings: EngineSettings) -> Any:
+def _load_model(path: Path, n_gpu_layers: int, gpu: Gpu | None) -> Any:
     params = llama.llama_model_default_params()
-    params.n_gpu_layers = settings.gpu_layers
+    params.n_gpu_layers = n_gpu_layers
+    devices = (ctypes.c_void_p * 2)(gpu.handle if gpu else None, None)
+    if gpu:
+        params.devices = ctypes.addressof(devices)  # ends with a null; read while loading only
     model = llama.llama_model_load_from_file(str(path).encode(), params)
     return require("llama_model_load_from_file", model, f" on {path}")
 

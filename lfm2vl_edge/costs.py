@@ -1,0 +1,186 @@
+"""What views and tokens cost on a machine, in seconds and bytes: from figures measured there, else a rough guess.
+
+The cost of a view is a constant and a share for each of its tokens, both 0 or more. That overstates views between the
+measured sizes a little (attention grows with the square), and it makes every cost grow with tokens and views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from lfm2vl_edge.geometry import TilePlan
+
+CONTEXT_TOKENS: Final = 4096
+"""Tokens of context that a model begins with: room for a picture of ten tiles and a talk about it."""
+_HEAD_BYTES: Final = 4
+"""Of one key and one value in the context, both float16."""
+_PROGRAM_BYTES: Final = 120_000_000
+"""Python, llama.cpp and its buffers: what remained of the peak of a 450M F16 pair beside its files and context."""
+_REPACKED: Final[Mapping[int, float]] = {2: 0.75, 14: 0.75, 15: 0.75, 25: 0.75}
+"""llama.cpp's file type -> share of a 4-bit language file that is held a second time, rearranged for the processor."""
+_TILE_SECONDS: Final[Mapping[str, float]] = {"F32": 0.89, "F16": 0.78, "BF16": 0.60, "Q8_0": 1.00}
+"""One 512x512 tile in the 450M encoder, by type, on two x86-64 cores with AVX-512 BF16."""
+_TILE_OPERATIONS: Final = 2.13e11
+"""Of that tile: 2 x weights x patches, and 4 x layers x width x patches^2 of attention."""
+_PREFILL_OPERATIONS: Final = 2.14e11
+"""A second, on one of those cores, in the Q4_0 language tower."""
+_DECODE_BYTES: Final = 3.3e10
+"""A second: how fast those cores went through the language file, once for each token of an answer."""
+_MEASURED_CORES: Final = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Prices of one model on one machine."""
+
+    view_seconds: float
+    """Encoding: for each view, whatever its size."""
+    token_seconds: float
+    """Encoding: for each image token."""
+    prefill_seconds: float
+    """Language tower: for each token of the prompt."""
+    decode_seconds: float
+    """Language tower: for each token of the answer."""
+    memory_bytes: float
+    """Largest resident memory with the smallest picture and a context of `CONTEXT_TOKENS`."""
+    context_bytes: float
+    """For each token of context."""
+    is_measured: bool
+    """Whether the figures were measured on this machine; else they are a rough guess."""
+    source: str
+    """Where the figures come from, as a phrase."""
+
+    def encode(self, plan: TilePlan) -> float:
+        """Return the seconds that the encoder takes for a picture."""
+        return self.view_seconds * len(plan.views) + self.token_seconds * plan.n_image_tokens
+
+    def prefill(self, plan: TilePlan) -> float:
+        """Return the seconds that the language tower takes for a picture, the question not counted."""
+        return self.prefill_seconds * plan.n_prompt_tokens
+
+    def seconds(self, plan: TilePlan) -> float:
+        """Return the seconds that a picture takes until a question about it can be read."""
+        return self.encode(plan) + self.prefill(plan)
+
+    def memory(self, plan: TilePlan) -> float:
+        """Return the largest resident memory of a process that answers about a picture, bytes.
+
+        A picture is held as it came and once more as an array, its views once whole and once cut: 3 bytes a pixel.
+        """
+        pixels = plan.height * plan.width + sum(view.height * view.width for view in plan.views)
+        longer = max(0, plan.n_prompt_tokens - CONTEXT_TOKENS)
+        return self.memory_bytes + longer * self.context_bytes + 2 * 3 * pixels
+
+
+def line_through(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Return seconds per view and per image token, neither below 0, from measured (tokens, seconds).
+
+    The largest view decides where the points contradict a line: it is what pictures are mostly made of.
+    """
+    (few, short), (many, long) = min(points), max(points)
+    slope = max(0.0, (long - short) / (many - few)) if many > few else long / many
+    slope = min(slope, long / many)
+    return long - slope * many, slope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a rough guess needs to know of a model."""
+
+    n_layers: int
+    """Of the encoder."""
+    width: int
+    """Of the encoder."""
+    feed_forward: int
+    """Width inside the encoder's feed-forward layers."""
+    patches_per_token: int
+    """Patches that become one image token."""
+    language_weights: int
+    """Weights of the language tower that every token goes through, the vocabulary not counted."""
+    context_bytes: int
+    """Keys and values of one token."""
+    language_bytes: int
+    """Size of the language file."""
+    mmproj_bytes: int
+    """Size of the mmproj file."""
+    language_type: int
+    """llama.cpp's file type of the language file."""
+
+
+SHAPE_450M: Final = Shape(
+    n_layers=12,
+    width=768,
+    feed_forward=3072,
+    patches_per_token=4,
+    language_weights=293_000_000,
+    context_bytes=12_288,
+    language_bytes=219_311_264,
+    mmproj_bytes=189_126_080,
+    language_type=2,
+)
+"""LFM2.5-VL-450M, Q4_0 with an F16 mmproj: what is guessed about when no model is given."""
+
+
+def shape_of(language: Mapping[str, Any], vision: Mapping[str, Any], sizes: tuple[int, int]) -> Shape:
+    """Return the shape that the metadata of a model's files states; what they leave out counts as in the 450M model.
+
+    Args:
+        language: metadata of the language file.
+        vision: metadata of the mmproj file.
+        sizes: bytes of the two files.
+    """
+    width, layers = _number(language, "lfm2.embedding_length"), _number(language, "lfm2.block_count")
+    heads, kv_heads = _number(language, "lfm2.attention.head_count"), language.get("lfm2.attention.head_count_kv", 0)
+    feed_forward = _number(language, "lfm2.feed_forward_length")
+    head_width = width // heads if heads else 0
+    all_kv_heads = int(np.sum(kv_heads)) * (layers if np.ndim(kv_heads) == 0 else 1)
+    return Shape(
+        n_layers=_number(vision, "clip.vision.block_count") or SHAPE_450M.n_layers,
+        width=_number(vision, "clip.vision.embedding_length") or SHAPE_450M.width,
+        feed_forward=_number(vision, "clip.vision.feed_forward_length") or SHAPE_450M.feed_forward,
+        patches_per_token=(_number(vision, "clip.vision.projector.scale_factor") or 2) ** 2,
+        language_weights=layers * width * (3 * feed_forward + 4 * width) or SHAPE_450M.language_weights,
+        context_bytes=all_kv_heads * head_width * _HEAD_BYTES or SHAPE_450M.context_bytes,
+        language_bytes=sizes[0],
+        mmproj_bytes=sizes[1],
+        language_type=_number(language, "general.file_type"),
+    )
+
+
+def _number(metadata: Mapping[str, Any], key: str) -> int:
+    """Return a whole number of the metadata, the largest of an array, 0 where there is none."""
+    value = np.asarray(metadata.get(key, 0))
+    return int(value.max()) if value.size and np.issubdtype(value.dtype, np.number) else 0
+
+
+def guess(shape: Shape, mmproj_type: str, tile_tokens: int, n_threads: int) -> Costs:
+    """Return what a model may cost on an unknown machine: as much, for its size, as on the cores named above.
+
+    A core of another kind may be five times slower.
+
+    Args:
+        shape: of the model.
+        mmproj_type: type of the mmproj file, such as F16.
+        tile_tokens: image tokens of one tile; a view counts by its tokens.
+        n_threads: threads that compute.
+    """
+    patches = tile_tokens * shape.patches_per_token
+    weights = shape.n_layers * shape.width * (4 * shape.width + 2 * shape.feed_forward)
+    operations = 2 * weights * patches + 4 * shape.n_layers * shape.width * patches**2
+    seconds = _TILE_SECONDS.get(mmproj_type, max(_TILE_SECONDS.values())) * operations / _TILE_OPERATIONS
+    copied = shape.language_bytes * _REPACKED.get(shape.language_type, 0.0)
+    files = shape.language_bytes + shape.mmproj_bytes + copied
+    return Costs(
+        view_seconds=0.0,
+        token_seconds=seconds * _MEASURED_CORES / n_threads / tile_tokens,
+        prefill_seconds=2 * shape.language_weights / _PREFILL_OPERATIONS / n_threads,
+        decode_seconds=shape.language_bytes / _DECODE_BYTES,
+        memory_bytes=files + _PROGRAM_BYTES + CONTEXT_TOKENS * shape.context_bytes,
+        context_bytes=shape.context_bytes,
+        is_measured=False,
+        source="a rough guess: nothing was measured here",
+    )

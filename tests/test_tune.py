@@ -1,0 +1,241 @@
+"""Tune and bench: what they make of figures, with an engine and a clock whose figures are known beforehand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lfm2vl_edge import ConfigError, EngineError, ModelNotFound, Sampling
+from lfm2vl_edge.bench import Row, Spent, bench, lines, own_command, spend
+from lfm2vl_edge.engine import EngineInfo, Floats, State
+from lfm2vl_edge.image import Pixels
+from lfm2vl_edge.modelfile import mmproj_type
+from lfm2vl_edge.opening import Opening, Wishes, decide
+from lfm2vl_edge.tune import Gauge, Trial, tune
+from tests.conftest import Pair
+
+SIZES = ((256, 256), (600, 1200))
+"""Smaller pictures than bench's own: one view, and two tiles with a thumbnail."""
+ENCODE = {"F16": 0.002, "BF16": 0.001, "Q4_0": 0.0005}
+"""Seconds per image token with one thread."""
+
+
+class Clock:
+    """Time that passes only when somebody works."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class SlowEngine:
+    """Every call takes its time on the clock; a second thread halves that of the encoder, a third does harm."""
+
+    def __init__(self, clock: Clock, kind: str, threads: int) -> None:
+        self.clock, self.kind, self.threads = clock, kind, threads
+        self.room, self.closed, self.calls = 0, False, 0
+        self.share = {1: 1.0, 2: 0.5}.get(threads, 3.0)
+
+    @property
+    def info(self) -> EngineInfo:
+        raise NotImplementedError
+
+    def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
+        assert pixels.shape[0] * pixels.shape[1] == n_tokens * 32 * 32
+        self.calls += 1
+        odd = 10.0 if self.calls % 4 == 2 else 1.0  # one run in three is disturbed: a median does not mind
+        self.clock.now += ENCODE[self.kind] * n_tokens * self.share * odd
+        return np.zeros((n_tokens, 4), np.float32)
+
+    def reserve(self, n_tokens: int) -> None:
+        self.room = n_tokens
+        self.clock.now += 50.0  # must not be counted
+
+    def decode_embeddings(self, embeddings: Floats) -> None:
+        assert len(embeddings) <= self.room
+        self.clock.now += len(embeddings) / 1000
+
+    def sample(self, sampling: Sampling, seed: int | None, seen: Sequence[int]) -> Iterator[int]:
+        while True:
+            yield 7
+            self.clock.now += 0.1
+
+    def close(self) -> None:
+        self.closed = True
+
+    def tokenize(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def piece(self, token: int) -> bytes:
+        raise NotImplementedError
+
+    def is_end(self, token: int) -> bool:
+        raise NotImplementedError
+
+    def decode_tokens(self, tokens: Sequence[int]) -> None:
+        raise NotImplementedError
+
+    def logits(self) -> Floats:
+        raise NotImplementedError
+
+    def snapshot(self) -> State:
+        raise NotImplementedError
+
+    def restore(self, state: State) -> None:
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def folder(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pair with three mmproj types, by their names, and a cache folder of its own."""
+    monkeypatch.setenv("LFM2VL_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    shutil.copytree(pair("a", "F16"), model)
+    for kind in ("BF16", "Q4_0"):
+        shutil.copy(model / "mmproj-checkpoint-F16.gguf", model / f"mmproj-checkpoint-{kind}.gguf")
+    return model
+
+
+def gauge(engines: list[SlowEngine]) -> Gauge:
+    clock = Clock()
+
+    def load(opening: Opening, wishes: Wishes) -> SlowEngine:
+        engines.append(SlowEngine(clock, mmproj_type(opening.pair.mmproj), opening.n_threads))
+        return engines[-1]
+
+    return Gauge(load=load, clock=clock, runs=3)
+
+
+def test_tune_finds_the_fastest_and_its_figures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfm2vl_edge.tune.thread_counts", lambda: [1, 2, 3])
+    monkeypatch.setattr("lfm2vl_edge.device.available_cpus", lambda: set(range(8)))
+    engines: list[SlowEngine] = []
+    told: list[str] = []
+    tuning = tune(folder, Wishes(), gauge(engines), told.append)
+    assert told == ["1 thread: BF16, F16, Q4_0", "2 threads: BF16, F16, Q4_0", "3 threads: BF16, F16, Q4_0"]
+    assert [trial.threads for trial in tuning.trials] == [1, 2, 3]
+    profile = tuning.profile
+    assert (profile.threads, profile.mmproj) == (2, "BF16")  # Q4_0 is faster, but too far from exact to be chosen
+    for kind, points in profile.encode.items():
+        assert points == pytest.approx({64: 64 * ENCODE[kind] / 2, 256: 256 * ENCODE[kind] / 2})
+    assert profile.prefill_speed == pytest.approx(1000)
+    assert profile.decode_speed == pytest.approx(10)
+    assert profile.memory_bytes > 10**6
+    assert len(engines) == 9
+    assert all(engine.closed for engine in engines)
+
+
+def test_tune_measures_only_what_was_asked_for(folder: Path) -> None:
+    engines: list[SlowEngine] = []
+    wishes = Wishes(mmproj=folder / "mmproj-checkpoint-F16.gguf", n_threads=1)
+    tuning = tune(folder, wishes, gauge(engines))
+    assert [(engine.kind, engine.threads) for engine in engines] == [("F16", 1)]
+    assert set(tuning.profile.encode) == {"F16"}
+    with pytest.raises(ModelNotFound):
+        tune(folder / "nothing", Wishes(), gauge(engines))
+    with pytest.raises(ConfigError, match="runs is 0"):
+        tune(folder, Wishes(), Gauge(runs=0))
+    with pytest.raises(ConfigError, match="n_threads is 9999; this process may use"):
+        tune(folder, Wishes(n_threads=9999), gauge(engines))
+
+
+def test_tune_closes_an_engine_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[SlowEngine] = []
+
+    def fails(*_: object) -> Floats:
+        raise EngineError("no")
+
+    monkeypatch.setattr(SlowEngine, "encode", fails)
+    with pytest.raises(EngineError, match="no"):
+        tune(folder, Wishes(n_threads=1), gauge(engines))
+    assert [engine.closed for engine in engines] == [True]
+
+
+def test_an_inexact_type_is_the_fastest_only_where_it_is_alone() -> None:
+    speeds: dict[str, Any] = {"threads": 1, "prefill_speed": 1.0, "decode_speed": 1.0}
+    assert Trial(encode={"Q4_0": {256: 1.0}, "F16": {256: 9.0}}, **speeds).fastest == "F16"
+    assert Trial(encode={"Q4_0": {256: 1.0}}, **speeds).fastest == "Q4_0"
+
+
+class Shell:
+    """Stands for new processes: cold ones take 8 seconds, ones that find embeddings on disk 2."""
+
+    def __init__(self) -> None:
+        self.commands: list[Sequence[str]] = []
+        self.folders: set[str] = set()
+
+    def __call__(self, command: Sequence[str], environment: Mapping[str, str]) -> Spent:
+        self.commands.append(command)
+        folder = environment.get("LFM2VL_CACHE", "")
+        assert bool(folder) == ("--cache" in command)
+        seconds = 2.0 if folder in self.folders else 8.0
+        self.folders |= {folder} - {""}
+        stats = {"stats": {"first_token_seconds": seconds / 2}}
+        return Spent(seconds=seconds, cpu_seconds=1.0, memory_bytes=5 * 10**8, output=json.dumps(stats))
+
+
+def test_bench_gathers_every_figure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfm2vl_edge.bench.SIZES", SIZES)
+    shell = Shell()
+    opening, wishes = decide(folder, Wishes(n_threads=1)), Wishes(n_threads=1)
+    rows = {row.name: row for row in bench(opening, wishes, 2, shell)}
+    assert all(len(row.runs) == 2 and min(row.runs) >= 0 for row in rows.values())
+    for name in ("open the model", "encode a view", "prefill", "decode", "another question, 256x256"):
+        assert rows[name].median > 0
+    assert rows["cold run, 1200x600"].runs == (8.0, 8.0)
+    assert (rows["cold run, 256x256, peak memory"].median, rows["cold run, 256x256, peak memory"].unit) == (
+        500.0,
+        "MB",
+    )
+    assert rows["new process, embeddings on disk, 1200x600"].runs == (2.0, 2.0)
+    assert rows["new process, embeddings on disk, 1200x600, first token, share"].median == 0.25
+    assert "encode, one of 3 views changed, share" in rows
+    assert len(shell.commands) == 8
+    shown = list(lines(list(rows.values())))
+    assert len(shown) == len(rows)
+
+
+def test_a_row_shows_median_and_spread() -> None:
+    row = Row(name="encode", unit="s", runs=(3.0, 1.0, 2.5))
+    assert row.median == statistics.median([1, 2.5, 3])
+    assert [" ".join(line.split()) for line in lines([row])] == ["encode 2.5 s (1 to 3)"]
+
+
+def test_a_process_names_files_threads_and_gpu(folder: Path) -> None:
+    opening = decide(folder, Wishes(n_threads=1))
+    command = own_command(opening, Wishes(gpu_layers=4, device="CUDA0"), Path("x.png"))
+    for words in (["-t", "1"], ["--gpu-layers", "4"], ["--device", "CUDA0"], ["--mmproj", str(opening.pair.mmproj)]):
+        assert command[command.index(words[0]) + 1] == words[1]
+
+
+def test_processes_are_accounted_for_and_their_failures_told() -> None:
+    spent = spend([sys.executable, "-c", "import os; print(os.environ['X'])"], {"X": "hello"})
+    assert spent.output == "hello\n"
+    assert spent.seconds > 0
+    assert spent.memory_bytes > 10**6
+    with pytest.raises(EngineError, match="failed with code 3: alas"):
+        spend([sys.executable, "-c", "import sys; sys.stderr.write('alas'); sys.exit(3)"], {})
+
+
+def test_a_process_without_figures_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfm2vl_edge.bench.SIZES", SIZES)
+
+    def silent(command: Sequence[str], environment: Mapping[str, str]) -> Spent:
+        return Spent(seconds=1.0, cpu_seconds=1.0, memory_bytes=1, output="hm")
+
+    opening = decide(folder, Wishes(n_threads=1))
+    with pytest.raises(EngineError, match="printed no figures: 'hm'"):
+        bench(opening, Wishes(n_threads=1), 1, silent)
