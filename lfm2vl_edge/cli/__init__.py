@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lfm2vl_edge.cli.cache import cache
+from lfm2vl_edge.cli.calibrate import calibrate
 from lfm2vl_edge.cli.convert import convert
 from lfm2vl_edge.cli.eval import evaluate
 from lfm2vl_edge.cli.plan import plan
@@ -26,6 +27,7 @@ app.command()(run)
 app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(convert)
+app.command()(calibrate)
 app.command()(quantize)
 app.command()(verify)
 app.add_typer(cache)

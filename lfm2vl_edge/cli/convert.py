@@ -10,7 +10,7 @@ import typer
 
 from lfm2vl_edge.cli import options as opt
 from lfm2vl_edge.cli.output import bytes_bar, reporting, shows_progress
-from lfm2vl_edge.cli.quantizing import AUTO, encoder_type, parse_overrides, show_report
+from lfm2vl_edge.cli.quantizing import AUTO, ImatrixFile, encoder_type, parse_overrides, quantizer_with, show_report
 
 
 class LanguageType(str, Enum):
@@ -80,6 +80,7 @@ def convert(
             "Default: where the blocks of its type need it.",
         ),
     ] = None,
+    imatrix: ImatrixFile = None,
     as_json: opt.Json = False,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
@@ -87,18 +88,19 @@ def convert(
     """Convert and quantize a checkpoint: lfm2vl-edge convert LFM2-VL-450M -o models."""
     from lfm2vl_convert import convert_checkpoint
     from lfm2vl_convert.report import planned_rows, report_file
-    from lfm2vl_edge.engine.quantize import quantize_file
 
     with reporting():
+        kinds = quant.value, encoder_type(mmproj_quant.value)
+        quantizer = quantizer_with(imatrix, kinds)
         with bytes_bar("converting", shows_progress(quiet)) as progress:
             result = convert_checkpoint(
                 checkpoint,
                 output,
-                quant=quant.value,
-                mmproj_quant=encoder_type(mmproj_quant.value),
+                quant=kinds[0],
+                mmproj_quant=kinds[1],
                 tensor_types=parse_overrides(tensor_type),
                 pad=pad,
-                quantizer=quantize_file,
+                quantizer=quantizer,
                 force=force,
                 progress=progress,
             )
