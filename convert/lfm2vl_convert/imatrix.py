@@ -183,8 +183,8 @@ def weights_for(imatrix: Imatrix, source: Path) -> dict[str, Values]:
     strange = next((name for name in own if name not in tensors), None)
     missing = next((name for name in widths if name not in imatrix.means), None)
     if strange or missing:
-        which = f"has {strange!r}, which {source.name} lacks" if strange else f"lacks {missing!r} of {source.name}"
-        raise ConvertError(f"{imatrix.path} {which}: it was made with another model; {_REMEDY} and this one")
+        which = f"has {strange!r}, which this model lacks" if strange else f"lacks {missing!r} of this model"
+        raise ConvertError(f"{imatrix.path} {which}: it was made with another one; {_REMEDY} and this model")
     return {name: _fitted(imatrix, name, width) for name, width in widths.items()}
 
 
@@ -207,6 +207,6 @@ def _fitted(imatrix: Imatrix, name: str, width: int) -> Values:
     if _PADDED.match(name) and padded_width(width) == have and not found[width:].any():
         return found[:width]
     raise ConvertError(
-        f"{imatrix.path} has {have} columns for {name!r}, the model has {width}: it was made with another model; "
-        f"{_REMEDY} and this one"
+        f"{imatrix.path} has {have} columns for {name!r}, this model has {width}: it was made with another one; "
+        f"{_REMEDY} and this model"
     )

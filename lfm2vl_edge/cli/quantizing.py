@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from lfm2vl_edge.errors import ConfigError
+from lfm2vl_edge.errors import ConfigError, ConvertError
 
 if TYPE_CHECKING:
     from lfm2vl_convert.convert import Quantizer
@@ -55,8 +55,8 @@ def quantizer_with(imatrix: Path | None, types: Sequence[str], *, requantize: bo
         requantize: whether tensors that are quantized already may be quantized again.
 
     Raises:
-        ConfigError: the importance matrix is no GGUF file, or no file would use it.
-        ConvertError: it is damaged.
+        ConfigError: the importance matrix is no whole GGUF file, or no file would use it.
+        ConvertError: it is not there, is of another kind, or has values that cannot be.
     """
     from lfm2vl_convert.imatrix import read_imatrix, weights_for
     from lfm2vl_convert.recipes import FLOAT_TYPES
@@ -66,7 +66,11 @@ def quantizer_with(imatrix: Path | None, types: Sequence[str], *, requantize: bo
     if imatrix is None:
         return functools.partial(quantize_file, requantize=requantize)
     if all(kind in FLOAT_TYPES for kind in types):
-        raise ConfigError(f"--imatrix changes nothing in files of {' and '.join(types)}; leave it out, or quantize")
+        raise ConfigError(
+            f"--imatrix changes nothing in files of {' and '.join(dict.fromkeys(types))}; leave it out, or quantize"
+        )
+    if not imatrix.is_file():
+        raise ConvertError(f"no importance matrix at {imatrix}; check the path, or make one: lfm2vl-edge calibrate")
     known = read_imatrix(imatrix, read_metadata(imatrix))
     notes = notes_on(known)
 
