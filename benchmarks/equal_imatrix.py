@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -103,7 +104,7 @@ def theirs(program: Path, imatrix: Path, sources: tuple[Path, Path], folder: Pat
     return found
 
 
-def ours(imatrix: Path, sources: tuple[Path, Path], folder: Path, listed: dict[str, Any]) -> dict[str, Any]:
+def ours(imatrix: Path, sources: tuple[Path, Path], folder: Path, listed: Iterable[str]) -> dict[str, Any]:
     """Return what we make of the same files, of each type that is listed."""
     quantize = quantizer_with(imatrix, ("Q4_0",))
     found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from benchmarks import equal_imatrix
 from lfm2vl_convert.ggufile import read_tensors
 from lfm2vl_convert.imatrix import matrix_widths
 from lfm2vl_edge.calibrate import Calibration, Example
@@ -27,7 +29,7 @@ from lfm2vl_edge.engine.llama import EngineSettings
 from lfm2vl_edge.engine.observe import ObservedEngine
 from lfm2vl_edge.errors import EngineError, PromptError
 from lfm2vl_edge.modelfile import find_pair
-from lfm2vl_edge.scenes import COUNT, scenes
+from lfm2vl_edge.scenes import scenes
 from tests.conftest import PICTURES, Pair
 
 DATA = Path(__file__).parent / "convert" / "data"
@@ -116,6 +118,17 @@ def test_sums_of_the_encoder_are_numpys(engine: ObservedEngine, weights: dict[st
     assert engine.squares.counts["mm.1.weight"] == 64
 
 
+def test_sums_are_llama_imatrix(folder: Path) -> None:
+    """Stored by benchmarks.equal_imatrix: what llama-imatrix sums up of the same tokens in the same model."""
+    pair = find_pair(folder)
+    sums, counts = equal_imatrix.our_sums(pair.model, pair.mmproj)
+    assert counts == json.loads((DATA / "llama_cpp_imatrix.json").read_text())["counts"]
+    with np.load(DATA / "llama_cpp_imatrix.npz") as expected:
+        assert set(expected) == set(sums)
+        for name, found in sums.items():
+            assert np.abs(found - expected[name]).max() < equal_imatrix.TOLERANCE * expected[name].max(), name
+
+
 def test_every_matrix_sees_every_row(folder: Path) -> None:
     example = Example(images=(SMALL,), question="Who?", answer="Nobody at all.")
     with Calibration.open(find_pair(folder), widths(folder), n_threads=1) as calibration:
@@ -160,8 +173,8 @@ def test_what_is_no_number_is_told(name: str, folder: Path, tmp_path: Path) -> N
 
 
 def test_an_unknown_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    fields = (("surprise", graph.ctypes.c_int64), *graph._Tensor._fields_)
-    monkeypatch.setattr(graph, "_Tensor", type("_Tensor", (graph.ctypes.Structure,), {"_fields_": fields}))
+    fields = (("surprise", ctypes.c_int64), *graph._Tensor._fields_)
+    monkeypatch.setattr(graph, "_Tensor", type("_Tensor", (ctypes.Structure,), {"_fields_": fields}))
     graph._product.cache_clear()
     with pytest.raises(EngineError, match="lays its tensors out in another way"):
         InputSquares({})
@@ -181,11 +194,11 @@ def test_an_example_that_does_not_fit(folder: Path) -> None:
 
 
 def test_scenes_are_the_same_in_every_run() -> None:
-    first, second = (list(scenes(8)) for _ in range(2))
+    first, second = (list(scenes(7)) for _ in range(2))
     assert all(np.array_equal(one.pixels, other.pixels) for one, other in zip(first, second, strict=True))
     assert [one.question for one in first] == [other.question for other in second]
     assert {one.pixels.shape for one in first} >= {(256, 256, 3), (576, 1024, 3)}
-    assert len({one.question for one in scenes(COUNT)}) == 5
+    assert len({one.question for one in first}) >= 4
     assert not np.array_equal(next(scenes(1, seed=5)).pixels, first[0].pixels)
 
 

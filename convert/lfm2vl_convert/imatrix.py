@@ -90,7 +90,7 @@ def write_imatrix(
     for name, count in counts.items():
         if count < 1:
             raise ConvertError(f"{name} was never multiplied with anything; calibrate with pictures and questions")
-    tokens = max(count for name, count in counts.items() if not _is_encoder(name))
+    tokens = max((count for name, count in counts.items() if not _is_encoder(name)), default=0)
 
     def make(partials: Sequence[Path]) -> None:
         writer = _Writer(None, _TYPE)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lfm2vl_edge.cli import options as opt
+from lfm2vl_edge.cli.checking import CheckOptions, check, converted
 from lfm2vl_edge.cli.output import bytes_bar, reporting, shows_progress
 from lfm2vl_edge.cli.quantizing import AUTO, ImatrixFile, encoder_type, parse_overrides, quantizer_with, show_report
+
+if TYPE_CHECKING:
+    from lfm2vl_convert import ConvertResult
+    from lfm2vl_convert.recipes import Overrides
 
 
 class LanguageType(str, Enum):
@@ -66,6 +71,7 @@ TensorType = Annotated[
 ]
 
 
+@opt.takes_groups
 def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT_DIR", help="Folder in the Hugging Face form.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the two files.")] = Path(),
@@ -81,6 +87,8 @@ def convert(
         ),
     ] = None,
     imatrix: ImatrixFile = None,
+    *,
+    checks: CheckOptions,
     as_json: opt.Json = False,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
@@ -92,18 +100,23 @@ def convert(
     with reporting():
         kinds = quant.value, encoder_type(mmproj_quant.value)
         quantizer = quantizer_with(imatrix, kinds)
-        with bytes_bar("converting", shows_progress(quiet)) as progress:
-            result = convert_checkpoint(
-                checkpoint,
-                output,
-                quant=kinds[0],
-                mmproj_quant=kinds[1],
-                tensor_types=parse_overrides(tensor_type),
-                pad=pad,
-                quantizer=quantizer,
-                force=force,
-                progress=progress,
-            )
+
+        def make(overrides: Overrides, *, again: bool = False) -> ConvertResult:
+            with bytes_bar("converting", shows_progress(quiet)) as progress:
+                return convert_checkpoint(
+                    checkpoint,
+                    output,
+                    quant=kinds[0],
+                    mmproj_quant=kinds[1],
+                    tensor_types=overrides,
+                    pad=pad,
+                    quantizer=quantizer,
+                    force=force or again,
+                    progress=progress,
+                )
+
+        result = converted(make, parse_overrides(tensor_type), checkpoint, checks, quiet=quiet)
         groups = report_file(result.model, planned_rows(result.plan.model))
         groups += report_file(result.mmproj, planned_rows(result.plan.mmproj))
         show_report((result.model, result.mmproj), groups, as_json=as_json, quiet=quiet)
+        check(result, checkpoint, checks, as_json=as_json, quiet=quiet)
