@@ -41,8 +41,8 @@ IMATRIX: Final = "random.imatrix.gguf"
 TOLERANCE: Final = 1e-4
 """Of the largest sum of a matrix: llama-imatrix adds up in float32, and processors add in other orders."""
 ORIGIN: Final = (
-    "Written by llama-imatrix and llama-quantize --imatrix of llama.cpp "
-    "(source distribution of llama-cpp-python 0.3.36) through benchmarks.equal_imatrix --data; the sums lie beside, in llama_cpp_imatrix.npz. "
+    "Written by llama-imatrix and llama-quantize --imatrix of llama.cpp (source distribution of llama-cpp-python "
+    "0.3.36) through benchmarks.equal_imatrix --data; the sums lie beside, in llama_cpp_imatrix.npz. "
     "Hashes are sha256 of the values' bytes."
 )
 
