@@ -8,6 +8,7 @@ import typer
 
 from lfm2vl_edge.cli.bench import bench
 from lfm2vl_edge.cli.cache import cache
+from lfm2vl_edge.cli.calibrate import calibrate
 from lfm2vl_edge.cli.convert import convert
 from lfm2vl_edge.cli.eval import evaluate
 from lfm2vl_edge.cli.models import models
@@ -36,6 +37,7 @@ app.command()(pull)
 app.command()(models)
 app.command()(rm)
 app.command()(convert)
+app.command()(calibrate)
 app.command()(quantize)
 app.command()(verify)
 app.add_typer(cache)
