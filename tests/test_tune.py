@@ -231,7 +231,7 @@ def test_processes_are_accounted_for_and_their_failures_told() -> None:
 
 
 def test_a_process_without_figures_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lfm2vl_edge.bench.SIZES", SIZES)
+    monkeypatch.setattr("lfm2vl_edge.bench._resident", lambda *_: {})
 
     def silent(command: Sequence[str], environment: Mapping[str, str]) -> Spent:
         return Spent(seconds=1.0, cpu_seconds=1.0, memory_bytes=1, output="hm")

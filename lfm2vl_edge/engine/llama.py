@@ -103,7 +103,7 @@ class LlamaEngine:
             n_threads=self._settings.n_threads,
             system=llama.llama_print_system_info().decode("utf-8", "replace").strip(),
             libraries=libraries(),
-            encoder_settings=f"flash={_FLASH_ATTENTION} gpu={self._uses_gpu} device={self._settings.device}",
+            encoder_settings=f"flash={_FLASH_ATTENTION} gpu={self._uses_gpu}{self._device}",
             language_settings=self._language_settings(),
         )
 
@@ -218,6 +218,10 @@ class LlamaEngine:
         return _EXACT_ATTENTION if self._settings.exact else _FLASH_ATTENTION
 
     @property
+    def _device(self) -> str:
+        return f" device={self._settings.device}" if self._settings.device else ""
+
+    @property
     def _uses_gpu(self) -> bool:
         return self._settings.gpu_layers != 0
 
@@ -229,8 +233,8 @@ class LlamaEngine:
         params = llama.llama_context_default_params()
         settings = self._settings
         return (
-            f"flash={self._attention} threads={settings.n_threads} gpu={settings.gpu_layers} "
-            f"device={settings.device} batch={N_BATCH} "
+            f"flash={self._attention} threads={settings.n_threads} gpu={settings.gpu_layers}{self._device} "
+            f"batch={N_BATCH} "
             f"ubatch={params.n_ubatch} k={params.type_k} v={params.type_v}"
         )
 
