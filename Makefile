@@ -8,7 +8,7 @@ DEMO   := scratch/demo
 SOURCE := lfm2vl_edge convert models tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format parity train scores clean
+.PHONY: help run test check format parity train clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,10 +36,6 @@ parity: $(VENV)/.parity ## compare with transformers and torch, on freshly made 
 train: $(VENV)/.train ## train the demonstration model again, or go on training: hours; see models/tiny/README.md
 	OMP_PROC_BIND=true $(BIN)/python -m models.tiny.train
 	$(BIN)/lfm2vl-edge convert models/tiny/lfm2vl-tiny -o lfm2vl_edge/tiny --quant Q8_0 --mmproj-quant F16 --force
-
-scores: $(VENV)/.train ## judge the demonstration model on 1,000 held-out pictures, as models/tiny/README.md reports it
-	$(BIN)/python -m models.tiny.held_out scratch/tiny/held-out
-	$(BIN)/lfm2vl-edge eval scratch/tiny/held-out/data.jsonl -m tiny
 
 clean: ## remove everything that was made
 	rm -rf $(VENV) scratch build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

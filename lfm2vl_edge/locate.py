@@ -111,9 +111,8 @@ def _unknown(name: str) -> ModelNotFound:
 def _names(entries: list[Pulled]) -> str:
     from lfm2vl_edge.registry import display_name
 
-    return ", ".join(
-        [display_name(one.repo, one.quant) for one in entries if one.is_pair and one.is_there] + [BUILT_IN]
-    )
+    names = [display_name(one.repo, one.quant) for one in entries if one.is_pair and one.is_there]
+    return ", ".join(names) or "none"
 
 
 def _from(entry: Pulled, mmproj: Path | None) -> Located:
@@ -123,7 +122,6 @@ def _from(entry: Pulled, mmproj: Path | None) -> Located:
 def _built_in(folder: Path) -> Path:
     if not any(folder.glob("*.gguf")):
         raise ModelNotFound(
-            f"this installation has no built-in model ({folder} holds no .gguf file); "
-            f"give one with --model, or fetch one: lfm2vl-edge pull {RECOMMENDED}"
+            f"no model; give one with --model, set {MODEL_VARIABLE}, or fetch one: lfm2vl-edge pull {RECOMMENDED}"
         )
     return folder
