@@ -8,7 +8,7 @@ DEMO   := scratch/demo
 SOURCE := lfm2vl_edge convert models tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format parity clean
+.PHONY: help run test check format parity train scores clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,14 @@ format: $(VENV)/.dev ## format the code and fix what lint can fix
 
 parity: $(VENV)/.parity ## compare with transformers and torch, on freshly made checkpoints
 	$(BIN)/pytest -m parity -n 0
+
+train: $(VENV)/.train ## train the demonstration model again, or go on training: hours; see models/tiny/README.md
+	OMP_PROC_BIND=true $(BIN)/python -m models.tiny.train
+	$(BIN)/lfm2vl-edge convert models/tiny/lfm2vl-tiny -o lfm2vl_edge/tiny --quant Q8_0 --mmproj-quant F16 --force
+
+scores: $(VENV)/.train ## judge the demonstration model on 1,000 held-out pictures, as models/tiny/README.md reports it
+	$(BIN)/python -m models.tiny.held_out scratch/tiny/held-out
+	$(BIN)/lfm2vl-edge eval scratch/tiny/held-out/data.jsonl -m tiny
 
 clean: ## remove everything that was made
 	rm -rf $(VENV) scratch build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
@@ -73,6 +81,11 @@ $(VENV)/.dev: $(VENV)/.test
 $(VENV)/.parity: $(VENV)/.test
 	$(PIP) install 'torch==2.13.0'
 	$(PIP) install --editable '.[parity]'
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.ready
+	$(PIP) install 'torch==2.13.0'
+	$(PIP) install --editable '.[train]'
 	@touch $@
 
 $(DEMO)/model/.ready: | $(VENV)/.ready

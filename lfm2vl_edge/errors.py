@@ -24,6 +24,19 @@ class ModelNotFound(EdgeError):
     """No model lies where the caller pointed; the message names what does."""
 
 
+class ModelNotPulled(ModelNotFound):
+    """A model was asked for by a name of the hub and is not on this machine; the message has the command to type."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} is not on this machine; to fetch it: lfm2vl-edge pull {name}")
+        self.name = name
+        """What `pull` takes."""
+
+
+class DownloadError(EdgeError):
+    """A file could not be fetched, arrived damaged or cannot be kept; the message says whether to try again."""
+
+
 class EngineError(EdgeError):
     """A native call failed; the message names the function, its code and the last native log line."""
 

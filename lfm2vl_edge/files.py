@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the folder where the cache lies."""
+"""Files that are there whole or not at all, and the folders where the cache and the user's data lie."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ PARTIAL: Final = ".partial"
 """Ends the name of a file that is being written."""
 CACHE_VARIABLE: Final = "LFM2VL_CACHE"
 """The environment variable that names the cache folder."""
+DATA_VARIABLE: Final = "LFM2VL_DATA"
+"""The environment variable that names the data folder."""
 _NAME: Final = "lfm2vl-edge"
 
 
@@ -46,3 +48,16 @@ def cache_folder(environment: Mapping[str, str] | None = None, platform: str = s
         return Path(known.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / _NAME / "Cache"
     base = Path(known.get("XDG_CACHE_HOME") or "")
     return (base if base.is_absolute() else Path.home() / ".cache") / _NAME
+
+
+def data_folder(environment: Mapping[str, str] | None = None, platform: str = sys.platform) -> Path:
+    """Return LFM2VL_DATA, or the folder that the platform keeps for the data of programs."""
+    known = os.environ if environment is None else environment
+    if chosen := known.get(DATA_VARIABLE):
+        return Path(chosen)
+    if platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / _NAME
+    if platform == "win32":
+        return Path(known.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / _NAME / "Data"
+    base = Path(known.get("XDG_DATA_HOME") or "")
+    return (base if base.is_absolute() else Path.home() / ".local" / "share") / _NAME

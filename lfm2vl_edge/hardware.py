@@ -1,4 +1,4 @@
-"""What this machine offers: how many threads are worth starting, and what its processor is good at."""
+"""What this machine offers: threads that are worth starting, memory, and what its processor is good at."""
 
 from __future__ import annotations
 
@@ -35,6 +35,22 @@ def physical_cores(topology: Path = _TOPOLOGY) -> int:
         except OSError:
             return len(cpus)
     return len(cores)
+
+
+def total_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
+    """Return the bytes of memory that this process may hope for: the machine's, or its container's; None if unknown.
+
+    Args:
+        limit: the file in which Linux tells a container's limit.
+    """
+    try:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+    try:
+        return min(machine, int(limit.read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return machine
 
 
 def big_cores(topology: Path = _TOPOLOGY) -> int:

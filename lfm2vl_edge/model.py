@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from lfm2vl_edge.files import cache_folder
 from lfm2vl_edge.generate import Chunk, look, n_tokens, prefill, prepare, split, stream
 from lfm2vl_edge.identity import Identity, Source, encoder_digest, identify
 from lfm2vl_edge.image import ImageInput
+from lfm2vl_edge.locate import FALLBACK_NOTE, locate
 from lfm2vl_edge.modelfile import ModelConfig
 from lfm2vl_edge.opening import Wishes, check_count, decide, load
 from lfm2vl_edge.preprocess import Tile
@@ -30,6 +32,8 @@ from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
 from lfm2vl_edge.session import Photo, load_saved
 from lfm2vl_edge.shelf import CACHE_BYTES, DiskShelf, digests_folder
 from lfm2vl_edge.stats import Stopwatch
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 class Model:
@@ -64,7 +68,7 @@ class Model:
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         *,
         mmproj: str | os.PathLike[str] | None = None,
         image_settings: Mapping[str, Any] | None = None,
@@ -82,7 +86,9 @@ class Model:
         """Open a model's two files.
 
         Args:
-            path: the language GGUF, or the folder that holds it.
+            path: the language GGUF, the folder that holds it, or the name of a model that was pulled. Without it:
+                LFM2VL_MODEL, else the model that was pulled last, else the small built-in one, with a warning in the
+                log `lfm2vl_edge.model`. Nothing is ever fetched here.
             mmproj: the vision encoder's GGUF; by default the fastest beside the language GGUF.
             image_settings: fields of `ImageConfig` that replace the model's own.
             detail: how closely pictures are looked at: full, high, balanced or fast; see `detail_changes`.
@@ -99,12 +105,15 @@ class Model:
             cache_bytes: what all processes together may keep there.
 
         Raises:
-            ModelNotFound: a file is missing.
+            ModelNotFound: a file is missing, or no model of that name is here; the message says how to pull it.
             ConfigError: the files do not fit together, or a setting is out of range.
             EngineError: llama.cpp refuses a file.
         """
+        located = locate(path, Path(mmproj) if mmproj is not None else None)
+        if located.is_fallback:
+            _LOG.warning(FALLBACK_NOTE)
         wishes = Wishes(
-            mmproj=Path(mmproj) if mmproj is not None else None,
+            mmproj=located.mmproj,
             image_settings=image_settings,
             detail=detail,
             budget_tokens=budget_tokens,
@@ -115,7 +124,7 @@ class Model:
             device=device,
         )
         folder = None if cache is False else cache_folder() if cache is True else Path(cache)
-        return cls._opened(Path(path), wishes, folder, state_bytes=state_bytes, cache_bytes=cache_bytes)
+        return cls._opened(located.model, wishes, folder, state_bytes=state_bytes, cache_bytes=cache_bytes)
 
     @classmethod
     def _opened(cls, path: Path, wishes: Wishes, folder: Path | None, *, state_bytes: int, cache_bytes: int) -> Model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lfm2vl_edge.budget import Detail, Sight, check_detail
 from lfm2vl_edge.costs import CONTEXT_TOKENS, Costs, guess
@@ -14,6 +14,9 @@ from lfm2vl_edge.engine import Engine
 from lfm2vl_edge.errors import ConfigError
 from lfm2vl_edge.hardware import big_cores
 from lfm2vl_edge.modelfile import ModelConfig, Pair, find_model, find_pair, mmproj_type, read_config
+
+if TYPE_CHECKING:
+    from lfm2vl_edge.engine.llama import EngineSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,11 +117,18 @@ def load(opening: Opening, wishes: Wishes) -> Engine:
     Raises:
         EngineError: llama.cpp refuses a file, or has no such GPU.
     """
-    from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
+    from lfm2vl_edge.engine.llama import LlamaEngine
 
-    config = opening.config
-    settings = EngineSettings(
-        n_threads=opening.n_threads,
+    settings = engine_settings(opening.config, opening.n_threads, wishes)
+    return LlamaEngine(opening.pair.model, opening.pair.mmproj, settings)
+
+
+def engine_settings(config: ModelConfig, n_threads: int, wishes: Wishes) -> EngineSettings:
+    """Return what the engine is told about a model."""
+    from lfm2vl_edge.engine.llama import EngineSettings
+
+    return EngineSettings(
+        n_threads=n_threads,
         n_ctx=min(wishes.n_ctx, config.n_ctx_train),
         n_ctx_max=config.n_ctx_train,
         max_view_tokens=max(config.image.max_image_tokens, config.image.tile_tokens),
@@ -126,7 +136,6 @@ def load(opening: Opening, wishes: Wishes) -> Engine:
         gpu_layers=wishes.gpu_layers,
         device=wishes.device,
     )
-    return LlamaEngine(opening.pair.model, opening.pair.mmproj, settings)
 
 
 def with_image_settings(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:

@@ -17,6 +17,7 @@ import pytest
 
 from lfm2vl_convert import convert_checkpoint
 from lfm2vl_edge import Model
+from tests.hub_server import Hub, serving
 
 # Two test processes share the cores: a thread that waits must sleep, not spin. Read when llama.cpp is first used.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -100,3 +101,50 @@ def opened(pair: Pair) -> Iterator[Callable[[str, str], Model]]:
 def model(opened: Callable[[str, str], Model]) -> Model:
     """A small random model, float32, of the common layout."""
     return opened("a", "F32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubHere:
+    """A hub on 127.0.0.1, and where what is fetched from it lies."""
+
+    hub: Hub
+    cache: Path
+    data: Path
+    environment: dict[str, str]
+    """The same for other processes."""
+
+
+@pytest.fixture
+def hub_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubHere]:
+    """Let huggingface_hub, in this process, know only an empty hub on 127.0.0.1 and an empty cache."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    from lfm2vl_edge import hub as ours
+
+    with serving(Hub()) as hub:
+        here = HubHere(
+            hub=hub,
+            cache=tmp_path / "home" / "hub",
+            data=tmp_path / "data",
+            environment={
+                "HF_ENDPOINT": hub.url,
+                "HF_HOME": str(tmp_path / "home"),
+                "LFM2VL_DATA": str(tmp_path / "data"),
+                "NO_PROXY": "*",
+            },
+        )
+        for name, value in here.environment.items():
+            monkeypatch.setenv(name, value)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "LFM2VL_MODEL"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here.cache))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(ours, "_WAITS", (0.01,) * 5)
+        huggingface_hub.close_session()
+        yield here
+        huggingface_hub.close_session()

@@ -27,11 +27,13 @@ Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Run the command in an empty folder, away from the caller's settings."""
+    data = tmp_path_factory.mktemp("data")
 
     def in_shell(*arguments: object, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("LFM2VL_")}
+        clean["LFM2VL_DATA"] = str(data)  # nothing was ever pulled
         command = [sys.executable, "-m", "lfm2vl_edge", *map(str, arguments)]
         return subprocess.run(command, input=stdin, capture_output=True, cwd=tmp_path, env=clean | environment)
 
@@ -131,7 +133,6 @@ def test_pictures_first_prompt_last(arguments: list[str], prompt: str | None, ex
 
 def test_errors_are_one_line_that_says_what_to_do(run: Run, pair: Pair, tmp_path: Path) -> None:
     folder = pair("a", "F32")
-    assert failed(run("run", SMALL, "hi"), "no model; give one with --model PATH, or set LFM2VL_MODEL")
     assert failed(run("run", SMALL, "hi", "-m", "nothing"), "no model 'nothing'")
     assert failed(run("run", "no.png", "hi", "-m", folder), "no picture at 'no.png'")
     assert failed(run("run", SMALL, "-m", folder, "--temperature", -1), "temperature is -1")

@@ -15,17 +15,18 @@ FILES = sorted([*(ROOT / "lfm2vl_edge").rglob("*.py"), *(ROOT / "convert").rglob
 LAYERS = [
     {"errors", "files"},
     {"config", "metadata"},
-    {"published", "geometry", "image", "stats", "hardware", "stream"},
-    {"costs"},
-    {"budget", "device"},
-    {"modelfile", "resample", "draw"},
-    {"preprocess", "engine"},
+    {"published", "geometry", "image", "stats", "hardware", "stream", "registry", "pulled", "blobs"},
+    {"costs", "hub"},
+    {"budget", "device", "download"},
+    {"modelfile", "resample", "draw", "scenes"},
+    {"preprocess", "engine", "locate"},
     {"prompt", "cache", "shelf", "identity", "engine.ffi"},
-    {"engine.gpu", "engine.llama", "engine.quantize"},
+    {"engine.gpu", "engine.graph", "engine.llama", "engine.quantize"},
+    {"engine.observe"},
     {"generate", "opening"},
     {"session"},
     {"model"},
-    {"verify", "evaluate", "tune"},
+    {"verify", "evaluate", "calibrate", "tune"},
     {"bench"},
     {""},
     {"cli"},
@@ -90,7 +91,9 @@ def test_files_and_functions_stay_short(path: Path) -> None:
         assert not isinstance(node, ast.Assert), "errors are raised, not asserted"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["eval", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["eval", "--help"], ["pull", "--help"], ["--version"], ["models"]]
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; sys.argv = ['lfm2vl-edge', *sys.argv[1:]]\n"

@@ -8,10 +8,14 @@ import typer
 
 from lfm2vl_edge.cli.bench import bench
 from lfm2vl_edge.cli.cache import cache
+from lfm2vl_edge.cli.calibrate import calibrate
 from lfm2vl_edge.cli.convert import convert
 from lfm2vl_edge.cli.eval import evaluate
+from lfm2vl_edge.cli.models import models
 from lfm2vl_edge.cli.plan import plan
+from lfm2vl_edge.cli.pull import pull
 from lfm2vl_edge.cli.quantize import quantize
+from lfm2vl_edge.cli.rm import rm
 from lfm2vl_edge.cli.run import run
 from lfm2vl_edge.cli.tune import tune
 from lfm2vl_edge.cli.verify import verify
@@ -29,7 +33,11 @@ app.command()(plan)
 app.command()(tune)
 app.command()(bench)
 app.command("eval")(evaluate)
+app.command()(pull)
+app.command()(models)
+app.command()(rm)
 app.command()(convert)
+app.command()(calibrate)
 app.command()(quantize)
 app.command()(verify)
 app.add_typer(cache)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.loading import model_path
+from lfm2vl_edge.cli.loading import chosen_model
 from lfm2vl_edge.cli.output import reporting, warnings_to_stderr
 
 
@@ -27,8 +27,9 @@ def bench(
 
     with reporting():
         warnings_to_stderr()
-        wishes = Wishes(mmproj=model.mmproj, **model.machine())
-        opening = decide(model_path(model), wishes)
+        located = chosen_model(model)
+        wishes = Wishes(mmproj=located.mmproj, **model.machine())
+        opening = decide(located.model, wishes)
 
         def report(line: str) -> None:
             if not quiet:

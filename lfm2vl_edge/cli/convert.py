@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lfm2vl_edge.cli import options as opt
+from lfm2vl_edge.cli.checking import CheckOptions, check, converted
 from lfm2vl_edge.cli.output import bytes_bar, reporting, shows_progress
-from lfm2vl_edge.cli.quantizing import AUTO, encoder_type, parse_overrides, show_report
+from lfm2vl_edge.cli.pulling import checkpoint_files
+from lfm2vl_edge.cli.quantizing import AUTO, ImatrixFile, encoder_type, parse_overrides, quantizer_with, show_report
+
+if TYPE_CHECKING:
+    from lfm2vl_convert import ConvertResult
+    from lfm2vl_convert.recipes import Overrides
 
 
 class LanguageType(str, Enum):
@@ -66,8 +72,12 @@ TensorType = Annotated[
 ]
 
 
+@opt.takes_groups
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT_DIR", help="Folder in the Hugging Face form.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="FOLDER|OWNER/REPO", help="A checkpoint in the Hugging Face form, here or on the hub."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the two files.")] = Path(),
     quant: Quant = LanguageType.Q4_0,
     mmproj_quant: MmprojQuant = EncoderType.auto,
@@ -80,28 +90,43 @@ def convert(
             "Default: where the blocks of its type need it.",
         ),
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a checkpoint on the hub.")
+    ] = None,
+    imatrix: ImatrixFile = None,
+    *,
+    checks: CheckOptions,
     as_json: opt.Json = False,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Convert and quantize a checkpoint: lfm2vl-edge convert LFM2-VL-450M -o models."""
+    """Convert and quantize a checkpoint: lfm2vl-edge convert LFM2-VL-450M -o models.
+
+    A hub's OWNER/REPO works too: only the files that are needed are fetched, once. A local folder of that name wins.
+    """
     from lfm2vl_convert import convert_checkpoint
     from lfm2vl_convert.report import planned_rows, report_file
-    from lfm2vl_edge.engine.quantize import quantize_file
 
-    with reporting():
-        with bytes_bar("converting", shows_progress(quiet)) as progress:
-            result = convert_checkpoint(
-                checkpoint,
-                output,
-                quant=quant.value,
-                mmproj_quant=encoder_type(mmproj_quant.value),
-                tensor_types=parse_overrides(tensor_type),
-                pad=pad,
-                quantizer=quantize_file,
-                force=force,
-                progress=progress,
-            )
+    with reporting(), checkpoint_files(checkpoint, revision, quiet=quiet) as folder:
+        kinds = quant.value, encoder_type(mmproj_quant.value)
+        quantizer = quantizer_with(imatrix, kinds)
+
+        def make(overrides: Overrides, *, again: bool = False) -> ConvertResult:
+            with bytes_bar("converting", shows_progress(quiet)) as progress:
+                return convert_checkpoint(
+                    folder,
+                    output,
+                    quant=kinds[0],
+                    mmproj_quant=kinds[1],
+                    tensor_types=overrides,
+                    pad=pad,
+                    quantizer=quantizer,
+                    force=force or again,
+                    progress=progress,
+                )
+
+        result = converted(make, parse_overrides(tensor_type), folder, checks, quiet=quiet)
         groups = report_file(result.model, planned_rows(result.plan.model))
         groups += report_file(result.mmproj, planned_rows(result.plan.mmproj))
         show_report((result.model, result.mmproj), groups, as_json=as_json, quiet=quiet)
+        check(result, folder, checks, as_json=as_json, quiet=quiet)

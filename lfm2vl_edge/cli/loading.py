@@ -4,30 +4,83 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
 
 from lfm2vl_edge.cli.options import ImageOptions, ModelOptions
 from lfm2vl_edge.cli.output import warnings_to_stderr
-from lfm2vl_edge.errors import ModelNotFound
+from lfm2vl_edge.errors import ModelNotFound, ModelNotPulled
 from lfm2vl_edge.files import CACHE_VARIABLE
 
 if TYPE_CHECKING:
     from lfm2vl_edge.image import ImageInput, Pixels
+    from lfm2vl_edge.locate import Located
     from lfm2vl_edge.model import Model
+    from lfm2vl_edge.registry import Reference
 
 STDIN = "-"
 
 
-def model_path(options: ModelOptions) -> Path:
-    """Return the path of the model that was asked for.
+def find_model(options: ModelOptions) -> Located:
+    """Return the model that was asked for; on a terminal, one that is not here may be pulled now.
 
     Raises:
-        ModelNotFound: none was.
+        ModelNotFound: there is none of that name, or it is not here.
+        DownloadError: it could not be pulled.
     """
-    if options.model is None:
-        raise ModelNotFound("no model; give one with --model PATH, or set LFM2VL_MODEL")
-    return Path(options.model)
+    from lfm2vl_edge.locate import locate
+
+    try:
+        return locate(options.model, options.mmproj)
+    except ModelNotPulled as error:
+        if not _wants_it_now(error.name):
+            raise
+        from lfm2vl_edge.cli.pulling import pull_visibly
+
+        pull_visibly(reference_of(error.name))
+        return locate(options.model, options.mmproj)
+
+
+def chosen_model(options: ModelOptions) -> Located:
+    """Return the same, and say on stderr when nobody chose it."""
+    from lfm2vl_edge.locate import FALLBACK_NOTE
+
+    located = find_model(options)
+    if located.is_fallback:
+        typer.echo(f"note: {FALLBACK_NOTE}", err=True)
+    return located
+
+
+def _wants_it_now(name: str) -> bool:
+    """Ask whether a model is to be pulled; without a terminal nobody is asked, and nothing is pulled."""
+    if not _is_terminal():
+        return False
+    try:
+        return typer.confirm(f"{name} is not on this machine. Pull it now?", err=True)
+    except typer.Abort:  # the terminal was closed
+        return False
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def reference_of(name: str) -> Reference:
+    """Return what a name of the table or a hub id refers to.
+
+    Raises:
+        ModelNotFound: it is neither.
+    """
+    from lfm2vl_edge.registry import BUILT_IN, known_models, parse_name
+
+    if name.lower() == BUILT_IN:
+        raise ModelNotFound(f"{BUILT_IN} is built in; it need not be pulled and cannot be removed")
+    reference = parse_name(name)
+    if reference is None:
+        known = ", ".join(one.name for one in known_models())
+        raise ModelNotFound(f"no model is called {name!r}; known: {known}; or give OWNER/REPO[:TYPE] of a hub")
+    return reference
 
 
 def open_model(
@@ -41,15 +94,15 @@ def open_model(
     from lfm2vl_edge.cache import STATE_BYTES
     from lfm2vl_edge.model import Model
 
-    path = model_path(options)
+    located = chosen_model(options)
     warnings_to_stderr()
     if verbose > 1:
         from lfm2vl_edge.engine.ffi import LOG
 
         LOG.verbose = True
     return Model.open(
-        path,
-        mmproj=options.mmproj,
+        located.model,
+        mmproj=located.mmproj,
         image_settings=image.changes(),
         **image.wishes(),
         **options.machine(),

@@ -60,7 +60,13 @@ class ModelOptions:
 
     model: Annotated[
         str | None,
-        _machine("--model", "-m", envvar="LFM2VL_MODEL", metavar="PATH", help="Language GGUF, or its folder."),
+        _machine(
+            "--model",
+            "-m",
+            envvar="LFM2VL_MODEL",
+            metavar="NAME|PATH",
+            help="A pulled model, tiny, a language GGUF, or its folder. Default: the one pulled last, else tiny.",
+        ),
     ] = None
     mmproj: Annotated[
         Path | None,

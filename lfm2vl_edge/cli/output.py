@@ -150,3 +150,18 @@ def rows_bar(total: int, wanted: bool) -> Iterator[Callable[[int, float], None]]
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("asking", total=total)
         yield lambda done, right: bar.update(task, completed=done, description=f"{right:.1%} right")
+
+
+@contextmanager
+def steps_bar(title: str, total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
+    """Show a bar of steps on stderr, and give what moves it: a function of steps done."""
+    if not wanted:
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, completed=done)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.loading import load_picture, model_path
+from lfm2vl_edge.cli.loading import find_model, load_picture
 from lfm2vl_edge.cli.output import refuse_overwrite, reporting, warnings_to_stderr
 from lfm2vl_edge.errors import EdgeError
 
@@ -90,12 +90,14 @@ def _draw(path: Path, pixels: Pixels | None, tile_plan: TilePlan, *, force: bool
 
 def _basis(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
     """Return what the model, or without one the documented defaults, and the options say."""
+    from lfm2vl_edge.locate import last_pulled
     from lfm2vl_edge.opening import Wishes, decide
 
-    if model.model is None:
+    if model.model is None and (model.mmproj is not None or last_pulled() is None):
         return _without_model(model, image)
-    wishes = Wishes(mmproj=model.mmproj, image_settings=image.changes(), **image.wishes(), **model.machine())
-    opening = decide(model_path(model), wishes)
+    located = find_model(model)
+    wishes = Wishes(mmproj=located.mmproj, image_settings=image.changes(), **image.wishes(), **model.machine())
+    opening = decide(located.model, wishes)
     config = opening.config
     return _Basis(image=config.image, source=config.image_source, sight=config.sight, costs=opening.costs)
 

@@ -10,7 +10,7 @@ import typer
 from lfm2vl_edge.cli import options as opt
 from lfm2vl_edge.cli.convert import EncoderType, LanguageType, MmprojQuant, Quant, TensorType
 from lfm2vl_edge.cli.output import bytes_bar, reporting, shows_progress
-from lfm2vl_edge.cli.quantizing import encoder_type, parse_overrides, show_report
+from lfm2vl_edge.cli.quantizing import ImatrixFile, encoder_type, parse_overrides, quantizer_with, show_report
 from lfm2vl_edge.errors import ConfigError
 
 
@@ -24,23 +24,23 @@ def quantize(
     mmproj_quant: MmprojQuant = EncoderType.auto,
     tensor_type: TensorType = None,
     requantize: Annotated[bool, typer.Option("--requantize", help="Take files that are quantized already.")] = False,
+    imatrix: ImatrixFile = None,
     as_json: opt.Json = False,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Quantize a pair, or one file of it: lfm2vl-edge quantize models/f16 -o models/q4."""
-    import functools
-
     from lfm2vl_convert.report import report_file, stored_rows
     from lfm2vl_convert.requantize import quantize_ggufs
-    from lfm2vl_edge.engine.quantize import quantize_file
 
     with reporting():
+        sources = _sources(model, quant.value, mmproj_quant.value)
+        quantizer = quantizer_with(imatrix, [kind for _, kind in sources], requantize=requantize)
         with bytes_bar("quantizing", shows_progress(quiet)) as progress:
             jobs = quantize_ggufs(
-                _sources(model, quant.value, mmproj_quant.value),
+                sources,
                 output,
-                quantizer=functools.partial(quantize_file, requantize=requantize),
+                quantizer=quantizer,
                 tensor_types=parse_overrides(tensor_type),
                 requantize=requantize,
                 force=force,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.loading import model_path
+from lfm2vl_edge.cli.loading import chosen_model
 from lfm2vl_edge.cli.output import reporting, warnings_to_stderr
 
 if TYPE_CHECKING:
@@ -33,13 +33,14 @@ def tune(
 
     with reporting():
         warnings_to_stderr()
-        wishes = Wishes(mmproj=model.mmproj, **model.machine())
+        located = chosen_model(model)
+        wishes = Wishes(mmproj=located.mmproj, **model.machine())
 
         def report(line: str) -> None:
             if not quiet:
                 typer.echo(f"measuring {line}", err=True)
 
-        tuning = measure(model_path(model), wishes, Gauge(runs=runs), report)
+        tuning = measure(located.model, wishes, Gauge(runs=runs), report)
         path = save_profile(tuning.profile, tuning.place)
         if as_json:
             trials = [asdict(trial) for trial in tuning.trials]

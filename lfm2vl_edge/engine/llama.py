@@ -242,18 +242,23 @@ class LlamaEngine:
         if self._context:
             llama.llama_free(self._context)
             self._context, self._n_ctx = None, 0  # if there is no memory for the next one, it is tried again
-        params = llama.llama_context_default_params()
-        params.n_ctx = min(-(-n_tokens // _CONTEXT_STEP) * _CONTEXT_STEP, self._settings.n_ctx_max)
-        params.n_batch = N_BATCH
-        params.n_threads = params.n_threads_batch = self._settings.n_threads
-        params.flash_attn_type = self._attention
-        params.no_perf = True
+        params = self._context_params(n_tokens)
         context = llama.llama_init_from_model(self._model, params)
         self._context = require(
             "llama_init_from_model", context, f": no memory for a context of {params.n_ctx} tokens?"
         )
         self._n_ctx = int(llama.llama_n_ctx(self._context))
         self._abort.attach(self._context)
+
+    def _context_params(self, n_tokens: int) -> Any:
+        """Return how a context for `n_tokens` tokens is made."""
+        params = llama.llama_context_default_params()
+        params.n_ctx = min(-(-n_tokens // _CONTEXT_STEP) * _CONTEXT_STEP, self._settings.n_ctx_max)
+        params.n_batch = N_BATCH
+        params.n_threads = params.n_threads_batch = self._settings.n_threads
+        params.flash_attn_type = self._attention
+        params.no_perf = True
+        return params
 
     def _vision_for(self, n_tokens: int) -> Any:
         """Return the encoder, opened at first use, and again when a view is larger than it was opened for."""
@@ -263,6 +268,13 @@ class LlamaEngine:
             mtmd.mtmd_free(self._vision)
             self._vision = None
         self._view_tokens = max(n_tokens, self._view_tokens)
+        LOG.forget()
+        vision = mtmd.mtmd_init_from_file(str(self._mmproj).encode(), self._model, self._vision_params())
+        self._vision = require("mtmd_init_from_file", vision, f" on {self._mmproj}")
+        return self._vision
+
+    def _vision_params(self) -> Any:
+        """Return how the encoder is opened for views of up to `_view_tokens` tokens."""
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = self._uses_gpu
         params.device = self._gpu.handle if self._gpu else None
@@ -272,10 +284,7 @@ class LlamaEngine:
         params.warmup = False
         params.image_min_tokens = 1
         params.image_max_tokens = self._view_tokens
-        LOG.forget()
-        vision = mtmd.mtmd_init_from_file(str(self._mmproj).encode(), self._model, params)
-        self._vision = require("mtmd_init_from_file", vision, f" on {self._mmproj}")
-        return self._vision
+        return params
 
     def _decode(self, batch: Any) -> None:
         LOG.forget()

@@ -14,12 +14,16 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
 import gguf
+import numpy as np
 
+from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.errors import EngineError
 from lfm2vl_edge.hardware import available_cpus
 
@@ -39,6 +43,20 @@ _FAST_BF16: Final = "AVX512_BF16"
 and of other ones it does not tell."""
 
 
+_NOTE_BYTES: Final = 127
+"""What fits into a text that llama.cpp is asked to note in a file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Importance:
+    """How much the columns of matrices count."""
+
+    weights: Mapping[str, Floats]
+    """Matrix -> float32 `[columns]`: the mean square of what each column is multiplied with."""
+    notes: Mapping[str, str | int]
+    """Metadata for the quantized file; of long texts the first 127 bytes."""
+
+
 def quantize_file(
     source: Path,
     target: Path,
@@ -47,6 +65,7 @@ def quantize_file(
     advance: Callable[[int], None],
     *,
     requantize: bool = False,
+    importance: Importance | None = None,
 ) -> None:
     """Write a quantized form of a GGUF file, byte for byte llama-quantize's.
 
@@ -58,13 +77,17 @@ def quantize_file(
             that is found decides. llama.cpp heeds them for block types only.
         advance: called with the bytes of each tensor of `source` that is done.
         requantize: whether tensors that are quantized already may be quantized again.
+        importance: what errors are weighed with; without it each column counts alike.
 
     Raises:
         EngineError: llama.cpp refuses; the message has its last log line.
     """
-    job = {"source": str(source), "target": str(target), "kind": kind, "requantize": requantize}
+    job: dict[str, Any] = {"source": str(source), "target": str(target), "kind": kind, "requantize": requantize}
     code = f"import sys; sys.path[:] = {sys.path!r}; from lfm2vl_edge.engine.quantize import work; work()"
-    command = [sys.executable, "-c", code, json.dumps(job | {"overrides": list(overrides)})]
+    job |= {"overrides": list(overrides), "weights": {}, "notes": {}}
+    if importance is not None:
+        job |= {"weights": {name: len(one) for name, one in importance.weights.items()}, "notes": {**importance.notes}}
+    command = [sys.executable, "-c", code, json.dumps(job)]
     with subprocess.Popen(  # noqa: S603  # our own interpreter and code
         command,
         stdin=subprocess.PIPE,  # held open: its end tells the child that nobody waits any more
@@ -73,6 +96,8 @@ def quantize_file(
         start_new_session=True,  # Ctrl-C goes to us, and we decide
     ) as child:
         try:
+            if importance is not None:
+                _send(child.stdin, importance)
             failure = _follow(child.stdout, advance)
             child.wait()
         except BaseException:
@@ -82,6 +107,15 @@ def quantize_file(
         failure = f": its process ended with code {child.returncode}"
     if failure:
         raise EngineError(_explained(failure, source, target))
+
+
+def _send(pipe: IO[bytes] | None, importance: Importance) -> None:
+    """Give the child the weights, which are too many for its command line."""
+    if pipe is not None:
+        with suppress(BrokenPipeError):  # it ended already, and its exit code will say so
+            for weights in importance.weights.values():
+                pipe.write(np.ascontiguousarray(weights, np.float32).tobytes())
+            pipe.flush()
 
 
 def _follow(lines: IO[bytes] | None, advance: Callable[[int], None]) -> str:
@@ -121,15 +155,24 @@ def system_info() -> str:
 
 def work() -> None:
     """Quantize what the first argument says, and tell how it goes on stdout: the child's side of `quantize_file`."""
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
     job = json.loads(sys.argv[1])
+    weights = {name: _receive(size) for name, size in job["weights"].items()}
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     progress = _Progress()
-    failure = _quantize(job, progress.listen)
+    failure = _quantize(job, weights, progress.listen)
     progress.finish()
     if failure:
         _say(failure=failure)
     sys.stdout.flush()
     os._exit(1 if failure else 0)  # the thread that watches the parent cannot be joined
+
+
+def _receive(size: int) -> Floats:
+    """Return the next weights from the parent, float32 `[size]`."""
+    raw = sys.stdin.buffer.read(4 * size)
+    if len(raw) != 4 * size:  # nobody waits any more
+        os._exit(1)
+    return np.frombuffer(raw, np.float32)
 
 
 def _leave_with_parent() -> None:
@@ -161,7 +204,7 @@ class _Progress:
         self._current = 0
 
 
-def _quantize(job: dict[str, Any], listen: Callable[[str], None]) -> str:
+def _quantize(job: dict[str, Any], weights: Mapping[str, Floats], listen: Callable[[str], None]) -> str:
     """Return what went wrong, or nothing."""
     from lfm2vl_edge.engine.ffi import LOG, llama
 
@@ -172,6 +215,9 @@ def _quantize(job: dict[str, Any], listen: Callable[[str], None]) -> str:
     params.allow_requantize = job["requantize"]
     params.max_buf_size = _BUFFER_BYTES
     params.tt_overrides = _native_overrides(job["overrides"])
+    if weights:
+        params.imatrix = _native_weights(weights)
+        params.kv_overrides = _native_notes(job["notes"])
     LOG.listener = listen
     LOG.forget()
     code = llama.llama_model_quantize(os.fsencode(job["source"]), os.fsencode(job["target"]), ctypes.byref(params))
@@ -189,4 +235,31 @@ def _native_overrides(overrides: Sequence[tuple[str, str]]) -> Any:
         entry.pattern = pattern.encode()
         entry.type = int(gguf.GGMLQuantizationType[kind])
     array[len(overrides)].type = 2**31 - 1
+    return array
+
+
+def _native_weights(weights: Mapping[str, Floats]) -> Any:
+    """Return llama.cpp's array of weights, which ends with a nameless entry; the values must outlive its use."""
+    from lfm2vl_edge.engine.ffi import llama
+
+    array = (llama.llama_model_imatrix_data * (len(weights) + 1))()
+    for entry, (name, values) in zip(array, weights.items(), strict=False):
+        entry.name = name.encode()
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        entry.size = len(values)
+    return array
+
+
+def _native_notes(notes: Mapping[str, str | int]) -> Any:
+    """Return llama.cpp's array of metadata to write, which ends with an entry without a key."""
+    from lfm2vl_edge.engine.ffi import llama
+
+    array = (llama.llama_model_kv_override * (len(notes) + 1))()
+    for entry, (key, value) in zip(array, notes.items(), strict=False):
+        entry.key = key.encode()
+        if isinstance(value, int):
+            entry.tag, entry.value.val_i64 = llama.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        else:
+            text = value.encode("utf-8", "replace")[:_NOTE_BYTES].decode("utf-8", "ignore")  # no half characters
+            entry.tag, entry.value.val_str = llama.LLAMA_KV_OVERRIDE_TYPE_STR, text.encode()
     return array

@@ -28,17 +28,17 @@ class Row:
     question: str
     """What is asked; not empty."""
     answers: tuple[str, ...]
-    """What is accepted, at least one."""
+    """What is accepted, at least one; none only where none was needed."""
     group: str | None = None
     """What the row is counted with, beside the whole."""
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+def read_rows(path: str | os.PathLike[str], *, needs_answers: bool = True) -> list[Row]:
     """Return the rows of a file of JSON lines; empty lines are skipped, unknown fields left alone.
 
     A line is an object with `image` (a path, or a list of paths; from the folder of the file, or absolute),
     `question` (a text), `answer` (a text, or a list of accepted ones), and if wanted `group` (a text) and `id` (a text
-    or a whole number). Pictures are only looked for here, not opened.
+    or a whole number). Pictures are only looked for here, not opened. `answer` may be missing if none is needed.
 
     Raises:
         DataError: the file cannot be read or has no row, a line is no such object, two rows have the same id, or a
@@ -49,7 +49,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     lines: dict[str, int] = {}
     for number, line in _lines(file):
         try:
-            rows.append(_row(_object(line), number, file.parent))
+            rows.append(_row(_object(line), number, file.parent, needs_answers))
         except DataError as error:
             raise DataError(f"{file}, line {number}: {error}") from None
         name = rows[-1].name
@@ -97,8 +97,8 @@ def _object(line: bytes) -> dict[str, Any]:
     return value
 
 
-def _row(fields: dict[str, Any], number: int, folder: Path) -> Row:
-    answers = _texts(fields, "answer")
+def _row(fields: dict[str, Any], number: int, folder: Path, needs_answers: bool) -> Row:
+    answers = _texts(fields, "answer") if needs_answers or "answer" in fields else ()
     for answer in answers:
         true_boxes(answer)  # says what is wrong with boxes before anything is paid
     question = _text(fields, "question")

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tokenizers import Tokenizer
 
 from lfm2vl_edge.geometry import TilePlan
-from lfm2vl_edge.image import Pixels
 from lfm2vl_edge.preprocess import Tile
 from models.tiny import recipe
 from models.tiny.draw import draw
-from models.tiny.network import PATCH
 from models.tiny.questions import Question, talk
 from models.tiny.scene import draw_scene
+from models.tiny.settings import PATCH
+from models.tiny.views import patches_of, quick_cut
 
 IGNORED: Final = -100
 TURN_TOKENS: Final = 10
@@ -83,14 +82,6 @@ class Writer:
         return ids, counts
 
 
-def patches_of(tile: Tile) -> NDArray[np.uint8]:
-    """Return `[rows * cols, PATCH * PATCH * 3]`, row by row."""
-    rows, cols = tile.view.height // PATCH, tile.view.width // PATCH
-    grid = tile.pixels.reshape(rows, PATCH, cols, PATCH, 3).transpose(0, 2, 1, 3, 4)
-    patches: NDArray[np.uint8] = grid.reshape(rows * cols, -1)
-    return patches
-
-
 def collate(writer: Writer, pictures: Sequence[Sequence[Tile]], talks: Sequence[Sequence[Question]]) -> Batch:
     """Return pictures and their talks as arrays."""
     views = [patches_of(tile) for tiles in pictures for tile in tiles]
@@ -120,48 +111,38 @@ def training_batch(writer: Writer, seed: int, step: int, n_steps: int) -> Batch:
     """Return what a step of the training learns from."""
     rng = random.Random(f"{seed}/{step}")
     stage = recipe.stage_at(step / n_steps)
-    if rng.random() < stage.tiled:
-        plans = [recipe.tiled_plan(rng)] * recipe.TILED_BATCH
-    else:
-        tile_plan = recipe.single_plan(rng, stage.tokens)
-        if stage.resized and rng.random() < stage.resized:
-            tile_plan = recipe.rescaled(rng, tile_plan)
-        plans = [tile_plan] * stage.batch
-    is_long = plans[0].is_tiled or rng.random() < recipe.LONG_SHARE
-    room = recipe.LONG_TALK if is_long else recipe.TALK
-    drawn = [example(writer, rng, tile_plan, room) for tile_plan in plans]
+    plans = _plans(rng, stage)
+    is_long = plans[0].is_tiled or (not stage.close_up and rng.random() < recipe.LONG_SHARE)
+    room = recipe.LONG_TALK if is_long else recipe.CLOSE_UP_TALK if stage.close_up else recipe.TALK
+    drawn = [example(writer, rng, tile_plan, room, close_up=stage.close_up) for tile_plan in plans]
     return collate(writer, [tiles for tiles, _ in drawn], [questions for _, questions in drawn])
 
 
-def example(writer: Writer, rng: random.Random, tile_plan: TilePlan, room: int) -> tuple[list[Tile], list[Question]]:
+def _plans(rng: random.Random, stage: recipe.Stage) -> list[TilePlan]:
+    """Return the plan of each picture of a batch: they are all alike, so that little has to be padded."""
+    if stage.close_up:
+        return [recipe.close_up_plan(rng)] * stage.batch
+    if rng.random() < stage.tiled:
+        return [recipe.tiled_plan(rng)] * recipe.TILED_BATCH
+    tile_plan = recipe.single_plan(rng, stage.tokens)
+    if rng.random() < stage.resized:
+        tile_plan = recipe.rescaled(rng, tile_plan)
+    return [tile_plan] * stage.batch
+
+
+def example(
+    writer: Writer, rng: random.Random, tile_plan: TilePlan, room: int, *, close_up: bool
+) -> tuple[list[Tile], list[Question]]:
     """Return a picture of this plan, cut, and a talk about it that takes at most `room` tokens."""
-    share = 0.6 if tile_plan.is_tiled else 0.35
+    share = 0.6 if tile_plan.is_tiled or close_up else 0.35
     kind = recipe.kind_for(tile_plan, fine=rng.random() < 0.75, number_share=share)
+    kind = replace(kind, close_up=close_up)
     scene = draw_scene(rng, tile_plan.height, tile_plan.width, kind)
     questions: list[Question] = []
-    for question in talk(rng, scene, recipe.TURNS, recipe.WEIGHTS):
+    weights = recipe.CLOSE_UP_WEIGHTS if close_up else recipe.WEIGHTS
+    for question in talk(rng, scene, recipe.TURNS, weights):
         needed = len(writer.text(question.text)) + len(writer.text(question.answer)) + TURN_TOKENS
         if needed <= room:
             questions.append(question)
             room -= needed
     return quick_cut(draw(scene), tile_plan), questions
-
-
-def quick_cut(pixels: Pixels, tile_plan: TilePlan) -> list[Tile]:
-    """Return what the runtime's `cut` does, resized by Pillow: the same but for a level or two, in less time."""
-    side = recipe.IMAGE_CONFIG.tile_size
-    grid = _resized(pixels, tile_plan.rows * side, tile_plan.cols * side) if tile_plan.is_tiled else pixels
-    tiles = []
-    for view in tile_plan.views:
-        if view.kind == "tile":
-            top, left = view.row * side, view.col * side
-            tiles.append(Tile(view=view, pixels=grid[top : top + side, left : left + side]))
-        else:
-            tiles.append(Tile(view=view, pixels=_resized(pixels, view.height, view.width)))
-    return tiles
-
-
-def _resized(pixels: Pixels, height: int, width: int) -> Pixels:
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))

@@ -54,7 +54,7 @@ def draw(scene: Scene) -> Pixels:
 def box(scene: Scene, item: Item) -> Box:
     """Return left, top, right, bottom of an object as fractions of the picture's width and height."""
     points = _points(scene, item)
-    half = _line_width(scene, item) / 2 if item.style == "outline" else 0.0
+    half = _line_width(scene, item) / {"filled": math.inf, "edged": 8, "outline": 2}[item.style]
     x, y = [point[0] for point in points], [point[1] for point in points]
     return (
         _clip((min(x) - half) / scene.width),

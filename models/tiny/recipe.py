@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from lfm2vl_edge.config import ImageConfig
-from lfm2vl_edge.geometry import TilePlan, plan
-from models.tiny.network import IMAGES
+from lfm2vl_edge.geometry import TilePlan, View, plan
 from models.tiny.scene import Kind
+from models.tiny.settings import IMAGES
 
 IMAGE_CONFIG: Final = ImageConfig().with_changes({key: IMAGES[key] for key in IMAGES if key != "image_processor_type"})
 SEED: Final = 20261121
@@ -19,21 +19,26 @@ HELD_OUT_SEED: Final = 7
 WEIGHTS: Final = {
     "describe": 2.0,
     "count": 1.5,
-    "color": 2.5,
+    "color": 3.0,
     "place": 2.0,
-    "shape": 2.0,
+    "shape": 3.0,
     "number": 2.5,
     "background": 0.3,
     "yes/no": 2.5,
-    "detect": 1.5,
+    "detect": 1.0,
 }
 """How often each group of questions is asked in training."""
+CLOSE_UP_WEIGHTS: Final = {
+    "describe": 1.0, "count": 0.3, "color": 1.0, "shape": 3.0, "number": 3.0, "background": 0.2, "yes/no": 2.0,
+}  # fmt: skip
+"""The same about close-ups."""
 TURNS: Final = 9
 """Most questions about one picture of the training, which is encoded once for all of them..."""
 TALK: Final = 100
 """...as far as these many tokens go..."""
 LONG_TALK: Final = 190
 """...or in some batches, and about tiled pictures, these, so that the longest answers have room."""
+CLOSE_UP_TALK: Final = 60
 LONG_SHARE: Final = 0.05
 DIGITS: Final = (14.0, 44.0)
 """Least and greatest height of a digit in the view that shows it best, pixels."""
@@ -48,6 +53,8 @@ class Stage:
 
     until: float
     """Share of all steps at which it ends."""
+    close_up: bool = False
+    """Whether the pictures are cheap close-ups of one object or number: how shapes and digits are learned first."""
     tokens: tuple[int, int]
     """Image tokens of the pictures that are not tiled."""
     tiled: float
@@ -59,14 +66,14 @@ class Stage:
 
 
 STAGES: Final = (
-    Stage(until=0.337, tokens=(16, 20), tiled=0.0, batch=64, resized=0.0),
-    Stage(until=0.60, tokens=(36, 64), tiled=0.0, batch=40, resized=0.3),
-    Stage(until=1.01, tokens=(16, 64), tiled=0.4, batch=40, resized=0.5),
+    Stage(until=0.30, close_up=True, tokens=(1, 9), tiled=0.0, batch=96, resized=0.0),
+    Stage(until=0.70, tokens=(36, 64), tiled=0.0, batch=28, resized=0.3),
+    Stage(until=1.01, tokens=(25, 64), tiled=0.35, batch=32, resized=0.4),
 )
 TILED_BATCH: Final = 12
 LEARNING_RATE: Final = 2e-3
-WARM_UP: Final = 300
-DECAY_FROM: Final = 0.60
+WARM_UP: Final = 200
+DECAY_FROM: Final = 0.6
 """The rate is constant up to this share of the steps and then falls linearly to nothing."""
 WEIGHT_DECAY: Final = 0.02
 
@@ -80,6 +87,14 @@ def learning_rate(step: int, n_steps: int) -> float:
     """Return the learning rate of a step."""
     left = (n_steps - step) / (n_steps * (1 - DECAY_FROM))
     return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP, left)
+
+
+def close_up_plan(rng: random.Random) -> TilePlan:
+    """Return the plan of a close-up: fewer tokens than the processor would ever make, objects and digits as large."""
+    side = IMAGE_CONFIG.token_side
+    rows, cols = rng.choice(((2, 2), (2, 2), (2, 3), (3, 2), (3, 3), (2, 4)))
+    view = View(kind="single", row=0, col=0, height=rows * side, width=cols * side, n_tokens=rows * cols)
+    return TilePlan(height=view.height, width=view.width, rows=1, cols=1, views=(view,))
 
 
 def single_plan(rng: random.Random, tokens: tuple[int, int]) -> TilePlan:

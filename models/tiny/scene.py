@@ -124,6 +124,9 @@ class Scene:
 class Kind:
     """What sort of scenes to draw at random."""
 
+    close_up: bool = False
+    """Whether there is one object in the middle, or one number, and nothing else."""
+
     digits: tuple[float, float]
     """Least and greatest height of a number's digits, pixels of the picture."""
     number_share: float
@@ -138,10 +141,12 @@ def draw_scene(rng: random.Random, height: int, width: int, kind: Kind) -> Scene
     places = rng.sample(range(9), 5)
     has_number = rng.random() < kind.number_share
     count = rng.choices(range(5), (6 if has_number else 1, 25, 25, 24, 20))[0]
+    if kind.close_up:
+        places, count = [4] * 5, 0 if has_number else 1
     palette = _palette(rng, background)
     items = [_item(rng, place, height, width, palette) for place in places[:count]]
-    if count == 1 and rng.random() < 0.25 and not has_number:
-        items = [_huge(rng, items[0])]
+    if kind.close_up or (count == 1 and rng.random() < 0.25 and not has_number):
+        items = [_huge(rng, item) for item in items]
     number = _number(rng, places[4], height, width, background, kind) if has_number else None
     return Scene(
         height=height,
@@ -208,8 +213,9 @@ def _center(rng: random.Random, place: int, extent: tuple[float, float]) -> tupl
 def _number(rng: random.Random, place: int, height: int, width: int, background: str, kind: Kind) -> Number:
     digits = str(rng.randrange(10 ** (length := rng.randint(1, 4))))[:length]
     low, high = kind.digits
+    cells = 1 if kind.close_up else 3
     tall = math.exp(rng.uniform(math.log(low), math.log(high)))
-    tall = max(low, min(tall, 0.9 * width / 3 / (DIGIT_WIDTH * len(digits)), 0.6 * height / 3))
+    tall = max(low, min(tall, 0.9 * width / cells / (DIGIT_WIDTH * len(digits)), 0.6 * height / cells))
     extent = (DIGIT_WIDTH * len(digits) * tall / width, tall / height)
     dark = background != "navy" and (background != "gray" or rng.random() < 0.5)
     level = (0.0, 0.12) if dark else (0.92, 1.0)

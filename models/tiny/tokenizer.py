@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from models.tiny.questions import GROUPS, ask
 from models.tiny.scene import Kind, draw_scene
+from models.tiny.settings import FIRST_IMAGE_ID, N_VOCAB
 
 WORDS: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -20,7 +21,6 @@ WORDS: Final = (
 """How LFM2's tokenizers split text into words."""
 NAMED: Final = ("<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|fim_pre|>", "<|fim_mid|>", "<|fim_suf|>",
                 "<|im_start|>", "<|im_end|>")  # fmt: skip
-FIRST_IMAGE_ID: Final = 396
 SPECIAL: Final[dict[int, str]] = {
     **dict(enumerate(NAMED)),
     **{number: f"<|reserved_{number}|>" for number in range(len(NAMED), 14)},
@@ -31,8 +31,6 @@ SPECIAL: Final[dict[int, str]] = {
     499: "<|image_end|>",
 }
 """id -> text, as in the tokenizers of LFM2-VL."""
-N_VOCAB: Final = 768
-"""Rows of the embedding matrix, a multiple of 256 for K-quants."""
 N_SCENES: Final = 3000
 TEMPLATE: Final = (
     "{{- bos_token -}}{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' -}}"

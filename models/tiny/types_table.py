@@ -1,6 +1,6 @@
 """Accuracy and size of every type that the converter offers.
 
-    python -m models.tiny.types_table models/tiny/checkpoint scratch/tiny/held-out/data.jsonl
+    python -m models.tiny.types_table models/tiny/lfm2vl-tiny scratch/tiny/held-out/data.jsonl
 
 Each type of the language tower is measured beside the encoder in F16, each type of the encoder beside the language
 tower in Q8_0. What was measured is kept, so that a table that was interrupted goes on.

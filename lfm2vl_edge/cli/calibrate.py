@@ -1,0 +1,92 @@
+"""`lfm2vl-edge calibrate`: an importance matrix, measured with pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lfm2vl_edge.cli import options as opt
+from lfm2vl_edge.cli.loading import chosen_model
+from lfm2vl_edge.cli.output import at_once, refuse_overwrite, reporting, shows_progress, steps_bar
+
+if TYPE_CHECKING:
+    from lfm2vl_edge.calibrate import Example
+    from lfm2vl_edge.modelfile import Pair
+
+
+@opt.takes_groups
+def calibrate(
+    model: opt.ModelOptions,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.gguf", help="The importance matrix.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="DATA.jsonl",
+            help='Lines of {"image": ..., "question": ..., "answer": ...}; the answer may be missing. '
+            "Default: 36 scenes that it draws.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Show only that many examples.")] = None,
+    as_json: opt.Json = False,
+    force: opt.Force = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure how much each column of each matrix is used: lfm2vl-edge calibrate -m models/f16 -o imatrix.gguf.
+
+    `convert --imatrix` and `quantize --imatrix` weigh errors with it.
+    Pictures and questions like those of the later use are worth most.
+    """
+    from lfm2vl_convert.imatrix import write_imatrix
+    from lfm2vl_edge.calibrate import Calibration
+
+    with reporting():
+        refuse_overwrite(output, force)
+        pair = chosen_model(model).pair
+        examples, total, dataset = _examples(data, limit)
+        with (
+            Calibration.open(pair, _widths(pair), n_threads=model.threads, n_ctx=model.ctx_size) as calibration,
+            at_once() as interrupt,
+            steps_bar("calibrating", total, shows_progress(quiet)) as move,
+        ):
+            interrupt.cancel = calibration.cancel
+            tokens = 0
+            for done, example in enumerate(examples, start=1):
+                tokens += calibration.show(example)
+                interrupt.check()
+                move(done)
+        write_imatrix(output, calibration.sums, calibration.counts, [dataset])
+        if not quiet:
+            typer.echo(f"{total} examples, {tokens} tokens, {len(calibration.sums)} matrices", err=True)
+        found = {"imatrix": str(output), "examples": total, "tokens": tokens, "matrices": len(calibration.sums)}
+        typer.echo(json.dumps(found) if as_json else output)
+
+
+def _widths(pair: Pair) -> dict[str, int]:
+    """Return the columns of both files' matrices."""
+    from lfm2vl_convert.ggufile import read_tensors
+    from lfm2vl_convert.imatrix import matrix_widths
+
+    return matrix_widths(read_tensors(pair.model)) | matrix_widths(read_tensors(pair.mmproj))
+
+
+def _examples(data: Path | None, limit: int | None) -> tuple[Iterator[Example], int, str]:
+    """Return what is shown, each read or drawn when its turn comes; how many there are; and what to call them."""
+    from lfm2vl_edge import scenes
+    from lfm2vl_edge.calibrate import Example
+    from lfm2vl_edge.evaluate import read_rows
+
+    if data is None:
+        count = scenes.COUNT if limit is None else limit
+        drawn = (
+            Example(images=(scene.pixels,), question=scene.question, answer=scene.answer)
+            for scene in scenes.scenes(count)
+        )
+        return drawn, count, f"{count} scenes drawn by lfm2vl-edge, seed {scenes.SEED}"
+    rows = read_rows(data, needs_answers=False)[:limit]
+    read = (Example(images=row.images, question=row.question, answer="".join(row.answers[:1])) for row in rows)
+    return read, len(rows), str(data)

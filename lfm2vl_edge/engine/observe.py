@@ -1,0 +1,66 @@
+"""The engine with a look at what goes into its matrices: what an importance matrix is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from lfm2vl_edge.engine import Floats
+from lfm2vl_edge.engine.graph import InputSquares
+from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
+from lfm2vl_edge.image import Pixels
+
+_ROWS: Final = 256
+"""Tokens of one decode: each of them makes a row of logits, 67 MB with a vocabulary of 65,536."""
+
+
+class ObservedEngine(LlamaEngine):
+    """Sums up the squares of what matrices are multiplied with, in both towers.
+
+    llama.cpp leaves out what its last layer would compute for tokens whose logits nobody wants; here all are wanted,
+    so that this layer sees as many tokens as the others.
+
+    Raises:
+        EngineError: llama.cpp refuses a file, or is of a version that cannot be observed.
+    """
+
+    def __init__(self, model: Path, mmproj: Path, settings: EngineSettings, widths: Mapping[str, int]) -> None:
+        self.squares = InputSquares(widths)
+        """What was summed up so far."""
+        self._wanted = np.ones(_ROWS, np.int8)
+        super().__init__(model, mmproj, settings)
+
+    def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
+        """Return the embeddings of one view; see the protocol."""
+        embeddings = super().encode(pixels, n_tokens)
+        self.squares.check()
+        return embeddings
+
+    def decode_tokens(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the sequence."""
+        for begin in range(0, len(tokens), _ROWS):
+            super().decode_tokens(tokens[begin : begin + _ROWS])
+
+    def decode_embeddings(self, embeddings: Floats) -> None:
+        """Append float32 `[n, n_embd]` embeddings to the sequence."""
+        for begin in range(0, len(embeddings), _ROWS):
+            super().decode_embeddings(embeddings[begin : begin + _ROWS])
+
+    def _context_params(self, n_tokens: int) -> Any:
+        params = super()._context_params(n_tokens)
+        params.n_batch = _ROWS
+        params.cb_eval = self.squares.callback
+        return params
+
+    def _vision_params(self) -> Any:
+        params = super()._vision_params()
+        params.cb_eval = self.squares.callback
+        return params
+
+    def _decode(self, batch: Any) -> None:
+        batch.logits = self._wanted.ctypes.data_as(type(batch.logits))
+        super()._decode(batch)
+        self.squares.check()
