@@ -39,8 +39,7 @@ _MAX_SIDE: Final = 1 << 24
 _WHY: Final = {
     "model": "was saved with another model; load it with that one, or open the picture again",
     "engine": "was saved by another build of llama.cpp or on another processor; open the picture again",
-    "settings": "was saved with other settings (threads, attention, image settings, budget); use those, or open the "
-    "picture again",
+    "settings": "was saved with other settings (threads, attention, image settings, budget); use those or reopen it",
 }
 
 
