@@ -34,7 +34,7 @@ parity: $(VENV)/.parity ## compare with transformers and torch, on freshly made 
 	$(BIN)/pytest -m parity -n 0
 
 train: $(VENV)/.train ## train the demonstration model again, or go on training: hours; see models/tiny/README.md
-	OMP_PROC_BIND=true $(BIN)/python -m models.tiny.train
+	OMP_PROC_BIND=true GOMP_SPINCOUNT=300000 $(BIN)/python -m models.tiny.train
 	$(BIN)/lfm2vl-edge convert models/tiny/lfm2vl-tiny -o lfm2vl_edge/tiny --quant Q8_0 --mmproj-quant F16 --force
 
 clean: ## remove everything that was made
