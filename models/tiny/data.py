@@ -114,7 +114,7 @@ def training_batch(writer: Writer, seed: int, step: int, n_steps: int) -> Batch:
     plans = _plans(rng, stage)
     is_long = plans[0].is_tiled or (not stage.close_up and rng.random() < recipe.LONG_SHARE)
     room = recipe.LONG_TALK if is_long else recipe.CLOSE_UP_TALK if stage.close_up else recipe.TALK
-    drawn = [example(writer, rng, tile_plan, room, close_up=stage.close_up) for tile_plan in plans]
+    drawn = [example(writer, rng, tile_plan, stage, room) for tile_plan in plans]
     return collate(writer, [tiles for tiles, _ in drawn], [questions for _, questions in drawn])
 
 
@@ -131,16 +131,15 @@ def _plans(rng: random.Random, stage: recipe.Stage) -> list[TilePlan]:
 
 
 def example(
-    writer: Writer, rng: random.Random, tile_plan: TilePlan, room: int, *, close_up: bool
+    writer: Writer, rng: random.Random, tile_plan: TilePlan, stage: recipe.Stage, room: int
 ) -> tuple[list[Tile], list[Question]]:
     """Return a picture of this plan, cut, and a talk about it that takes at most `room` tokens."""
-    share = 0.6 if tile_plan.is_tiled or close_up else 0.35
+    share = 0.6 if tile_plan.is_tiled or stage.close_up else 0.35
     kind = recipe.kind_for(tile_plan, fine=rng.random() < 0.75, number_share=share)
-    kind = replace(kind, close_up=close_up)
+    kind = replace(kind, close_up=stage.close_up)
     scene = draw_scene(rng, tile_plan.height, tile_plan.width, kind)
     questions: list[Question] = []
-    weights = recipe.CLOSE_UP_WEIGHTS if close_up else recipe.WEIGHTS
-    for question in talk(rng, scene, recipe.TURNS, weights):
+    for question in talk(rng, scene, recipe.TURNS, stage.weights):
         needed = len(writer.text(question.text)) + len(writer.text(question.answer)) + TURN_TOKENS
         if needed <= room:
             questions.append(question)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -209,14 +208,19 @@ GROUPS: Final[dict[str, Callable[[random.Random, Scene], Made]]] = {
 }
 
 
-def talk(rng: random.Random, scene: Scene, turns: int, weights: dict[str, float]) -> Iterator[Question]:
+_ONE_ANSWER: Final = frozenset({"describe", "number", "background"})
+"""Groups whose questions are one question in other words."""
+
+
+def talk(rng: random.Random, scene: Scene, turns: int, weights: Mapping[str, float]) -> Iterator[Question]:
     """Yield up to `turns` different questions, drawn by the groups' weights."""
-    asked: Counter[str] = Counter()
+    asked: set[str] = set()
     names, shares = list(weights), list(weights.values())
     for _ in range(4 * turns):
         question = ask(rng, scene, rng.choices(names, shares)[0])
-        if question is not None and not asked[question.text]:
-            asked[question.text] += 1
+        matter = question and (question.group if question.group in _ONE_ANSWER else question.text)
+        if question is not None and matter not in asked:
+            asked.add(str(matter))
             yield question
-        if asked.total() == turns:
+        if len(asked) == turns:
             return

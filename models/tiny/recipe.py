@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -38,6 +39,8 @@ TALK: Final = 100
 """...as far as these many tokens go..."""
 LONG_TALK: Final = 190
 """...or in some batches, and about tiled pictures, these, so that the longest answers have room."""
+CAPTION_WEIGHTS: Final = {**dict.fromkeys(WEIGHTS, 1.0), "describe": 30.0, "number": 2.0}
+"""The same about the first whole scenes: a description says something of every object, a yes hardly anything."""
 CLOSE_UP_TALK: Final = 60
 LONG_SHARE: Final = 0.05
 DIGITS: Final = (14.0, 44.0)
@@ -61,14 +64,17 @@ class Stage:
     """Share of the batches whose pictures are tiled."""
     batch: int
     """Pictures of a batch, of those that are not tiled."""
+    weights: Mapping[str, float]
+    """How often each group of questions is asked."""
     resized: float
     """Share of the batches whose pictures are drawn in another size than the view's, and so are resized."""
 
 
 STAGES: Final = (
-    Stage(until=0.30, close_up=True, tokens=(1, 9), tiled=0.0, batch=96, resized=0.0),
-    Stage(until=0.70, tokens=(36, 64), tiled=0.0, batch=28, resized=0.3),
-    Stage(until=1.01, tokens=(25, 64), tiled=0.35, batch=32, resized=0.4),
+    Stage(until=0.10, close_up=True, tokens=(1, 9), tiled=0.0, batch=96, resized=0.0, weights=CLOSE_UP_WEIGHTS),
+    Stage(until=0.40, tokens=(36, 64), tiled=0.0, batch=28, resized=0.3, weights=CAPTION_WEIGHTS),
+    Stage(until=0.70, tokens=(36, 64), tiled=0.0, batch=28, resized=0.3, weights=WEIGHTS),
+    Stage(until=1.01, tokens=(25, 64), tiled=0.35, batch=32, resized=0.4, weights=WEIGHTS),
 )
 TILED_BATCH: Final = 12
 LEARNING_RATE: Final = 2e-3
