@@ -66,7 +66,7 @@ def test_digits_have_the_height_that_was_asked_for(seed: int) -> None:
     scene = scene_of(seed, kind=Kind(digits=(20, 30), number_share=1))
     assert scene.number is not None
     _, top, _, bottom = extent(bare(scene, number=replace(scene.number, digits="8")))
-    assert bottom - top == pytest.approx(scene.number.size * 256, abs=2)
+    assert bottom - top == pytest.approx(scene.number.size * 256, rel=0.12)  # fonts come in whole pixels
 
 
 @pytest.mark.parametrize("color", COLORS)
