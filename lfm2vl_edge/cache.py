@@ -71,11 +71,6 @@ class States:
         self._recent = Recent(budget)
         self._held: WeakValueDictionary[Key, npt.NDArray[Any]] = WeakValueDictionary()
 
-    @property
-    def recent(self) -> Recent:
-        """What the budget pays for."""
-        return self._recent
-
     def put(self, key: Key, snapshot: Callable[[], State]) -> None:
         """Keep the state that `snapshot` copies, unless there is no budget at all."""
         if self._recent.budget > 0:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 PARTIAL: Final = ".partial"
 """Ends the name of a file that is being written."""
@@ -37,27 +37,33 @@ def write_beside(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
         raise
 
 
+_Place: TypeAlias = tuple[str, str, str]
+"""The platform's variable, the usual folder below home where it is not set, and a folder within ours."""
+_CACHE: Final[Mapping[str, _Place]] = {
+    "darwin": ("", "Library/Caches", ""),
+    "win32": ("LOCALAPPDATA", "AppData/Local", "Cache"),
+}
+_DATA: Final[Mapping[str, _Place]] = {
+    "darwin": ("", "Library/Application Support", ""),
+    "win32": ("LOCALAPPDATA", "AppData/Local", "Data"),
+}
+
+
 def cache_folder(environment: Mapping[str, str] | None = None, platform: str = sys.platform) -> Path:
     """Return LFM2VL_CACHE, or the folder that the platform keeps for the caches of programs."""
-    known = os.environ if environment is None else environment
-    if chosen := known.get(CACHE_VARIABLE):
-        return Path(chosen)
-    if platform == "darwin":
-        return Path.home() / "Library" / "Caches" / _NAME
-    if platform == "win32":
-        return Path(known.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / _NAME / "Cache"
-    base = Path(known.get("XDG_CACHE_HOME") or "")
-    return (base if base.is_absolute() else Path.home() / ".cache") / _NAME
+    return _folder(CACHE_VARIABLE, _CACHE.get(platform, ("XDG_CACHE_HOME", ".cache", "")), environment)
 
 
 def data_folder(environment: Mapping[str, str] | None = None, platform: str = sys.platform) -> Path:
     """Return LFM2VL_DATA, or the folder that the platform keeps for the data of programs."""
+    return _folder(DATA_VARIABLE, _DATA.get(platform, ("XDG_DATA_HOME", ".local/share", "")), environment)
+
+
+def _folder(own: str, place: _Place, environment: Mapping[str, str] | None) -> Path:
     known = os.environ if environment is None else environment
-    if chosen := known.get(DATA_VARIABLE):
+    if chosen := known.get(own):
         return Path(chosen)
-    if platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / _NAME
-    if platform == "win32":
-        return Path(known.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / _NAME / "Data"
-    base = Path(known.get("XDG_DATA_HOME") or "")
-    return (base if base.is_absolute() else Path.home() / ".local" / "share") / _NAME
+    variable, usual, within = place
+    base = Path(known.get(variable) or "")
+    is_set = base.is_absolute() if variable.startswith("XDG") else bool(known.get(variable))  # as XDG demands
+    return (base if is_set else Path.home() / usual) / _NAME / within

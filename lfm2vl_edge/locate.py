@@ -41,16 +41,13 @@ FALLBACK_NOTE: Final = (
 )
 
 
-def locate(
-    wanted: str | os.PathLike[str] | None = None, mmproj: Path | None = None, *, tiny: Path | None = None
-) -> Located:
+def locate(wanted: str | os.PathLike[str] | None = None, mmproj: Path | None = None) -> Located:
     """Return the model that is meant.
 
     Args:
         wanted: a language GGUF or its folder, a name of the table, a hub id that was pulled, or `tiny`. What exists as
             a path is one. None means LFM2VL_MODEL, else the model that was pulled last, else the built-in one.
         mmproj: the vision encoder's GGUF; by default the one that belongs to the model.
-        tiny: the folder of the built-in model; by default the package's.
 
     Raises:
         ModelNotPulled: it is known by name and not here.
@@ -62,11 +59,11 @@ def locate(
         last = last_pulled()
         if last is not None:
             return _from(last, mmproj)
-        return Located(model=_built_in(tiny or TINY), mmproj=mmproj, is_fallback=True)
+        return Located(model=_built_in(), mmproj=mmproj, is_fallback=True)
     if not isinstance(name, str) or _is_path(name):
         return Located(model=Path(name), mmproj=mmproj)
     if name.lower() == BUILT_IN:
-        return Located(model=_built_in(tiny or TINY), mmproj=mmproj)
+        return Located(model=_built_in(), mmproj=mmproj)
     return _named(name, mmproj)
 
 
@@ -119,9 +116,9 @@ def _from(entry: Pulled, mmproj: Path | None) -> Located:
     return Located(model=entry.files[0].path, mmproj=mmproj or entry.files[1].path)
 
 
-def _built_in(folder: Path) -> Path:
-    if not any(folder.glob("*.gguf")):
+def _built_in() -> Path:
+    if not any(TINY.glob("*.gguf")):
         raise ModelNotFound(
             f"no model; give one with --model, set {MODEL_VARIABLE}, or fetch one: lfm2vl-edge pull {RECOMMENDED}"
         )
-    return folder
+    return TINY

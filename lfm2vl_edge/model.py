@@ -87,8 +87,7 @@ class Model:
 
         Args:
             path: the language GGUF, the folder that holds it, or the name of a model that was pulled. Without it:
-                LFM2VL_MODEL, else the model that was pulled last, else the small built-in one, with a warning in the
-                log `lfm2vl_edge.model`. Nothing is ever fetched here.
+                LFM2VL_MODEL, else the model that was pulled last. Nothing is ever fetched here.
             mmproj: the vision encoder's GGUF; by default the fastest beside the language GGUF.
             image_settings: fields of `ImageConfig` that replace the model's own.
             detail: how closely pictures are looked at: full, high, balanced or fast; see `detail_changes`.

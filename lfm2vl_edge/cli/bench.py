@@ -1,4 +1,4 @@
-"""`lfm2vl-edge bench`: what a model costs on this machine, and beside llama.cpp's own tools."""
+"""`lfm2vl-edge bench`: what a model costs on this machine."""
 
 from __future__ import annotations
 
