@@ -217,11 +217,11 @@ def mean_iou(found: Sequence[Box], truth: Sequence[Box]) -> float:
 
 def iou(one: Corners, other: Corners) -> float:
     """Return the intersection over the union of two boxes, 0 to 1; a box without an area overlaps nothing."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    if width <= 0 or height <= 0:
-        return 0.0
+    width = max(0.0, min(one[2], other[2]) - max(one[0], other[0]))
+    height = max(0.0, min(one[3], other[3]) - max(one[1], other[1]))
     common = width * height
+    if common == 0:  # also where the product of two tiny sides is too small for a float
+        return 0.0
     return min(1.0, common / (_area(one) + _area(other) - common))  # rounding must not lead above 1
 
 
