@@ -71,10 +71,10 @@ class Stage:
 
 
 STAGES: Final = (
-    Stage(until=0.10, close_up=True, tokens=(1, 9), tiled=0.0, batch=96, resized=0.0, weights=CLOSE_UP_WEIGHTS),
-    Stage(until=0.36, tokens=(36, 64), tiled=0.0, batch=28, resized=0.3, weights=CAPTION_WEIGHTS),
+    Stage(until=0.075, close_up=True, tokens=(1, 9), tiled=0.0, batch=96, resized=0.0, weights=CLOSE_UP_WEIGHTS),
+    Stage(until=0.45, tokens=(36, 64), tiled=0.0, batch=28, resized=0.3, weights=CAPTION_WEIGHTS),
     Stage(until=0.62, tokens=(36, 64), tiled=0.0, batch=28, resized=0.3, weights=WEIGHTS),
-    Stage(until=1.01, tokens=(25, 64), tiled=0.35, batch=32, resized=0.4, weights=WEIGHTS),
+    Stage(until=1.01, tokens=(25, 64), tiled=0.3, batch=32, resized=0.4, weights=WEIGHTS),
 )
 TILED_BATCH: Final = 12
 LEARNING_RATE: Final = 2e-3
