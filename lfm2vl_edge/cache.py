@@ -64,17 +64,33 @@ class Recent:
         return len(self._kept)
 
 
-class States:
-    """States of the sequence after a chain of pieces, see `chain`."""
+class Shelf(Protocol):
+    """Where arrays outlive the process."""
 
-    def __init__(self, budget: int = STATE_BYTES) -> None:
+    def get(self, key: Key, shape: tuple[int, int] | None = None) -> npt.NDArray[Any] | None:
+        """Return `[rows, columns]`, of a shape if one is demanded; None if it is not there whole."""
+
+    def put(self, key: Key, array: npt.NDArray[Any]) -> None:
+        """Keep `[rows, columns]` if that is possible."""
+
+
+class States:
+    """States of the sequence after a chain of pieces (`chain`), in memory and, where there is a shelf, beyond it."""
+
+    def __init__(self, budget: int = STATE_BYTES, shelf: Shelf | None = None) -> None:
+        """Keep nothing at all where the budget (bytes of memory) is 0."""
         self._recent = Recent(budget)
+        self._shelf = shelf if budget > 0 else None
         self._held: WeakValueDictionary[Key, npt.NDArray[Any]] = WeakValueDictionary()
 
-    def put(self, key: Key, snapshot: Callable[[], State]) -> None:
-        """Keep the state that `snapshot` copies, unless there is no budget at all."""
-        if self._recent.budget > 0:
-            self._recent.put(key, snapshot())
+    def put(self, key: Key, snapshot: Callable[[], State], *, lasting: bool = False) -> None:
+        """Keep the state that `snapshot` copies, unless there is no budget at all; on the shelf if it is to last."""
+        if self._recent.budget <= 0:
+            return
+        state = snapshot()
+        self._recent.put(key, state)
+        if lasting and self._shelf is not None:
+            self._shelf.put(key, state[None])
 
     def hold(self, key: Key, state: State) -> None:
         """Know a state for as long as its owner keeps it; it costs the budget nothing."""
@@ -83,7 +99,15 @@ class States:
     def get(self, key: Key) -> State | None:
         """Return the state after a chain, if it is known."""
         held = self._held.get(key)
-        return self._recent.get(key) if held is None else held
+        known = self._recent.get(key) if held is None else held
+        return self._shelved(key) if known is None and self._shelf is not None else known
+
+    def _shelved(self, key: Key) -> State | None:
+        found = self._shelf.get(key) if self._shelf is not None else None
+        if found is None or len(found) != 1:
+            return None
+        self._recent.put(key, found[0])
+        return found[0]
 
     def longest(self, keys: Sequence[Key]) -> tuple[int, State] | None:
         """Return the length of the longest known prefix of a chain, in pieces, and its state; None if none is."""
@@ -92,16 +116,6 @@ class States:
             if state is not None:
                 return length, state
         return None
-
-
-class Shelf(Protocol):
-    """Where embeddings outlive the process."""
-
-    def get(self, key: Key, shape: tuple[int, int]) -> Floats | None:
-        """Return float32 embeddings of a shape; None if they are not there whole."""
-
-    def put(self, key: Key, embeddings: Floats) -> None:
-        """Keep embeddings if that is possible."""
 
 
 class Embeddings:

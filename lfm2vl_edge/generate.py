@@ -187,7 +187,7 @@ def _ends_with(run: Sequence[int], opening: tuple[int, ...]) -> bool:
 def prefill(engine: Engine, pieces: Sequence[Piece], memory: Memory, watch: Stopwatch) -> None:
     """Put pieces through the engine, after the longest known prefix of them; the last one is always decoded.
 
-    The states after the last view and after the last piece are kept.
+    The states after the last view and after the last piece are kept; the first of them is worth keeping on disk.
     """
     with watch.phase("prefill"):
         keys = chain(pieces)
@@ -198,7 +198,7 @@ def prefill(engine: Engine, pieces: Sequence[Piece], memory: Memory, watch: Stop
         _decode(engine, pieces[index], memory, watch)
         if index in (*views[-1:], len(pieces) - 1):
             with watch.phase("prefill"):
-                memory.states.put(keys[index], engine.snapshot)
+                memory.states.put(keys[index], engine.snapshot, lasting=index in views[-1:])
 
 
 def n_tokens(piece: Piece) -> int:

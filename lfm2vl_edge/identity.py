@@ -99,6 +99,16 @@ def encoder_digest(source: Source, info: EngineInfo, memo: Path | None) -> str:
     return _digest(mmproj, engine_digest(info, memo), info.encoder_settings)
 
 
+def state_digest(source: Source, info: EngineInfo, memo: Path | None) -> str:
+    """Return the digest of everything but the prompt that decides a state of the sequence.
+
+    Raises:
+        ModelNotFound: a file is gone, or is another one by now.
+    """
+    settings = info.language_settings, info.encoder_settings
+    return _digest(*source.digests(memo), engine_digest(info, memo), *settings)
+
+
 def engine_digest(info: EngineInfo, memo: Path | None) -> str:
     """Return the digest of the engine's native code and of the processor features that it uses."""
     return _digest(info.system, *(file_digest(path, memo) for path in info.libraries))

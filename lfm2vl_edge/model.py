@@ -22,7 +22,7 @@ from lfm2vl_edge.engine import Engine, Floats, State
 from lfm2vl_edge.errors import EngineError, SessionError
 from lfm2vl_edge.files import cache_folder
 from lfm2vl_edge.generate import Chunk, look, n_tokens, prefill, prepare, split, stream
-from lfm2vl_edge.identity import Identity, Source, encoder_digest, identify
+from lfm2vl_edge.identity import Identity, Source, encoder_digest, identify, state_digest
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.locate import FALLBACK_NOTE, locate
 from lfm2vl_edge.modelfile import ModelConfig
@@ -30,7 +30,7 @@ from lfm2vl_edge.opening import Wishes, check_count, decide, load
 from lfm2vl_edge.preprocess import Tile
 from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
 from lfm2vl_edge.session import Photo, load_saved
-from lfm2vl_edge.shelf import CACHE_BYTES, DiskShelf, digests_folder
+from lfm2vl_edge.shelf import CACHE_BYTES, STATE, Disk, DiskShelf, digests_folder
 from lfm2vl_edge.stats import Stopwatch
 
 _LOG: Final = logging.getLogger(__name__)
@@ -99,8 +99,9 @@ class Model:
             device: name of that GPU; by default llama.cpp chooses.
             state_bytes: memory for states of earlier prompts, so that another question about a picture or the next
                 turn of a talk decodes only what is new; 0 keeps none.
-            cache: a folder that keeps the embeddings of views for later processes; `True` means LFM2VL_CACHE or the
-                user's cache folder. What goes wrong there is a warning in the log `lfm2vl_edge.shelf`.
+            cache: a folder that keeps embeddings of views and states after pictures for later processes; `True` means
+                LFM2VL_CACHE or the user's cache folder. What goes wrong there is a warning in the log
+                `lfm2vl_edge.shelf`.
             cache_bytes: what all processes together may keep there.
 
         Raises:
@@ -320,9 +321,11 @@ class Model:
 
 
 def _memory(engine: Engine, source: Source, folder: Path | None, state_bytes: int, cache_bytes: int) -> Memory:
-    """Return the memory of states and embeddings, the latter with a shelf on disk if there is a folder for it."""
-    states = States(state_bytes)
+    """Return the memory of states and embeddings, with shelves on disk if there is a folder for them."""
     if folder is None:
-        return Memory(states=states, embeddings=Embeddings())
-    shelf = DiskShelf(folder, cache_bytes, lambda: encoder_digest(source, engine.info, digests_folder(folder)))
-    return Memory(states=states, embeddings=Embeddings(shelf=shelf, n_embd=engine.info.n_embd))
+        return Memory(states=States(state_bytes), embeddings=Embeddings())
+    disk, memo = Disk(folder, cache_bytes), digests_folder(folder)
+    views = DiskShelf(disk, lambda: encoder_digest(source, engine.info, memo))
+    states = DiskShelf(disk, lambda: state_digest(source, engine.info, memo), STATE)
+    embeddings = Embeddings(shelf=views, n_embd=engine.info.n_embd)
+    return Memory(states=States(state_bytes, states), embeddings=embeddings)

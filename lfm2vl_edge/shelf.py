@@ -1,7 +1,7 @@
-"""Embeddings on disk: a folder that several processes share, within a budget, and that may fail at any time.
+"""Embeddings and states on disk: a folder that processes share, within a budget, and that may fail at any time.
 
 An entry is a file of its own, written beside and renamed, with a checksum; what is damaged is dropped. No failure here
-ends an answer: it is a warning (in the log `lfm2vl_edge.shelf`), and the view is encoded again.
+ends an answer: it is a warning (in the log `lfm2vl_edge.shelf`), and what was not found is computed again.
 """
 
 from __future__ import annotations
@@ -16,26 +16,43 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
-from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.errors import EdgeError
 from lfm2vl_edge.files import PARTIAL, write_beside
 
 CACHE_BYTES: Final = 1_000_000_000
-"""Default budget on disk: about a thousand views (450M)."""
-_START: Final = struct.Struct("<8sII")
+"""Default budget on disk: about a thousand views, or thirty states of a talk about a picture of ten tiles (450M)."""
+_START: Final = struct.Struct("<8sQQ")
 """Magic, rows, columns."""
-_MAGIC: Final = b"LFM2VLE1"
 _CHECKSUM_BYTES: Final = 32
 _ABANDONED_SECONDS: Final = 3600
 """A file that was begun this long ago belongs to a process that was killed."""
-_ENTRY: Final = re.compile(r"[0-9a-f]{64}\.view")
-_BEGUN: Final = re.compile(r"\.[0-9a-f]{64}(\.view)?\.\d+-[0-9a-f]{8}" + re.escape(PARTIAL))
+_ENTRY: Final = re.compile(r"[0-9a-f]{64}\.(view|state)")
+_BEGUN: Final = re.compile(r"\.[0-9a-f]{64}(\.view|\.state)?\.\d+-[0-9a-f]{8}" + re.escape(PARTIAL))
 _NOTE: Final = re.compile(r"[0-9a-f]{64}")
 _LOG: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What the entries of a shelf are."""
+
+    suffix: str
+    """Of their files."""
+    magic: bytes
+    """Eight bytes that begin them."""
+    dtype: type[np.generic]
+    """Of their values."""
+
+
+VIEW: Final = Kind(suffix=".view", magic=b"LFM2VLE2", dtype=np.float32)
+"""Embeddings of a view: `[n_tokens, n_embd]`."""
+STATE: Final = Kind(suffix=".state", magic=b"LFM2VLS1", dtype=np.uint8)
+"""The engine's sequence: `[1, n_bytes]`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +67,8 @@ class Entry:
     """When it was written or last read, seconds since 1970."""
 
 
-def views_folder(folder: Path) -> Path:
-    """Return where a cache folder has its embeddings."""
+def entries_folder(folder: Path) -> Path:
+    """Return where a cache folder has its embeddings and states."""
     return folder / "views"
 
 
@@ -60,90 +77,127 @@ def digests_folder(folder: Path) -> Path:
     return folder / "files"
 
 
-class DiskShelf:
-    """See `lfm2vl_edge.cache.Shelf`. Several processes may use one folder."""
+class Disk:
+    """A folder with a budget, until something there fails. Several processes may use one."""
 
-    def __init__(self, folder: Path, budget: int, origin: Callable[[], str]) -> None:
+    def __init__(self, folder: Path, budget: int) -> None:
         """Use a folder, which is made when something is written.
 
         Args:
             folder: the cache folder.
-            budget: bytes that all embeddings may take together.
-            origin: gives the digest of everything but the pixels that decides an embedding.
+            budget: bytes that all entries may take together.
         """
-        self._folder = views_folder(folder)
-        self._budget = budget
-        self._origin = origin
-        self._known_origin: str | None = None
-        self._is_off = False
+        self.folder = entries_folder(folder)
+        """Where the entries lie."""
+        self.budget = budget
+        """Bytes."""
+        self.is_off = False
+        """Whether it is out of use."""
 
-    def get(self, key: bytes, shape: tuple[int, int]) -> Floats | None:
-        """Return float32 embeddings of a shape; None if they are not there whole."""
+    def give_up(self, action: str, error: Exception) -> None:
+        """Warn once and go on without the disk: what fails now would fail every time."""
+        self.is_off = True
+        _LOG.warning("cannot %s the cache in %s: %s; going on without it", action, self.folder, error)
+
+
+class DiskShelf:
+    """Entries of one kind; see `lfm2vl_edge.cache.Shelf`."""
+
+    def __init__(self, disk: Disk, origin: Callable[[], str], kind: Kind = VIEW) -> None:
+        """Keep entries on a disk that other shelves may share.
+
+        Args:
+            disk: where.
+            origin: gives the digest of everything but the key that decides an entry.
+            kind: what they are.
+        """
+        self._disk = disk
+        self._origin = origin
+        self._kind = kind
+        self._known_origin: str | None = None
+
+    def get(self, key: bytes, shape: tuple[int, int] | None = None) -> npt.NDArray[Any] | None:
+        """Return an entry, read-only and of a shape if one is demanded; None if it is not there whole."""
         path = self._path(key)
         if path is None:
             return None
-        size = _START.size + 4 * shape[0] * shape[1] + _CHECKSUM_BYTES
         try:
-            with path.open("rb") as file:
-                data = file.read(size + 1)
+            data = self._read(path, shape)
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._give_up("read", error)
+            self._disk.give_up("read", error)
             return None
-        if len(data) != size or data[: _START.size] != _START.pack(_MAGIC, *shape) or not _is_whole(data, path):
+        found = self._array(data, path, shape)
+        if found is None:
             _LOG.warning("a damaged entry of the cache was dropped: %s", path)
             _remove(path)
             return None
         with suppress(OSError):  # gone or read-only: then its use is not noted
             os.utime(path)
-        return np.frombuffer(data, np.float32, shape[0] * shape[1], _START.size).reshape(shape)
+        return found
 
-    def put(self, key: bytes, embeddings: Floats) -> None:
-        """Keep float32 `[n, n_embd]` embeddings if the disk takes them."""
+    def put(self, key: bytes, array: npt.NDArray[Any]) -> None:
+        """Keep an array `[rows, columns]` of the shelf's kind if budget and disk take it."""
         path = self._path(key)
-        if path is None:
+        if path is None or array.nbytes + _START.size + _CHECKSUM_BYTES > self._disk.budget:
             return
-        body = _START.pack(_MAGIC, *embeddings.shape) + embeddings.tobytes()
+        start, body = _START.pack(self._kind.magic, *array.shape), np.ascontiguousarray(array).data.cast("B")
         try:
-            write_beside(path, [body, _checksum(body, path)])
+            write_beside(path, [start, body, _checksum(path, start, body)])
         except OSError as error:
-            self._give_up("write to", error)
+            self._disk.give_up("write to", error)
             return
-        trim(self._folder, self._budget)
+        trim(self._disk.folder, self._disk.budget)
+
+    def _read(self, path: Path, shape: tuple[int, int] | None) -> bytes:
+        """Return a file, or of one that is longer than it can be at most so much that this can be told."""
+        n_bytes = self._disk.budget if shape is None else _START.size + self._values_bytes(shape) + _CHECKSUM_BYTES
+        with path.open("rb") as file:
+            return file.read(min(n_bytes, os.fstat(file.fileno()).st_size) + 1)
+
+    def _array(self, data: bytes, path: Path, shape: tuple[int, int] | None) -> npt.NDArray[Any] | None:
+        """Return what a file holds; None if it is damaged."""
+        if len(data) < _START.size + _CHECKSUM_BYTES:
+            return None
+        magic, rows, columns = _START.unpack_from(data)
+        end = _START.size + self._values_bytes((rows, columns))
+        whole = memoryview(data)
+        if (
+            magic != self._kind.magic
+            or shape not in (None, (rows, columns))
+            or len(data) != end + _CHECKSUM_BYTES
+            or _checksum(path, whole[:end]) != whole[end:]
+        ):
+            return None
+        return np.frombuffer(data, self._kind.dtype, rows * columns, _START.size).reshape(rows, columns)
+
+    def _values_bytes(self, shape: tuple[int, int]) -> int:
+        return shape[0] * shape[1] * np.dtype(self._kind.dtype).itemsize
 
     def _path(self, key: bytes) -> Path | None:
         """Return where an entry lies; None when the shelf is out of use."""
-        if self._is_off:
+        if self._disk.is_off:
             return None
         try:
             self._known_origin = self._known_origin or self._origin()
         except EdgeError as error:
-            self._give_up("use", error)
+            self._disk.give_up("use", error)
             return None
         name = hashlib.sha256(self._known_origin.encode() + key).hexdigest()
-        return self._folder / f"{name}.view"
-
-    def _give_up(self, action: str, error: Exception) -> None:
-        """Warn once and go on without the disk: what fails now would fail for every view."""
-        self._is_off = True
-        _LOG.warning("cannot %s the cache in %s: %s; going on without it", action, self._folder, error)
+        return self._disk.folder / f"{name}{self._kind.suffix}"
 
 
-def _checksum(body: bytes | memoryview, path: Path) -> bytes:
+def _checksum(path: Path, *parts: bytes | memoryview) -> bytes:
     """Return the SHA-256 of an entry's name and content: a renamed entry is damaged too."""
     state = hashlib.sha256(path.name.encode())
-    state.update(body)
+    for part in parts:
+        state.update(part)
     return state.digest()
 
 
-def _is_whole(data: bytes, path: Path) -> bool:
-    whole = memoryview(data)
-    return _checksum(whole[:-_CHECKSUM_BYTES], path) == whole[-_CHECKSUM_BYTES:]
-
-
 def entries(folder: Path) -> list[Entry]:
-    """Return the embeddings in a folder, the least recently used first; another process may change them meanwhile."""
+    """Return what lies in a folder, the least recently used first; another process may change it meanwhile."""
     return sorted(_files(folder, _ENTRY), key=lambda entry: entry.used)
 
 
@@ -171,8 +225,8 @@ def trim(folder: Path, budget: int) -> None:
 
 
 def clear(folder: Path) -> int:
-    """Remove the embeddings and digests of a cache folder, nothing else, and return how many bytes they had."""
-    places = ((views_folder(folder), (_ENTRY, _BEGUN)), (digests_folder(folder), (_NOTE, _BEGUN)))
+    """Remove the entries and digests of a cache folder, nothing else, and return how many bytes they had."""
+    places = ((entries_folder(folder), (_ENTRY, _BEGUN)), (digests_folder(folder), (_NOTE, _BEGUN)))
     found = [entry for place, patterns in places for pattern in patterns for entry in _files(place, pattern)]
     return sum(entry.n_bytes for entry in found if _remove(entry.path))
 

@@ -10,7 +10,7 @@ from lfm2vl_edge.cli import options as opt
 from lfm2vl_edge.cli.output import reporting
 
 cache = typer.Typer(
-    name="cache", help="Show or clear the embeddings of pictures on disk (run --cache).", no_args_is_help=True
+    name="cache", help="Show or clear what is kept of pictures on disk (run --cache).", no_args_is_help=True
 )
 
 
@@ -18,17 +18,19 @@ cache = typer.Typer(
 def info(as_json: opt.Json = False) -> None:
     """Show where the cache lies and what it holds."""
     from lfm2vl_edge.files import cache_folder
-    from lfm2vl_edge.shelf import CACHE_BYTES, entries, views_folder
+    from lfm2vl_edge.shelf import CACHE_BYTES, STATE, VIEW, entries, entries_folder
 
     with reporting():
         folder = cache_folder()
-        found = entries(views_folder(folder))
+        found = entries(entries_folder(folder))
         n_bytes = sum(entry.n_bytes for entry in found)
+        views, states = (sum(entry.path.suffix == kind.suffix for entry in found) for kind in (VIEW, STATE))
         if as_json:
-            shown = {"folder": str(folder), "views": len(found), "bytes": n_bytes, "limit": CACHE_BYTES}
+            shown = {"folder": str(folder), "views": views, "states": states, "bytes": n_bytes, "limit": CACHE_BYTES}
             typer.echo(json.dumps(shown, ensure_ascii=False))
         else:
-            typer.echo(f"{folder}: {len(found)} views, {n_bytes / 1e6:.1f} MB of at most {CACHE_BYTES / 1e6:.0f} MB")
+            size = f"{n_bytes / 1e6:.1f} MB of at most {CACHE_BYTES / 1e6:.0f} MB"
+            typer.echo(f"{folder}: {views} views, {states} states, {size}")
 
 
 @cache.command()

@@ -88,13 +88,15 @@ def open_model(
 ) -> Model:
     """Open the model that was asked for, with its image settings changed as asked.
 
-    A single answer has no use for the states of earlier prompts, so they are kept only to `remember`. The cache on
-    disk holds what can be seen in pictures, so it is used only where that was asked for, here or by LFM2VL_CACHE.
+    A single answer has no use for the states of earlier prompts, so they are kept only to `remember`, or on disk for
+    the next process. The cache on disk holds what can be seen in pictures, so it is used only where that was asked
+    for, here or by LFM2VL_CACHE.
     """
     from lfm2vl_edge.cache import STATE_BYTES
     from lfm2vl_edge.model import Model
 
     located = chosen_model(options)
+    on_disk = bool(os.environ.get(CACHE_VARIABLE)) if cache is None else cache
     warnings_to_stderr()
     if verbose > 1:
         from lfm2vl_edge.engine.ffi import LOG
@@ -106,8 +108,8 @@ def open_model(
         image_settings=image.changes(),
         **image.wishes(),
         **options.machine(),
-        cache=bool(os.environ.get(CACHE_VARIABLE)) if cache is None else cache,
-        state_bytes=STATE_BYTES if remember else 0,
+        cache=on_disk,
+        state_bytes=STATE_BYTES if remember or on_disk else 0,
     )
 
 
