@@ -145,7 +145,7 @@ def _plain(message: Message, names: Mapping[Picture, str]) -> dict[str, Any]:
 def _stats(desk: Desk, _rest: str) -> None:
     messages = desk.chat.messages
     turns = sum(message["role"] == "user" for message in messages)
-    lines = [f"talk       {turns} turns, {len(desk.names)} pictures"]
+    lines = [f"talk       turns: {turns}, pictures: {len(desk.names)}"]
     if desk.last is not None and desk.last.stats is not None:
         used, whole = desk.last.stats.prompt_tokens + desk.last.stats.answer_tokens, desk.chat.model.config.n_ctx_train
         lines += [f"context    {used} of {whole} tokens after the last answer", *figures(desk.last, desk.chat.model)]
