@@ -80,7 +80,7 @@ class Chat:
             ContextFull: the talk does not fit into the model's context any more; `reset` begins a new one.
             EngineError: a native call failed, the model is busy, or the answer was cancelled.
         """
-        several = list(images) if isinstance(images, (list, tuple)) else [images]
+        several: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
         return self._answer(text, [self._cut(image) for image in several])
 
     def reset(self) -> None:

@@ -27,7 +27,8 @@ _SILENCE_SECONDS: Final = 15.0
 _HEADERS: Final = {"User-Agent": "lfm2vl-edge", "Accept-Encoding": "identity"}
 """Pictures are compressed already; what a server compresses again could grow without limit when it is unpacked."""
 _SHOWN_SIGNS: Final = 200
-_ELSE: Final = "or download the picture and give its path"
+_BY_PATH: Final = "download the picture and give its path"
+_ELSE: Final = f"or {_BY_PATH}"
 _NO_ADDRESS: Final = "the address of the picture is not valid; its form is https://host/path, special signs as %XX"
 """Shows nothing of the address: where it cannot be read, nobody knows which part of it is a password."""
 
@@ -196,7 +197,7 @@ def _check_head(url: str, response: Any, limits: Limits) -> None:
         raise ImageError(f"{shown(url)} gives HTTP status {status}, no picture; try again later, {_ELSE}")
     packed = headers.get("content-encoding", "identity")
     if packed != "identity":
-        raise ImageError(f"{shown(url)} comes packed ({packed!r:.20}) though plain bytes were asked for; {_ELSE[3:]}")
+        raise ImageError(f"{shown(url)} comes packed ({packed!r:.20}) though plain bytes were asked for; {_BY_PATH}")
     announced = headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > limits.n_bytes:
         raise _too_large(url, limits)
