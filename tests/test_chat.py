@@ -173,7 +173,7 @@ def test_a_full_context_loses_nothing_and_a_reset_helps() -> None:
     assert texts(chat) == before
     chat.show(SMALL)
     chat.reset()
-    assert not chat.messages + [*chat.waiting]
+    assert not [*chat.messages, *chat.waiting]
     assert joined(chat.say("Two?")) == "?"
 
 
