@@ -6,9 +6,11 @@ with Model.open("LFM2-VL-450M-F16.gguf") as model:
     print(model.ask("photo.jpg", "What is this?"))
 """
 
+from lfm2vl_edge.chat import Chat
 from lfm2vl_edge.config import ImageConfig, Options, Sampling
 from lfm2vl_edge.errors import (
     ConfigError,
+    ContextFull,
     ConvertError,
     DataError,
     DownloadError,
@@ -31,8 +33,10 @@ from lfm2vl_edge.stats import Stats
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chat",
     "Chunk",
     "ConfigError",
+    "ContextFull",
     "ConvertError",
     "DataError",
     "DownloadError",

@@ -69,7 +69,7 @@ class Calibration:
 
         Raises:
             ImageError: a picture cannot be read.
-            PromptError: the example does not fit into the model's context.
+            ContextFull: the example does not fit into the model's context.
             EngineError: a native call failed, or what came out is no number.
         """
         prompt = prepare(self._engine, self._config, [user_message(example.images, example.question)])

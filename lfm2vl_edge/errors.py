@@ -17,7 +17,11 @@ class ImageError(EdgeError):
 
 
 class PromptError(EdgeError):
-    """The messages cannot be made into a prompt, or the prompt does not fit into the context."""
+    """The messages cannot be made into a prompt."""
+
+
+class ContextFull(PromptError):
+    """The prompt does not fit into the model's context."""
 
 
 class ModelNotFound(EdgeError):

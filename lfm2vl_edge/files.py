@@ -19,8 +19,13 @@ DATA_VARIABLE: Final = "LFM2VL_DATA"
 _NAME: Final = "lfm2vl-edge"
 
 
-def write_beside(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
+def write_beside(path: Path, blocks: Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
     """Write a file under another name in its folder, which is made if needed, and rename it when it is complete.
+
+    Args:
+        path: where it is to lie; a file of that name is replaced.
+        blocks: what is written.
+        mode: who may read and write it, as far as the umask allows.
 
     Raises:
         OSError: the folder cannot be written or the disk is full; nothing is left behind.
@@ -28,7 +33,8 @@ def write_beside(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     try:
-        with partial.open("xb") as file:
+        partial.touch(mode, exist_ok=False)
+        with partial.open("wb") as file:
             file.writelines(blocks)
         partial.replace(path)
     except BaseException:

@@ -18,7 +18,7 @@ from lfm2vl_edge.budget import WHOLE, Sight, settings_for
 from lfm2vl_edge.cache import Key, Memory, Piece, chain
 from lfm2vl_edge.config import ImageConfig, Options
 from lfm2vl_edge.engine import Engine, Floats
-from lfm2vl_edge.errors import PromptError
+from lfm2vl_edge.errors import ContextFull
 from lfm2vl_edge.geometry import plan
 from lfm2vl_edge.image import ImageInput, load_image
 from lfm2vl_edge.modelfile import IMAGE, ModelConfig
@@ -79,7 +79,7 @@ def stream(
 
     Raises:
         ImageError: an image of the messages is none.
-        PromptError: the messages have no valid form, or do not fit into the model's context.
+        PromptError: the messages have no valid form, or (ContextFull) do not fit into the model's context.
         EngineError: a native call failed, or the answer was cancelled.
     """
     watch = Stopwatch()
@@ -151,7 +151,7 @@ def _make_room(engine: Engine, config: ModelConfig, prompt: Prompt, max_tokens: 
     n_prompt = len(prompt.token_ids)
     room = min(max_tokens, config.n_ctx_train - n_prompt)
     if room < 1:
-        raise PromptError(
+        raise ContextFull(
             f"the prompt has {n_prompt} tokens ({sum(tile.n_tokens for tile in prompt.tiles)} of them of images); "
             f"the model's context is {config.n_ctx_train}: use fewer or smaller images, or a shorter text"
         )

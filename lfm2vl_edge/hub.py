@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from lfm2vl_edge.blobs import PART, blob_path, hub_cache, is_right, part_path, size_of
 from lfm2vl_edge.errors import DownloadError
+from lfm2vl_edge.web import reason_of
 
 Tell = Callable[[int], None]
 """Called with the bytes of a file that are here."""
@@ -173,7 +174,7 @@ def _receive(repository: Repository, file: RemoteFile, part: Path, tell: Tell) -
         except HTTPError as error:
             if isinstance(error, HfHubHTTPError) and error.response.status_code not in _PASSING:
                 raise
-            problem = _reason(error)
+            problem = reason_of(error)
         if before < size_of(part):
             waits = list(_WAITS)
         if size_of(part) < file.n_bytes:
@@ -216,11 +217,6 @@ def _timeout() -> float:
     return float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{text:.200}" if text else type(error).__name__
-
-
 @contextmanager
 def _translated(repo: str) -> Iterator[None]:
     """Turn whatever huggingface_hub and the file system raise into a DownloadError that names the remedy."""
@@ -235,14 +231,14 @@ def _translated(repo: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         raise DownloadError(_refusal(repo, error)) from error
     except errors.LocalEntryNotFoundError as error:
-        raise DownloadError(f"the hub does not answer for {repo}: {_reason(error)}; try again") from error
+        raise DownloadError(f"the hub does not answer for {repo}: {reason_of(error)}; try again") from error
     except errors.HTTPError as error:  # httpx's in 1.x, httpx2's in 2.x
         raise DownloadError(
-            f"cannot reach {_endpoint()}: {_reason(error)}; check the connection, try again"
+            f"cannot reach {_endpoint()}: {reason_of(error)}; check the connection, try again"
         ) from error
     except OSError as error:
         where = error.filename or hub_cache()
-        why = error.strerror or _reason(error)
+        why = error.strerror or reason_of(error)
         raise DownloadError(
             f"cannot write {where}: {why}; make room or make it writable, or set HF_HOME to another folder"
         ) from error

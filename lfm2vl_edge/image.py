@@ -24,11 +24,13 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lfm2vl_edge.errors import ImageError
+from lfm2vl_edge.web import fetch, is_address, shown
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 """`[height, width, 3]`, RGB, 0..255."""
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any]"
-"""A path, encoded bytes, a `data:` URL, a Pillow image, or an array `[H, W]` or `[H, W, 1|3|4]`."""
+"""A path, an http or https address, a `data:` URL, encoded bytes, a Pillow image, or an array `[H, W]` or
+`[H, W, 1|3|4]`."""
 
 MAX_PIXELS: Final = 200_000_000
 """Largest picture that is decoded by default, width x height: 600 MB as RGB."""
@@ -65,7 +67,8 @@ def load_image(source: ImageInput, *, max_pixels: int = MAX_PIXELS) -> Pixels:
         uint8 `[height, width, 3]`, contiguous.
 
     Raises:
-        ImageError: the source is no picture, is damaged, or has more than `max_pixels` pixels.
+        ImageError: the source is no picture, is damaged, or has more than `max_pixels` pixels; or an address cannot
+            be fetched within its limits, see `lfm2vl_edge.web`.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -83,11 +86,11 @@ def _open(source: Any) -> tuple[str, IO[bytes]]:
         return "the given bytes", io.BytesIO(bytes(source))
     if isinstance(source, str) and source.startswith("data:"):
         return "the data URL", io.BytesIO(_data_url_bytes(source))
-    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-        raise ImageError(f"{source} is an address, not a file; download the picture and give its path")
+    if isinstance(source, str) and is_address(source):
+        return shown(source), io.BytesIO(fetch(source))
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(
-            f"a {type(source).__name__} is no picture; give a path, bytes, a data URL, a Pillow image or an array"
+            f"a {type(source).__name__} is no picture; give a path, an address, bytes, a Pillow image or an array"
         )
     try:
         return str(source), Path(source).open("rb")

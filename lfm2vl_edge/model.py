@@ -164,7 +164,7 @@ class Model:
         Raises:
             ConfigError: an option is unknown or out of range.
             ImageError: an input is no picture.
-            PromptError: the prompt does not fit into the model's context.
+            PromptError: no prompt can be made of it, or (ContextFull) none that fits into the model's context.
             EngineError: a native call failed, or the model is busy.
         """
         return self.chat([user_message(images, prompt)], **options)
@@ -202,7 +202,7 @@ class Model:
         Raises:
             ConfigError: a wish is unknown or out of range, or no plan is within the budget.
             ImageError: the input is no picture.
-            PromptError: the picture does not fit into the model's context.
+            ContextFull: the picture does not fit into the model's context.
             EngineError: a native call failed, or the model is busy.
         """
         picture = self.cut(image, **wishes)

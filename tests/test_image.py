@@ -133,7 +133,7 @@ def test_arrays_of_every_shape(shape: tuple[int, ...]) -> None:
         ("no/such/file.png", "check the path"),
         ("data:image/png;base64", "comma"),
         ("data:image/png;base64,@@@", "damaged"),
-        ("https://example.com/a.png", "download"),
+        ("ftp://example.com/a.png", "only http and https"),
         ("a\0b", "cannot read"),
         (Path(), "cannot read"),
         (12, "int is no picture"),

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "lfm2vl_edge").rglob("*.py"), *(ROOT / "convert").rglob("*.py")])
 LAYERS = [
     {"errors", "files"},
-    {"config", "metadata"},
+    {"config", "metadata", "web"},
     {"published", "geometry", "image", "stats", "hardware", "stream", "registry", "pulled", "blobs"},
     {"costs", "hub"},
     {"budget", "device"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"generate", "opening"},
     {"session"},
     {"model"},
-    {"verify", "evaluate", "calibrate", "tune"},
+    {"verify", "evaluate", "calibrate", "tune", "chat"},
     {"bench"},
     {""},
     {"cli"},
@@ -92,7 +92,8 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["eval", "--help"], ["pull", "--help"], ["--version"], ["models"]]
+    "arguments",
+    [["--help"], *([name, "--help"] for name in ("run", "chat", "eval", "pull")), ["--version"], ["models"]],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -9,6 +9,7 @@ import typer
 from lfm2vl_edge.cli.bench import bench
 from lfm2vl_edge.cli.cache import cache
 from lfm2vl_edge.cli.calibrate import calibrate
+from lfm2vl_edge.cli.chat import chat
 from lfm2vl_edge.cli.convert import convert
 from lfm2vl_edge.cli.eval import evaluate
 from lfm2vl_edge.cli.models import models
@@ -29,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(run)
+app.command()(chat)
 app.command()(plan)
 app.command()(tune)
 app.command()(bench)

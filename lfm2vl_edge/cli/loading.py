@@ -114,7 +114,7 @@ def open_model(
 
 
 def load_picture(argument: str, max_megapixels: float) -> Pixels:
-    """Return the pixels of a picture given as a path, a data URL, or - for stdin."""
+    """Return the pixels of a picture given as a path, an http(s) address, a data URL, or - for stdin."""
     from lfm2vl_edge.image import load_image
 
     source: ImageInput = sys.stdin.buffer.read() if argument == STDIN else argument

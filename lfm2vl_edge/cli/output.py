@@ -26,14 +26,18 @@ def reporting() -> Iterator[None]:
     try:
         yield
     except EdgeError as error:
-        message = " ".join(str(error).split())
-        typer.echo(f"error: {message}", err=True)
+        report(error)
         raise typer.Exit(EXIT_FAILED) from None
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:  # the reader of our stdout left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_FAILED) from None
+
+
+def report(error: EdgeError) -> None:
+    """Write an error as one line on stderr."""
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
 
 
 def warnings_to_stderr() -> None:
@@ -46,7 +50,8 @@ def warnings_to_stderr() -> None:
 class Interrupt:
     """Lets Ctrl-C reach a native call: Python itself notices it only after the call returns."""
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float | None) -> None:
+        self._grace = grace
         self.cancel: Callable[[], None] | None = None
         """Called from another thread at Ctrl-C."""
         self.farewell: Callable[[], None] | None = None
@@ -55,13 +60,13 @@ class Interrupt:
         self._left = threading.Event()
 
     def watch(self, reader: int) -> None:
-        """Wait for the signal's number on a pipe; leave the process if the main thread does not stop in time."""
+        """Wait for the signal's number on a pipe; leave the process if the main thread does not stop in its grace."""
         while number := os.read(reader, 1):
             if number[0] == signal.SIGINT:
                 self.happened.set()
                 if self.cancel:
                     self.cancel()
-                if not self._left.wait(_GRACE_SECONDS):
+                if not self._left.wait(self._grace):
                     self.take_leave()
                     os._exit(EXIT_INTERRUPTED)
 
@@ -81,13 +86,17 @@ class Interrupt:
 
 
 @contextmanager
-def at_once() -> Iterator[Interrupt]:
+def at_once(grace: float | None = _GRACE_SECONDS) -> Iterator[Interrupt]:
     """Make Ctrl-C end the block at once, also inside a native call.
 
     Python's own handler raises in whatever Python code runs next, which may be a callback of the native log, where
     the exception would be lost. So the signal is only noted, and the watching thread does what must be done.
+
+    Args:
+        grace: seconds after which the process is left where the block has not ended; None waits for the block, for
+            as long as a view takes.
     """
-    interrupt = Interrupt()
+    interrupt = Interrupt(grace)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

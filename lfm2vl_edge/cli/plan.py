@@ -42,7 +42,12 @@ class _Basis:
 
 @opt.takes_groups
 def plan(
-    picture: Annotated[str, typer.Argument(metavar="IMAGE|WIDTHxHEIGHT", help="A picture, or just its size.")],
+    picture: Annotated[
+        str,
+        typer.Argument(
+            metavar="IMAGE|WIDTHxHEIGHT", help="A picture (a path or an http(s) address), or just its size."
+        ),
+    ],
     model: opt.ModelOptions,
     image: opt.ImageOptions,
     draw: Annotated[

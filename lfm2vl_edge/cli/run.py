@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lfm2vl_edge.cli import options as opt
+from lfm2vl_edge.cli.answering import Told, figures, show_answer
 from lfm2vl_edge.cli.loading import STDIN, load_picture, open_model
 from lfm2vl_edge.cli.output import at_once, reporting
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.generate import Chunk
     from lfm2vl_edge.model import Model
 
 _PICTURE_SUFFIXES = {
@@ -38,7 +37,9 @@ _PICTURE_SUFFIXES = {
 def run(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE... [PROMPT]", help="Pictures (- is stdin), then the question."),
+        typer.Argument(
+            metavar="IMAGE... [PROMPT]", help="Pictures (paths, http(s) addresses, - for stdin), then the question."
+        ),
     ],
     model: opt.ModelOptions,
     image: opt.ImageOptions,
@@ -69,9 +70,9 @@ def run(
             told = []
             for each in questions:
                 messages = _messages(pictures, each, system)
-                told.append(_show(opened.chat(messages, **answer.values()), quiet=as_json))
+                told.append(show_answer(opened.chat(messages, **answer.values()), quiet=as_json))
                 if verbose:
-                    typer.echo("\n".join(_figures(told[-1].last, opened)), err=True)
+                    typer.echo("\n".join(figures(told[-1].last, opened)), err=True)
             if as_json:
                 sys.stdout.write(_as_json(told, questions if ask else None, opened))
 
@@ -90,7 +91,11 @@ def split_arguments(arguments: Sequence[str], prompt: str | None) -> tuple[list[
 
 
 def _is_picture(argument: str) -> bool:
+    from lfm2vl_edge.web import is_address
+
     if argument == STDIN or argument.startswith("data:image/"):
+        return True
+    if is_address(argument) and not any(map(str.isspace, argument)):
         return True
     try:
         exists = Path(argument).exists() and not Path(argument).is_dir()
@@ -106,30 +111,6 @@ def _messages(pictures: Sequence[Any], question: str, system: str | None) -> lis
     return [*opening, user_message(pictures, question)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
-    """A finished answer."""
-
-    answer: str
-    """The whole text."""
-    last: Chunk
-    """The last chunk, which has the reason for the end and the figures."""
-
-
-def _show(chunks: Iterator[Chunk], *, quiet: bool) -> Told:
-    """Write the answer as it comes, unless `quiet`, and return it."""
-    pieces = []
-    for chunk in chunks:
-        pieces.append(chunk.text)
-        if not quiet:
-            sys.stdout.write(chunk.text)
-            sys.stdout.flush()
-    if not quiet:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-    return Told(answer="".join(pieces), last=chunk)
-
-
 def _as_json(told: Sequence[Told], questions: Sequence[str] | None, model: Model) -> str:
     """Return one object: of the only answer, or with a list of answers where questions were given by --ask."""
     answers: list[dict[str, Any]] = [
@@ -141,24 +122,3 @@ def _as_json(told: Sequence[Told], questions: Sequence[str] | None, model: Model
         return json.dumps(answers[0] | name, ensure_ascii=False) + "\n"
     listed = [{"question": question} | answer for question, answer in zip(questions, answers, strict=True)]
     return json.dumps({"answers": listed} | name, ensure_ascii=False) + "\n"
-
-
-def _figures(last: Chunk, model: Model) -> Iterator[str]:
-    from lfm2vl_edge.stats import peak_memory
-
-    stats, info = last.stats, model.engine.info
-    if stats is None:
-        return
-    yield f"model      {model.config.name}, {info.n_threads} threads, context {info.n_ctx}"
-    yield f"open       {model.load_seconds:8.2f} s"
-    yield f"images     settings from {model.config.sight.described(model.config.image_source)}"
-    yield f"preprocess {stats.preprocess_seconds:8.2f} s"
-    views = f"{stats.encoded_views} of {stats.views} views"
-    yield f"encode     {stats.encode_seconds:8.2f} s   {views}, {stats.image_tokens} image tokens"
-    tokens = f"{stats.prompt_tokens - stats.restored_tokens} of {stats.prompt_tokens} tokens"
-    yield f"prefill    {stats.prefill_seconds:8.2f} s   {tokens}, {stats.prefill_speed:.0f}/s"
-    yield f"first token{stats.first_token_seconds:8.2f} s"
-    yield f"decode     {stats.decode_seconds:8.2f} s   {stats.answer_tokens} tokens, {stats.decode_speed:.1f}/s"
-    peak = peak_memory()
-    if peak is not None:
-        yield f"memory     {peak / 1e6:8.0f} MB  at most"

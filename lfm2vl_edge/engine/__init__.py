@@ -77,7 +77,7 @@ class Engine(Protocol):
         """Forget the sequence and make room for `n_tokens` tokens.
 
         Raises:
-            PromptError: the model has no context that long.
+            ContextFull: the model has no context that long.
         """
 
     def decode_tokens(self, tokens: Sequence[int]) -> None:

@@ -31,7 +31,7 @@ from lfm2vl_edge.engine.ffi import (
     set_sequence_bytes,
 )
 from lfm2vl_edge.engine.gpu import Gpu, find_gpu
-from lfm2vl_edge.errors import EngineError, PromptError
+from lfm2vl_edge.errors import ContextFull, EngineError
 from lfm2vl_edge.image import Pixels
 
 N_BATCH: Final = 2048
@@ -147,7 +147,7 @@ class LlamaEngine:
         """Forget the sequence and make room; see the protocol."""
         self._abort.lower()
         if n_tokens > self._settings.n_ctx_max:
-            raise PromptError(
+            raise ContextFull(
                 f"the prompt and the answer need {n_tokens} tokens of context; the limit is "
                 f"{self._settings.n_ctx_max}: use fewer or smaller images, a shorter text or fewer max_tokens"
             )
@@ -292,7 +292,7 @@ class LlamaEngine:
         if code == ABORTED:
             raise EngineError("the answer was cancelled")
         if code == NO_MEMORY_SLOT:
-            raise PromptError(f"the context of {self._n_ctx} tokens is full")
+            raise ContextFull(f"the context of {self._n_ctx} tokens is full")
         check("llama_decode", code)
 
 
