@@ -109,7 +109,7 @@ def _names(entries: list[Pulled]) -> str:
     from lfm2vl_edge.registry import display_name
 
     names = [display_name(one.repo, one.quant) for one in entries if one.is_pair and one.is_there]
-    return ", ".join(names) or "none"
+    return ", ".join([*names, BUILT_IN])
 
 
 def _from(entry: Pulled, mmproj: Path | None) -> Located:
@@ -119,6 +119,7 @@ def _from(entry: Pulled, mmproj: Path | None) -> Located:
 def _built_in() -> Path:
     if not any(TINY.glob("*.gguf")):
         raise ModelNotFound(
-            f"no model; give one with --model, set {MODEL_VARIABLE}, or fetch one: lfm2vl-edge pull {RECOMMENDED}"
+            f"the built-in model is missing from {TINY}; install the package again, give another model with --model, "
+            f"or fetch one: lfm2vl-edge pull {RECOMMENDED}"
         )
     return TINY

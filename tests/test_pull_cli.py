@@ -88,9 +88,9 @@ def test_models_lists_what_is_known_and_what_is_here(server: Hub, tmp_path: Path
 
 
 def test_the_model_pulled_last_runs_and_is_planned_with(server: Hub, tmp_path: Path, pair: Pair) -> None:
-    assert failed(edge(*ASK), "no model; give one with --model")
+    assert failed(edge(*ASK), "the built-in model is missing")
     assert failed(edge(*ASK, "-m", "tiny"), "lfm2vl-edge pull lfm2.5-vl-450m")
-    with pytest.raises(ModelNotFound, match="no model; give one"):
+    with pytest.raises(ModelNotFound, match="built-in model is missing"):
         Model.open()
     assert "(no model given)" in edge("plan", "9x9").stdout
     shutil.copytree(pair("a", "F32"), tmp_path / "tiny")

@@ -65,7 +65,7 @@ class ModelOptions:
             "-m",
             envvar="LFM2VL_MODEL",
             metavar="NAME|PATH",
-            help="A pulled model, a language GGUF, or its folder. Default: the one pulled last.",
+            help="A pulled model, tiny, a language GGUF, or its folder. Default: the one pulled last, else tiny.",
         ),
     ] = None
     mmproj: Annotated[
