@@ -22,8 +22,9 @@ from models.tiny.settings import PATCH
 from models.tiny.views import patches_of, quick_cut
 
 IGNORED: Final = -100
-TURN_TOKENS: Final = 10
-"""What a turn takes besides question and answer."""
+TURN_TOKENS: Final = 8
+"""What a question takes besides its text and the answer."""
+_PADDING: Final = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,10 @@ class Batch:
     """`[n_pictures, length]`: the token that follows, where it belongs to an answer; else `IGNORED`."""
     weights: NDArray[np.float32]
     """`[n_pictures, length]`: what each label counts; longer answers count more, but less per token."""
+    questions: NDArray[np.int64]
+    """`[n_pictures, length]`: 0 in front of the questions, 1 in the first one with its answer, 2 in the second..."""
+    positions: NDArray[np.int64]
+    """`[n_pictures, length]`: every question stands where it would stand if it were the only one."""
     groups: tuple[tuple[str, ...], ...]
     """Of each picture's questions."""
 
@@ -67,19 +72,44 @@ class Writer:
             ids += [self.special["<image>"]] * tile.n_tokens
         return [*ids, self.special["<|image_end|>"]]
 
-    def talk(self, tiles: Sequence[Tile], questions: Sequence[Question]) -> tuple[list[int], list[float]]:
-        """Return the ids of a talk about one picture, and for each what it counts as a label (0 outside answers)."""
+    def opening(self, tiles: Sequence[Tile]) -> list[int]:
+        """Return the ids that come before a question about a picture."""
+        head = [self.special["<|startoftext|>"], self.special["<|im_start|>"], *self.text("user\n")]
+        return [*head, *self.picture(tiles)]
+
+    def turn(self, question: Question) -> tuple[list[int], list[float]]:
+        """Return the ids of a question and its answer, and for each what it counts as a label (0 outside answers)."""
         start, end = self.special["<|im_start|>"], self.special["<|im_end|>"]
-        ids, counts = [self.special["<|startoftext|>"]], [0.0]
-        for number, question in enumerate(questions):
-            shown = self.picture(tiles) if number == 0 else []
-            asked = [start, *self.text("user\n"), *shown, *self.text(question.text), end, *self.text("\n")]
-            asked += [start, *self.text("assistant\n")]
-            answer = [*self.text(question.answer), end]
-            after = self.text("\n")
-            ids += [*asked, *answer, *after]
-            counts += [0.0] * len(asked) + [len(answer) ** -0.5] * len(answer) + [0.0] * len(after)
-        return ids, counts
+        asked = [*self.text(question.text), end, *self.text("\n"), start, *self.text("assistant\n")]
+        answer = [*self.text(question.answer), end]
+        return [*asked, *answer], [0.0] * len(asked) + [len(answer) ** -0.5] * len(answer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A picture with questions about it, as one row of a batch; lists of one length."""
+
+    ids: list[int]
+    counts: list[float]
+    """What each id counts as a label."""
+    questions: list[int]
+    positions: list[int]
+
+    @classmethod
+    def of(cls, writer: Writer, tiles: Sequence[Tile], questions: Sequence[Question]) -> Line:
+        """Write questions one behind the other; none of them shall see another one, so each begins anew."""
+        opening = writer.opening(tiles)
+        line = cls(
+            ids=[*opening], counts=[0.0] * len(opening), questions=[0] * len(opening),
+            positions=list(range(len(opening))),
+        )  # fmt: skip
+        for number, question in enumerate(questions, start=1):
+            ids, counts = writer.turn(question)
+            line.ids.extend(ids)
+            line.counts.extend(counts)
+            line.questions.extend([number] * len(ids))
+            line.positions.extend(range(len(opening), len(opening) + len(ids)))
+        return line
 
 
 def collate(writer: Writer, pictures: Sequence[Sequence[Tile]], talks: Sequence[Sequence[Question]]) -> Batch:
@@ -89,21 +119,25 @@ def collate(writer: Writer, pictures: Sequence[Sequence[Tile]], talks: Sequence[
     for number, view in enumerate(views):
         patches[number, : len(view)] = view
     shapes = [(tile.view.height // PATCH, tile.view.width // PATCH) for tiles in pictures for tile in tiles]
-    written = [writer.talk(tiles, questions) for tiles, questions in zip(pictures, talks, strict=True)]
-    length = max(len(ids) for ids, _ in written)
-    ids, labels = np.zeros((len(written), length), np.int64), np.full((len(written), length), IGNORED, np.int64)
-    weights = np.zeros((len(written), length), np.float32)
-    for row, (tokens, counts) in enumerate(written):
-        ids[row, : len(tokens)] = tokens
-        weights[row, : len(tokens) - 1] = counts[1:]
-        labels[row, : len(tokens) - 1] = np.where(np.asarray(counts[1:]) > 0, tokens[1:], IGNORED)
+    lines = [Line.of(writer, tiles, questions) for tiles, questions in zip(pictures, talks, strict=True)]
+    size = len(lines), max(len(line.ids) for line in lines)
+    ids, positions = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    labels, questions = np.full(size, IGNORED, np.int64), np.full(size, _PADDING, np.int64)
+    weights = np.zeros(size, np.float32)
+    for row, line in enumerate(lines):
+        length = len(line.ids)
+        ids[row, :length], positions[row, :length], questions[row, :length] = line.ids, line.positions, line.questions
+        weights[row, : length - 1] = line.counts[1:]
+        labels[row, : length - 1] = np.where(np.asarray(line.counts[1:]) > 0, line.ids[1:], IGNORED)
     return Batch(
         patches=patches,
         shapes=np.asarray(shapes, np.int64),
         ids=ids,
         labels=labels,
         weights=weights,
-        groups=tuple(tuple(question.group for question in questions) for questions in talks),
+        questions=questions,
+        positions=positions,
+        groups=tuple(tuple(question.group for question in asked) for asked in talks),
     )
 
 
@@ -134,7 +168,7 @@ def example(
     writer: Writer, rng: random.Random, tile_plan: TilePlan, stage: recipe.Stage, room: int
 ) -> tuple[list[Tile], list[Question]]:
     """Return a picture of this plan, cut, and a talk about it that takes at most `room` tokens."""
-    share = 0.6 if tile_plan.is_tiled or stage.close_up else 0.35
+    share = 0.6 if tile_plan.is_tiled or stage.close_up else 0.5
     kind = recipe.kind_for(tile_plan, fine=rng.random() < 0.75, number_share=share)
     kind = replace(kind, close_up=stage.close_up)
     scene = draw_scene(rng, tile_plan.height, tile_plan.width, kind)

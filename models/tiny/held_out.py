@@ -57,7 +57,7 @@ def _plan(rng: random.Random) -> TilePlan:
     if rng.random() < TILED_SHARE:
         return recipe.tiled_plan(rng)
     while True:
-        single = recipe.single_plan(rng, (16, 64))
+        single = recipe.single_plan(rng, (25, 64))
         found = recipe.rescaled(rng, single) if rng.random() < 0.5 else single
         if not is_too_large(found.height, found.width, recipe.IMAGE_CONFIG):
             return found

@@ -43,9 +43,9 @@ CAPTION_WEIGHTS: Final = {**dict.fromkeys(WEIGHTS, 1.0), "describe": 30.0, "numb
 """The same about the first whole scenes: a description says something of every object, a yes hardly anything."""
 CLOSE_UP_TALK: Final = 60
 LONG_SHARE: Final = 0.05
-DIGITS: Final = (14.0, 44.0)
+DIGITS: Final = (18.0, 48.0)
 """Least and greatest height of a digit in the view that shows it best, pixels."""
-FINE_DIGITS: Final = (13.0, 17.0)
+FINE_DIGITS: Final = (18.0, 23.0)
 """The same for numbers that only a tile shows: the thumbnail has them at half that or less."""
 ASPECT: Final = 3.0
 
@@ -136,7 +136,7 @@ def tiled_plan(rng: random.Random) -> TilePlan:
             return found
 
 
-def kind_for(tile_plan: TilePlan, *, fine: bool, number_share: float = 0.35) -> Kind:
+def kind_for(tile_plan: TilePlan, *, fine: bool, number_share: float = 0.5) -> Kind:
     """Return what scenes to draw for pictures of this plan.
 
     Args:

@@ -45,7 +45,7 @@ _BACKGROUND_HSV: Final[dict[str, tuple[tuple[float, float], tuple[float, float],
 BACKGROUNDS: Final = tuple(_BACKGROUND_HSV)
 _UNSEEN: Final = {"navy": ("black", "blue")}
 """Colours that would hardly show on a background."""
-SIZES: Final = {"small": (0.34, 0.46), "medium": (0.52, 0.68), "large": (0.76, 0.92)}
+SIZES: Final = {"small": (0.42, 0.52), "medium": (0.58, 0.7), "large": (0.78, 0.92)}
 """Side of an object as a share of its cell's shorter side."""
 DIGIT_WIDTH: Final = 0.78
 """Of the widest font, as a share of a digit's height."""
@@ -175,7 +175,7 @@ def _item(rng: random.Random, place: int, height: int, width: int, palette: list
     color, shape = rng.choice(palette)
     cell = min(height, width) / 3
     side = rng.uniform(*rng.choice(tuple(SIZES.values()))) * cell
-    side = max(side, min(14.0, 0.92 * cell))
+    side = max(side, min(18.0, 0.92 * cell))
     style = rng.choices(STYLES, (6, 2, 2))[0]
     return Item(
         place=place,

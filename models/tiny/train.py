@@ -20,6 +20,7 @@ import typer
 from transformers import Lfm2VlForConditionalGeneration
 
 from models.tiny import recipe
+from models.tiny.apart import keep_apart, masks
 from models.tiny.data import IGNORED, Batch, Writer, training_batch
 from models.tiny.network import build
 from models.tiny.settings import write_settings
@@ -91,8 +92,11 @@ def logits_of(model: Lfm2VlForConditionalGeneration, batch: Batch) -> tuple[torc
     counts = shapes.prod(1)
     mask = (torch.arange(batch.patches.shape[1]) < counts[:, None]).long()
     values = torch.from_numpy(batch.patches).float().mul_(1 / 127.5).sub_(1)
+    questions = torch.from_numpy(batch.questions)
     hidden = model.model(
         input_ids=torch.from_numpy(batch.ids),
+        attention_mask=masks(questions) if questions.max() > 1 else None,
+        position_ids=torch.from_numpy(batch.positions),
         pixel_values=values,
         spatial_shapes=shapes,
         pixel_attention_mask=mask,
@@ -211,6 +215,7 @@ def main(
     write_tokenizer(state, recipe.SEED)
     model = build(recipe.SEED)
     round_norms(model)
+    keep_apart(model)
     training = Training(model=model, optimizers=optimizers_for(model))
     saved = state / "state.pt"
     if saved.exists():
