@@ -28,7 +28,7 @@ LAYERS = [
     {"generate", "opening"},
     {"session"},
     {"model"},
-    {"verify", "evaluate", "calibrate", "tune"},
+    {"verify", "evaluate", "calibrate", "tune", "doctor"},
     {"bench"},
     {""},
     {"cli"},
