@@ -21,10 +21,12 @@ from lfm2vl_edge.errors import (
     SessionError,
     ToolError,
 )
+from lfm2vl_edge.fetch import pull
 from lfm2vl_edge.generate import Chunk, Turn
 from lfm2vl_edge.geometry import TilePlan, View, plan
 from lfm2vl_edge.image import load_image
 from lfm2vl_edge.model import Model
+from lfm2vl_edge.modelfile import Pair
 from lfm2vl_edge.preprocess import Tile, preprocess
 from lfm2vl_edge.session import Photo
 from lfm2vl_edge.stats import Stats
@@ -46,6 +48,7 @@ __all__ = [
     "ModelNotFound",
     "ModelNotPulled",
     "Options",
+    "Pair",
     "Photo",
     "PromptError",
     "Sampling",
@@ -60,4 +63,5 @@ __all__ = [
     "load_image",
     "plan",
     "preprocess",
+    "pull",
 ]

@@ -21,7 +21,7 @@ LAYERS = [
     {"budget", "device"},
     {"modelfile", "resample", "draw", "scenes"},
     {"preprocess", "engine", "locate", "download"},
-    {"tools", "template"},
+    {"tools", "template", "fetch"},
     {"prompt", "cache", "shelf", "identity", "engine.ffi"},
     {"engine.gpu", "engine.graph", "engine.llama", "engine.quantize"},
     {"engine.observe"},
