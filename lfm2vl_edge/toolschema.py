@@ -37,7 +37,7 @@ def definition_of(function: Callable[..., Any]) -> dict[str, Any]:
     name = str(getattr(function, "__name__", function))
     try:
         hints, signature = get_type_hints(function), inspect.signature(function)
-    except (TypeError, ValueError, NameError) as error:
+    except (AttributeError, NameError, SyntaxError, TypeError, ValueError) as error:
         raise PromptError(f"the tool {name} has no signature that can be read: {error}; give a definition") from error
     parameters = list(signature.parameters.values())
     description, told = _docstring(inspect.getdoc(function) or "", [one.name for one in parameters])

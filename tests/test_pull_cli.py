@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from lfm2vl_edge import DownloadError, Model, ModelNotFound, locate, pull
 from lfm2vl_edge import Pair as Files
 from lfm2vl_edge.cli import app, loading
+from lfm2vl_edge.download import Offer
 from lfm2vl_edge.files import data_folder
 from lfm2vl_edge.hardware import total_memory
 from lfm2vl_edge.locate import FALLBACK_NOTE
@@ -175,7 +176,8 @@ def test_a_path_that_is_not_there_is_not_taken_for_a_hub(server: Hub) -> None:
 
 
 def test_programs_pull_as_the_command_does(server: Hub, hub_here: HubHere) -> None:
-    offers, moves = [], []
+    offers: list[Offer] = []
+    moves: list[tuple[int, int]] = []
     found = pull(REPO, show=offers.append, progress=lambda done, total: moves.append((done, total)))
     folder = hub_here.cache / "models--owner--pair-GGUF" / "snapshots" / COMMIT
     assert found == Files(model=folder / "pair-BF16.gguf", mmproj=folder / "mmproj-pair-BF16.gguf")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from lfm2vl_edge import locate
 from lfm2vl_edge.device import ProfileState, place_of, profile_state
 from lfm2vl_edge.errors import EdgeError
 from lfm2vl_edge.files import cache_folder, data_folder
-from lfm2vl_edge.locate import MODEL_VARIABLE, TINY, locate
 from lfm2vl_edge.modelfile import Pair
 from lfm2vl_edge.opening import Wishes, decide
 from lfm2vl_edge.pulled import Pulled, read_pulled
@@ -113,18 +113,18 @@ def read_models() -> tuple[list[ModelState], str | None]:
 
 def _named() -> Iterator[ModelState]:
     """Yield what LFM2VL_MODEL names, where it names something."""
-    if name := os.environ.get(MODEL_VARIABLE):
+    if name := os.environ.get(locate.MODEL_VARIABLE):
         yield _located(name, "variable")
 
 
 def _built_in() -> Iterator[ModelState]:
-    if any(TINY.glob("*.gguf")):
+    if any(locate.TINY.glob("*.gguf")):
         yield _located(BUILT_IN, "built-in")
 
 
 def _located(name: str, source: Source) -> ModelState:
     try:
-        pair = locate(name).pair
+        pair = locate.locate(name).pair
     except EdgeError as error:
         return ModelState(name=name, source=source, files=(), error=str(error), memory_bytes=None, profile=None)
     return examine(name, source, pair)

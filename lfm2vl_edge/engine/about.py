@@ -64,8 +64,10 @@ def read_told(code: int, told: bytes, complaint: bytes) -> EngineFacts:
         return EngineFacts(error=_reason(code, complaint.decode("utf-8", "replace")))
     try:
         found: dict[str, Any] = json.loads(told.splitlines()[-1])
-        lists = {name: tuple(map(str, found[name])) for name in ("features", "backends", "gpus")}
-        return EngineFacts(build=found["build"], uses_gpu=bool(found["uses_gpu"]), **lists)
+        features, backends, gpus = (tuple(map(str, found[name])) for name in ("features", "backends", "gpus"))
+        return EngineFacts(
+            build=found["build"], features=features, backends=backends, gpus=gpus, uses_gpu=bool(found["uses_gpu"])
+        )
     except (IndexError, KeyError, TypeError, ValueError) as error:
         return EngineFacts(error=f"it told something that cannot be read ({error!s:.80})")
 
