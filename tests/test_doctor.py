@@ -155,6 +155,7 @@ def model(**changes: Any) -> Facts:
         (machine(temperature=85.0), "note", "85 degrees Celsius", "cool it"),
         (machine(throttled=0x1), "note", "the voltage is too low, now", "power supply"),
         (machine(throttled=0x50000), "note", "the voltage is too low, or was", "power supply"),
+        (machine(throttled=0x20004), "note", "the processor is slowed down, now", "a fan"),
         (machine(throttled=0x80008), "note", "near its temperature limit, now", "a fan"),
         (
             replace(FACTS, folders=(replace(FOLDER, writable=False),)),

@@ -20,13 +20,13 @@ _HOT: Final = 80.0
 """Degrees Celsius from which a Raspberry Pi slows down; most other boards do a little later."""
 _LITTLE_DISK: Final = 1_000_000_000
 """Bytes; the smallest published pair takes 0.4 GB."""
+_COOL: Final = "cool it: a heat sink or a fan"
 _THROTTLED: Final = {
-    0: ("the voltage is too low", "use the power supply that was made for the board, and a short cable"),
-    1: ("the processor is slowed down", "cool it: a heat sink or a fan"),
-    2: ("the processor is slowed down", "cool it: a heat sink or a fan"),
-    3: ("the processor is near its temperature limit", "cool it: a heat sink or a fan"),
+    0b0001: ("power", "the voltage is too low", "use the power supply that was made for the board, and a short cable"),
+    0b0110: ("heat", "the processor is slowed down", _COOL),
+    0b1000: ("heat", "the processor is near its temperature limit", _COOL),
 }
-"""Bit of a Raspberry Pi's firmware -> what it means and what helps; 16 bits higher: since it was started."""
+"""Bits of a Raspberry Pi's firmware -> topic, what they mean, what helps; 16 bits higher: since it was started."""
 _SINCE_START: Final = 16
 
 _REPAIRS: Final[Mapping[Source, str]] = {
@@ -127,16 +127,13 @@ def _heat(machine: Machine) -> Iterator[Finding]:
             level="note",
             topic="heat",
             problem=f"{machine.temperature:.0f} degrees Celsius: the processor slows down",
-            remedy="cool it: a heat sink or a fan",
+            remedy=_COOL,
         )
-    bits = machine.throttled or 0
-    seen: set[str] = set()
-    for bit, (meaning, remedy) in _THROTTLED.items():
-        is_now, was = bits >> bit & 1, bits >> (bit + _SINCE_START) & 1
-        if (is_now or was) and meaning not in seen:
-            seen.add(meaning)
-            when = "now" if is_now else "or was since it was started"
-            yield Finding(level="note", topic="heat" if bit else "power", problem=f"{meaning}, {when}", remedy=remedy)
+    throttled = machine.throttled or 0
+    for bits, (topic, meaning, remedy) in _THROTTLED.items():
+        if throttled & (bits | bits << _SINCE_START):
+            when = "now" if throttled & bits else "or was since it was started"
+            yield Finding(level="note", topic=topic, problem=f"{meaning}, {when}", remedy=remedy)
 
 
 def _folders(folders: tuple[Folder, ...]) -> Iterator[Finding]:
