@@ -21,14 +21,18 @@ from lfm2vl_edge.errors import (
     ModelNotPulled,
     PromptError,
     SessionError,
+    ToolError,
 )
-from lfm2vl_edge.generate import Chunk
+from lfm2vl_edge.fetch import pull
+from lfm2vl_edge.generate import Chunk, Turn
 from lfm2vl_edge.geometry import TilePlan, View, plan
 from lfm2vl_edge.image import load_image
 from lfm2vl_edge.model import Model
+from lfm2vl_edge.modelfile import Pair
 from lfm2vl_edge.preprocess import Tile, preprocess
 from lfm2vl_edge.session import Photo
 from lfm2vl_edge.stats import Stats
+from lfm2vl_edge.tools import ToolCall
 
 __version__ = "0.1.0"
 
@@ -48,6 +52,7 @@ __all__ = [
     "ModelNotFound",
     "ModelNotPulled",
     "Options",
+    "Pair",
     "Photo",
     "PromptError",
     "Sampling",
@@ -55,8 +60,12 @@ __all__ = [
     "Stats",
     "Tile",
     "TilePlan",
+    "ToolCall",
+    "ToolError",
+    "Turn",
     "View",
     "load_image",
     "plan",
     "preprocess",
+    "pull",
 ]

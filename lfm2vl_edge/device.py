@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from lfm2vl_edge.costs import Costs, line_through
 from lfm2vl_edge.errors import ConfigError, ModelNotFound
@@ -174,6 +174,32 @@ def load_profile(place: Place) -> Profile | None:
         reason = str(error)
     _LOG.warning("the device profile %s is not used: %s; run `lfm2vl-edge tune` again", place.path, reason)
     return None
+
+
+ProfileState = Literal["present", "stale", "damaged", "none"]
+"""`stale`: measured with the same model, on another processor or with another build of the engine."""
+
+
+def profile_state(place: Place) -> ProfileState:
+    """Tell whether a place has a profile that is used, without a warning."""
+    try:
+        _profile(json.loads(place.path.read_bytes()[:_MAX_FILE_BYTES]), place)
+    except FileNotFoundError:
+        return "stale" if _was_measured_elsewhere(place) else "none"
+    except (OSError, ValueError, RecursionError, ConfigError):
+        return "damaged"
+    return "present"
+
+
+def _was_measured_elsewhere(place: Place) -> bool:
+    for path in place.path.parent.glob("*.json"):
+        try:
+            other = json.loads(path.read_bytes()[:_MAX_FILE_BYTES])["place"]
+            if (other["model"], other["device"]) == (place.model, place.device):
+                return True
+        except (OSError, LookupError, TypeError, ValueError, RecursionError):  # what is damaged is not ours to judge
+            continue
+    return False
 
 
 def _profile(content: Any, place: Place) -> Profile:

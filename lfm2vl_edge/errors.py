@@ -45,6 +45,15 @@ class EngineError(EdgeError):
     """A native call failed; the message names the function, its code and the last native log line."""
 
 
+class ToolError(EdgeError):
+    """What a model wrote as a call of a tool is none: cut off, malformed, or of a tool that it was not given."""
+
+    def __init__(self, message: str, text: str = "") -> None:
+        super().__init__(message)
+        self.text = text
+        """What the model wrote between the markers of a call, as it wrote it."""
+
+
 class SessionError(EdgeError):
     """A saved picture cannot be written, is damaged, or belongs to another model, engine or settings."""
 

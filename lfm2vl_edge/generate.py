@@ -10,15 +10,15 @@ the next turn; that turn decodes the answer once more, in one run, after the sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lfm2vl_edge.budget import WHOLE, Sight, settings_for
 from lfm2vl_edge.cache import Key, Memory, Piece, chain
 from lfm2vl_edge.config import ImageConfig, Options
 from lfm2vl_edge.engine import Engine, Floats
-from lfm2vl_edge.errors import ContextFull
+from lfm2vl_edge.errors import ContextFull, ToolError
 from lfm2vl_edge.geometry import plan
 from lfm2vl_edge.image import ImageInput, load_image
 from lfm2vl_edge.modelfile import IMAGE, ModelConfig
@@ -26,6 +26,7 @@ from lfm2vl_edge.preprocess import Tile, cut
 from lfm2vl_edge.prompt import Control, Message, Picture, Segment, images_of, render, split_names
 from lfm2vl_edge.stats import Stats, Stopwatch
 from lfm2vl_edge.stream import TextStream
+from lfm2vl_edge.tools import CallReader, Tool, ToolCall
 
 Finish = Literal["stop", "length"]
 """`stop`: the model ended its turn or a stop string came; `length`: max_tokens or the context was full."""
@@ -39,10 +40,58 @@ class Chunk:
     """What is new; it may be empty in the last chunk."""
     finish: Finish | None = None
     """Why the answer ended; only in the last chunk."""
+    calls: tuple[ToolCall, ...] = ()
+    """What the model calls of the tools that it was given; only in the last chunk."""
     stats: Stats | None = None
     """What the answer cost; only in the last chunk."""
 
     def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A whole turn of the model: the chunks of its answer, joined."""
+
+    text: str
+    """What it says."""
+    calls: tuple[ToolCall, ...]
+    """What it calls of the tools that it was given."""
+    finish: Finish | None
+    """Why it ended."""
+    stats: Stats | None
+    """What it cost."""
+
+    @classmethod
+    def of(cls, chunks: Iterable[Chunk]) -> Turn:
+        """Read a stream to its end.
+
+        Raises:
+            EdgeError: see `stream`.
+        """
+        pieces = list(chunks)
+        last = pieces[-1]
+        text = "".join(chunk.text for chunk in pieces)
+        return cls(text=text, calls=last.calls, finish=last.finish, stats=last.stats)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The turn as a message, for the talk that goes on."""
+        calls = {"tool_calls": [call.as_dict() for call in self.calls]} if self.calls else {}
+        return {"role": "assistant", "content": self.text, **calls}
+
+    @property
+    def answer(self) -> str:
+        """The text, where there is nothing else.
+
+        Raises:
+            ToolError: the model calls a tool, which a text cannot hold.
+        """
+        if self.calls:
+            names = ", ".join(call.name for call in self.calls)
+            raise ToolError(
+                f"the model calls {names}; take Model.turn or the last chunk of a stream, which have calls"
+            )
         return self.text
 
 
@@ -73,18 +122,26 @@ class Prompt:
 
 
 def stream(
-    engine: Engine, config: ModelConfig, messages: Sequence[Message], options: Options, memory: Memory
+    engine: Engine,
+    config: ModelConfig,
+    messages: Sequence[Message],
+    options: Options,
+    memory: Memory,
+    tools: Sequence[Tool] = (),
 ) -> Iterator[Chunk]:
-    """Yield the answer piece by piece; the last chunk carries `finish` and `stats`.
+    """Yield the answer piece by piece; the last chunk carries `finish`, `stats`, and what the model calls of `tools`.
 
     Raises:
         ImageError: an image of the messages is none.
-        PromptError: the messages have no valid form, or (ContextFull) do not fit into the model's context.
+        PromptError: the messages have no valid form, (ContextFull) do not fit into the model's context, or the model
+            knows no tools.
+        ToolError: a call of a tool is cut off or malformed; the text of the answer has come before.
         EngineError: a native call failed, or the answer was cancelled.
     """
     watch = Stopwatch()
+    reader = CallReader(tools, config.control_tokens)
     with watch.phase("preprocess"):
-        prompt = prepare(engine, config, messages)
+        prompt = prepare(engine, config, messages, tools)
     room = _make_room(engine, config, prompt, options.max_tokens)
     prefill(engine, split(prompt), memory, watch)
     text = TextStream(options.stop)
@@ -98,12 +155,14 @@ def stream(
             finish = "stop"
             break
         n_drawn += 1
-        if piece := text.push(engine.piece(token)):
+        if piece := text.push(reader.take(token, engine.piece(token))):
             yield Chunk(text=piece)
         if text.stopped or n_drawn == room:
             finish = "stop" if text.stopped else "length"
             break
-    yield Chunk(text=text.flush(), finish=finish, stats=_stats(prompt, messages, n_drawn, watch))
+    if piece := text.flush():
+        yield Chunk(text=piece)
+    yield Chunk(text="", finish=finish, calls=reader.calls(), stats=_stats(prompt, messages, n_drawn, watch))
 
 
 def look(image: ImageInput | Picture, config: ImageConfig, sight: Sight = WHOLE) -> Picture:
@@ -121,10 +180,10 @@ def look(image: ImageInput | Picture, config: ImageConfig, sight: Sight = WHOLE)
     return Picture(plan=tile_plan, tiles=tuple(cut(pixels, tile_plan, settings)), settings=settings)
 
 
-def prepare(engine: Engine, config: ModelConfig, messages: Sequence[Message]) -> Prompt:
+def prepare(engine: Engine, config: ModelConfig, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Prompt:
     """Return the prompt of a talk: its pictures cut, its text tokenized."""
     pictures = [look(image, config.image, config.sight) for image in images_of(messages)]
-    segments = render(messages, pictures, config)
+    segments = render(messages, pictures, config, tools)
     ids = [_ids(segment, engine, config) for segment in segments]
     begin = max((index for index, segment in enumerate(segments) if isinstance(segment, Control)), default=len(ids))
     return Prompt(

@@ -31,7 +31,7 @@ def physical_cores(topology: Path = _TOPOLOGY) -> int:
     cores = set()
     for cpu in cpus:
         try:
-            cores.add((topology / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text())
+            cores.add((topology / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text(errors="replace"))
         except OSError:
             return len(cpus)
     return len(cores)
@@ -43,14 +43,19 @@ def total_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
     Args:
         limit: the file in which Linux tells a container's limit.
     """
+    machine = installed_memory()
     try:
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
-    try:
-        return min(machine, int(limit.read_text()))
+        return machine and min(machine, int(limit.read_text()))
     except (OSError, ValueError):  # no such file, or "max"
         return machine
+
+
+def installed_memory() -> int | None:
+    """Return the bytes of memory of the machine, None if it does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def big_cores(topology: Path = _TOPOLOGY) -> int:

@@ -21,7 +21,7 @@ from lfm2vl_edge.costs import CONTEXT_TOKENS
 from lfm2vl_edge.engine import Engine, Floats, State
 from lfm2vl_edge.errors import EngineError, SessionError
 from lfm2vl_edge.files import cache_folder
-from lfm2vl_edge.generate import Chunk, look, n_tokens, prefill, prepare, split, stream
+from lfm2vl_edge.generate import Chunk, Turn, look, n_tokens, prefill, prepare, split, stream
 from lfm2vl_edge.identity import Identity, Source, encoder_digest, identify, state_digest
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.locate import FALLBACK_NOTE, locate
@@ -32,6 +32,7 @@ from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
 from lfm2vl_edge.session import Photo, load_saved
 from lfm2vl_edge.shelf import CACHE_BYTES, STATE, Disk, DiskShelf, digests_folder
 from lfm2vl_edge.stats import Stopwatch
+from lfm2vl_edge.tools import Tool, ToolInput, as_tools
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -149,12 +150,13 @@ class Model:
         Args:
             images: one picture or a list of them, each in any form that `load_image` takes; `[]` for none.
             prompt: the question.
-            **options: fields of `Options`, such as `temperature=0.0, max_tokens=64`.
+            **options: fields of `Options`, such as `temperature=0.0, max_tokens=64`, and `tools` as for `chat`.
 
         Raises:
+            ToolError: the model calls a tool: `turn` returns calls.
             EdgeError: see `stream`.
         """
-        return "".join(chunk.text for chunk in self.stream(images, prompt, **options))
+        return Turn.of(self.stream(images, prompt, **options)).answer
 
     def stream(
         self, images: ImageInput | Sequence[ImageInput], prompt: str = DEFAULT_PROMPT, **options: Any
@@ -169,17 +171,28 @@ class Model:
         """
         return self.chat([user_message(images, prompt)], **options)
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
+    def chat(self, messages: Sequence[Message], *, tools: Sequence[ToolInput] = (), **options: Any) -> Iterator[Chunk]:
         """Yield the model's next turn of a talk in the Hugging Face form, piece by piece.
 
+        Args:
+            messages: the talk; see `Message`.
+            tools: what the model may call: functions with annotations and docstrings, or definitions in the OpenAI
+                form. The last chunk has its `calls`; nothing is ever called here.
+            **options: as for `ask`.
+
         Raises:
+            ToolError: a call is cut off or malformed.
             EdgeError: see `stream`.
         """
-        return self._stream(messages, Options.of(**options))
+        return self._stream(messages, Options.of(**options), as_tools(tools))
 
-    def _stream(self, messages: Sequence[Message], options: Options) -> Iterator[Chunk]:
+    def turn(self, messages: Sequence[Message], **options: Any) -> Turn:
+        """Return the model's next turn, whole: text, calls, and `message` for the talk that goes on. As for `chat`."""
+        return Turn.of(self.chat(messages, **options))
+
+    def _stream(self, messages: Sequence[Message], options: Options, tools: Sequence[Tool]) -> Iterator[Chunk]:
         with self._exclusive():
-            yield from stream(self.engine, self.config, messages, options, self._memory)
+            yield from stream(self.engine, self.config, messages, options, self._memory, tools)
 
     def cut(self, image: ImageInput, **wishes: Any) -> Picture:
         """Return a picture planned and cut, which may stand in several messages without being opened again.
@@ -259,14 +272,14 @@ class Model:
             self._identity = identify(self._source, self.engine.info, config.image, config.sight, self._digests)
         return self._identity
 
-    def token_ids(self, messages: Sequence[Message]) -> list[int]:
+    def token_ids(self, messages: Sequence[Message], *, tools: Sequence[ToolInput] = ()) -> list[int]:
         """Return the prompt's ids as the reference's input_ids: the image token repeated for every embedding.
 
         Raises:
             EdgeError: see `stream`.
         """
         with self._exclusive():
-            return prepare(self.engine, self.config, messages).token_ids
+            return prepare(self.engine, self.config, messages, as_tools(tools)).token_ids
 
     def embed_image(self, image: ImageInput) -> Floats:
         """Return float32 `[n, n_embd]`: the embeddings of all views of a picture, in prompt order.

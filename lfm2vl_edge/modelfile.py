@@ -35,6 +35,13 @@ _MARKER_KEYS: Final[Mapping[str, str]] = {
 }
 IMAGE, IMAGE_START, IMAGE_END, THUMBNAIL = _MARKER_KEYS
 """Texts of the image markers; their ids differ from vocabulary to vocabulary."""
+CALL_START: Final = "<|tool_call_start|>"
+CALL_END: Final = "<|tool_call_end|>"
+_TOOL_MARKERS: Final = (
+    *("<|tool_list_start|>", "<|tool_list_end|>", CALL_START, CALL_END),
+    *("<|tool_response_start|>", "<|tool_response_end|>"),
+)
+"""Texts of what stands around tools, calls of them and their results."""
 _SAMPLING_KEYS: Final[Mapping[str, str]] = {
     "temperature": "general.sampling.temp",
     "min_p": "general.sampling.min_p",
@@ -298,7 +305,7 @@ def _control_tokens(path: Path, language: Mapping[str, Any]) -> dict[str, int]:
         raise ConfigError(f"{path} has {len(tokens)} tokens and {len(types)} token types; convert it again")
     controls = {tokens[int(index)]: int(index) for index in np.flatnonzero(types == _CONTROL)}
     ordinary = {tokens[int(index)]: int(index) for index in np.flatnonzero((types != _CONTROL) & (types != 1))}
-    return controls | {text: ordinary[text] for text in _MARKER_KEYS if text in ordinary}
+    return controls | {text: ordinary[text] for text in (*_MARKER_KEYS, *_TOOL_MARKERS) if text in ordinary}
 
 
 def _token_text(tokens: Any, token: object) -> str:

@@ -9,30 +9,25 @@ the reference does.
 from __future__ import annotations
 
 import functools
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Final, NoReturn, TypeAlias
-
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
+from typing import Any, Final, TypeAlias
 
 from lfm2vl_edge.config import ImageConfig
 from lfm2vl_edge.errors import PromptError
 from lfm2vl_edge.geometry import TilePlan
 from lfm2vl_edge.image import ImageInput
-from lfm2vl_edge.modelfile import IMAGE, IMAGE_END, IMAGE_START, THUMBNAIL, ModelConfig
+from lfm2vl_edge.modelfile import CALL_END, CALL_START, IMAGE, IMAGE_END, IMAGE_START, THUMBNAIL, ModelConfig
 from lfm2vl_edge.preprocess import Tile
+from lfm2vl_edge.template import knows, run_template
+from lfm2vl_edge.tools import Tool, calls_of, write_calls
 
 DEFAULT_PROMPT: Final = "Describe this image."
 """The question when none is asked."""
 Message: TypeAlias = Mapping[str, Any]
-"""Hugging Face form: `role`, and `content` as a string or a list of `{"type": "image" | "text", ...}`."""
+"""Hugging Face form: `role`, and `content` as a string or a list of `{"type": "image" | "text", ...}`. A turn of
+the model may have `tool_calls`; what a tool gave has the role `tool`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,23 +76,28 @@ def images_of(messages: Sequence[Message]) -> list[ImageInput | Picture]:
     return [part["image"] for message in messages for part in _parts(message) if part["type"] == "image"]
 
 
-def render(messages: Sequence[Message], pictures: Sequence[Picture], config: ModelConfig) -> list[Segment]:
+def render(
+    messages: Sequence[Message], pictures: Sequence[Picture], config: ModelConfig, tools: Sequence[Tool] = ()
+) -> list[Segment]:
     """Return the prompt of a talk, up to and including the opening of the model's next turn.
 
     Args:
         messages: the talk; see `Message`.
         pictures: one for each image of the messages, in order.
         config: gives the template and the control tokens.
+        tools: what the model may call; the template lists them.
 
     Raises:
-        PromptError: the messages do not have the right form, or the template refuses them.
+        PromptError: the messages do not have the right form, or the template refuses them or knows no tools.
     """
     if not messages:
         raise PromptError("there is no message to answer; give at least one")
-    breaker = _unused_character(messages)
+    messages, definitions = [_with_read_calls(message) for message in messages], [tool.definition for tool in tools]
+    breaker = _unused_character(messages, definitions)
     control = _control_pattern(frozenset(config.control_tokens))
-    shown = [_guarded(message, control, breaker) for message in messages]
-    prompt = _run_template(config, shown)
+    guard = functools.partial(_break, control=control, breaker=breaker)
+    shown = [_with_calls(_guarded(message, guard, breaker), config, breaker) for message in messages]
+    prompt = run_template(config, shown, _changed(definitions, guard))
     return list(_segments(prompt, breaker, pictures, config))
 
 
@@ -107,6 +107,8 @@ def _parts(message: Message) -> list[dict[str, Any]]:
     if not isinstance(role, str) or not role.isidentifier():
         raise PromptError(f'a message is {_short(message)}; it must be {{"role": "user", "content": ...}}')
     content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return []
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple)):
@@ -135,12 +137,42 @@ _BREAKERS: Final = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 """Unicode's noncharacters: no text of a human holds one, let alone all."""
 
 
-def _unused_character(messages: Sequence[Message]) -> str:
+_MAX_DEPTH: Final = 64
+"""Lists and objects within one another, in what a message holds besides its content, and in definitions of tools."""
+
+
+def _unused_character(messages: Sequence[Message], definitions: Sequence[Mapping[str, Any]]) -> str:
     texts = [part["text"] for message in messages for part in _parts(message) if part["type"] == "text"]
+    texts += [text for message in messages for text in _strings(_beside_content(message))]
+    texts += _strings(definitions)
     for character in _BREAKERS:
         if not any(character in text for text in texts):
             return character
     raise PromptError("the text holds every noncharacter of Unicode (U+FDD0 to U+FDEF); it is no text")
+
+
+def _beside_content(message: Message) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if name != "content"}
+
+
+def _strings(value: object, depth: int = _MAX_DEPTH) -> Iterator[str]:
+    """Yield every text within lists and objects, names of fields too."""
+    if not depth:
+        raise PromptError(f"a message or a tool is nested more than {_MAX_DEPTH} deep; make it flatter")
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for one in value.items() if isinstance(value, Mapping) else value:
+            yield from _strings(one, depth - 1)
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """Return the same with every text changed, names of fields too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_changed(name, change): _changed(one, change) for name, one in value.items()}
+    return [_changed(one, change) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 @functools.lru_cache(maxsize=8)
@@ -149,18 +181,38 @@ def _control_pattern(names: frozenset[str]) -> re.Pattern[str]:
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
-def _guarded(message: Message, control: re.Pattern[str], breaker: str) -> dict[str, Any]:
+def _guarded(message: Message, guard: Callable[[str], str], breaker: str) -> dict[str, Any]:
     """Return the message as the template sees it: control tokens broken, images without their pixels."""
-    if isinstance(message["content"], str):
-        return {**message, "content": _break(message["content"], control, breaker)}
+    rest = _changed(_beside_content(message), guard)
+    if not isinstance(message.get("content"), (list, tuple)):
+        return {**rest, "content": guard(message.get("content") or "")}
     shown: list[dict[str, str]] = []
     for part in _parts(message):
         if part["type"] == "image":
             shown.append({"type": "image"})
             continue
         joint = breaker if shown and shown[-1]["type"] == "text" else ""
-        shown.append({"type": "text", "text": joint + _break(part["text"], control, breaker)})
-    return {**message, "content": shown}
+        shown.append({"type": "text", "text": joint + guard(part["text"])})
+    return {**rest, "content": shown}
+
+
+def _with_read_calls(message: Message) -> Message:
+    """Return the message with its calls as objects, so that no name of a control token hides behind JSON's escapes."""
+    if not isinstance(message, Mapping) or not message.get("tool_calls"):
+        return message
+    return {**message, "tool_calls": [call.as_dict() for call in calls_of(message["tool_calls"])]}
+
+
+def _with_calls(message: dict[str, Any], config: ModelConfig, breaker: str) -> dict[str, Any]:
+    """Return a guarded message whose calls are part of its content, unless the template writes them itself."""
+    if not message.get("tool_calls") or knows(config.chat_template, "tool_calls"):
+        return message
+    if CALL_START not in config.control_tokens or CALL_END not in config.control_tokens:
+        raise PromptError(f"the model has no token {CALL_START}, so no call of a tool can stand in its prompt")
+    written = f"{CALL_START}{write_calls(calls_of(message['tool_calls']))}{CALL_END}{breaker}"
+    content = message["content"]
+    joined = written + content if isinstance(content, str) else [{"type": "text", "text": written}, *content]
+    return {name: value for name, value in message.items() if name != "tool_calls"} | {"content": joined}
 
 
 def _break(text: str, control: re.Pattern[str], breaker: str) -> str:
@@ -214,46 +266,3 @@ def _marker(tile: Tile, controls: Mapping[str, int]) -> int:
     if text not in controls:
         raise PromptError(f"the model has no token {text}; lower max_tiles so that no grid is that large")
     return controls[text]
-
-
-def _run_template(config: ModelConfig, messages: Sequence[Mapping[str, Any]]) -> str:
-    try:
-        return _compiled(config.chat_template).render(
-            messages=messages,
-            add_generation_prompt=True,
-            bos_token=config.bos_token,
-            eos_token=config.eos_token,
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
-        raise PromptError(f"the model's chat template refuses these messages: {error}") from error
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the model's own words for training; here it is transparent."""
-
-    tags = {"generation"}  # noqa: RUF012 - the name and type that jinja2 looks for
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> jinja2.Template:
-    """Compile a template in the environment that the reference gives it: sandboxed, nothing can be changed."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
-    environment.filters["tojson"] = _to_json
-    return environment.from_string(source)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """Jinja's own filter escapes for HTML; the reference's does not."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

@@ -125,6 +125,21 @@ def parse_name(text: str) -> Reference | None:
     return Reference(repo=known.repo if known else repo, quant=tag.upper() or None, known=known)
 
 
+def reference_of(name: str) -> Reference:
+    """Return what can be pulled under a name of the table or a hub id.
+
+    Raises:
+        ModelNotFound: it is neither, or is built in.
+    """
+    if name.lower() == BUILT_IN:
+        raise ModelNotFound(f"{BUILT_IN} is built in; it need not be pulled and cannot be removed")
+    reference = parse_name(name)
+    if reference is None:
+        known = ", ".join(one.name for one in known_models())
+        raise ModelNotFound(f"no model is called {name!r}; known: {known}; or give OWNER/REPO[:TYPE] of a hub")
+    return reference
+
+
 def is_hub_id(text: str) -> bool:
     """Tell whether a text has the form `owner/repo`; it may still be a path."""
     odd = ".." in text or "--" in text or text.endswith((".git", ".gguf", "-", "."))

@@ -22,7 +22,7 @@ from lfm2vl_edge.config import ImageConfig
 from lfm2vl_edge.engine import State
 from lfm2vl_edge.errors import ConfigError, SessionError
 from lfm2vl_edge.files import write_beside
-from lfm2vl_edge.generate import Chunk
+from lfm2vl_edge.generate import Chunk, Turn
 from lfm2vl_edge.geometry import TilePlan, plan
 from lfm2vl_edge.identity import Identity
 from lfm2vl_edge.preprocess import Tile
@@ -70,9 +70,9 @@ class Photo:
         """Return the answer to a question about the picture; options as for `Model.ask`.
 
         Raises:
-            EdgeError: see `Model.stream`.
+            EdgeError: see `Model.ask`.
         """
-        return "".join(chunk.text for chunk in self.stream(prompt, **options))
+        return Turn.of(self.stream(prompt, **options)).answer
 
     def stream(self, prompt: str = DEFAULT_PROMPT, **options: Any) -> Iterator[Chunk]:
         """Yield the answer piece by piece; the last chunk carries `finish` and `stats`.

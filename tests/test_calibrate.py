@@ -281,6 +281,22 @@ def test_what_exists_is_kept(folder: Path, rows: Path, tmp_path: Path) -> None:
     assert calibrated("-m", folder, "--data", rows, "-o", tmp_path / "x.gguf", "-f", "--limit", 1).exit_code == 0
 
 
+@pytest.mark.parametrize("place", ["file/x.gguf", "file/deep/x.gguf", "gone/x.gguf", "folder"])
+def test_a_place_that_cannot_be_written_is_noticed_before_the_work(
+    place: str, folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(Calibration, "open", lambda *_, **__: pytest.fail("the work has begun"))
+    result = calibrated("-m", folder, "--data", rows, "-o", tmp_path / place, "--force")
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith(f"error: cannot write {tmp_path / place}: ")
+    assert "give another path" in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 TELLING = """
 import sys
 from lfm2vl_edge.calibrate import Calibration

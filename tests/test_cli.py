@@ -294,6 +294,6 @@ def test_quantize_takes_one_file_and_refuses_wrong_ones(run: Run, tmp_path: Path
     assert failed(run("quantize", made, "--mmproj-quant", "Q8_0", "--requantize", "--force"), "is Q8_0 already")
     assert failed(run("quantize", mmproj, "--mmproj-quant", "F16", "--tensor-type", "ffn=F32"), "to be F16 throughout")
     assert failed(run("quantize", mmproj, "--mmproj-quant", "Q8_0", "--tensor-type", "x=F32"), "x=F32 fits no matrix")
-    assert failed(run("quantize", tmp_path / "nothing.gguf"), "no model file at")
+    assert failed(run("quantize", tmp_path / "nothing.gguf"), "no model .*nothing.gguf.: there is no such file")
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     assert failed(run("quantize", tmp_path / "x.gguf"), "no whole GGUF file")

@@ -89,7 +89,7 @@ def test_promote_goes_on_until_it_is_good(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(checking, "verify", lambda model, **more: verified.append(more))
     result = converted(tmp_path, "--quant", "Q4_0", "--mmproj-quant", "Q8_0", "--promote")
     assert (result.exit_code, script) == (0, [])
-    assert [(one["max_kl"], one["min_cosine"], one["against"]) for one in verified] == [(0.1, 0.99, CHECKPOINT)]
+    assert [(one["max_kl"], one["min_cosine"], one["against"]) for one in verified] == [(0.1, 0.99, str(CHECKPOINT))]
     said = [line.split() for line in result.stderr.splitlines() if line.startswith("promoted")]
     made = [read_tensors(tmp_path / name) for name in ("checkpoint-Q4_0.gguf", "mmproj-checkpoint-Q8_0.gguf")]
     types = {name: tensor.type for tensors in made for name, tensor in tensors.items()}

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from lfm2vl_edge import Model, ModelNotFound, locate
+from lfm2vl_edge import DownloadError, Model, ModelNotFound, locate, pull
+from lfm2vl_edge import Pair as Files
 from lfm2vl_edge.cli import app, loading
+from lfm2vl_edge.download import Offer
 from lfm2vl_edge.files import data_folder
 from lfm2vl_edge.hardware import total_memory
 from lfm2vl_edge.locate import FALLBACK_NOTE
@@ -171,6 +173,51 @@ def test_a_path_that_is_not_there_is_not_taken_for_a_hub(server: Hub) -> None:
     assert failed(edge("pull", "owner/nothing"), "no repository owner/nothing at http://127.0.0.1")
     assert failed(edge("pull", REPO, "--mmproj-quant", "Q0"), "has no file of type Q0; there are: BF16")
     assert failed(edge("convert", "models", "--revision", "main"), "--revision is for checkpoints of the hub")
+
+
+def test_programs_pull_as_the_command_does(server: Hub, hub_here: HubHere) -> None:
+    offers: list[Offer] = []
+    moves: list[tuple[int, int]] = []
+    found = pull(REPO, show=offers.append, progress=lambda done, total: moves.append((done, total)))
+    folder = hub_here.cache / "models--owner--pair-GGUF" / "snapshots" / COMMIT
+    assert found == Files(model=folder / "pair-BF16.gguf", mmproj=folder / "mmproj-pair-BF16.gguf")
+    total = sum(map(len, server.repos[REPO].values()))
+    assert [(offer.n_bytes, offer.licence) for offer in offers] == [(total, "lfm1.0")]
+    assert moves[-1] == (total, total)
+    assert moves == sorted(moves)
+    asked = len(server.requests)
+    assert pull(f"{REPO}:bf16") == found
+    assert len(server.requests) == asked
+    assert edge("pull", REPO).stdout.split() == [str(found.model), str(found.mmproj)]
+    with Model.open(REPO) as model:
+        assert model.config.name
+    with pytest.raises(DownloadError, match="has no file of type Q0"):
+        pull(f"{REPO}:Q0")
+    with pytest.raises(ModelNotFound, match="known: lfm2.5-vl-450m"):
+        pull("nothing")
+    with pytest.raises(ModelNotFound, match="tiny is built in"):
+        pull("tiny")
+
+
+def test_verify_and_quantize_take_names(server: Hub, hub_here: HubHere) -> None:
+    missing = f"{REPO} is not on this machine; to fetch it: lfm2vl-edge pull {REPO}"
+    types = ("--quant", "Q8_0", "--mmproj-quant", "Q8_0", "-q")
+    assert failed(edge("verify", REPO), missing)
+    assert failed(edge("quantize", REPO, *types), missing)
+    found = pull(REPO)
+    before = sorted(hub_here.cache.rglob("*"))
+    result = edge("verify", REPO)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("good: every tensor is there")
+    assert failed(edge("verify", "nothing"), "no model 'nothing'")
+    made = ["pair-Q8_0.gguf", "mmproj-pair-Q8_0.gguf"]
+    inside = edge("quantize", REPO, *types, "-o", found.model.parent / "new")
+    assert failed(inside, "lies in the cache of huggingface_hub; give another folder with -o")
+    assert edge("quantize", REPO, *types).stdout.split() == made
+    assert sorted(path.name for path in Path().iterdir()) == sorted(made)
+    assert sorted(hub_here.cache.rglob("*")) == before
+    compared = edge("verify", made[0], "--against", REPO, "--json", "-q", "-t", "1")
+    assert json.loads(compared.stdout)["behaviour"]["min_cosine"] > 0.9
 
 
 def test_convert_fetches_a_checkpoint_once(server: Hub) -> None:

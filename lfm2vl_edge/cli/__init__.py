@@ -11,6 +11,7 @@ from lfm2vl_edge.cli.cache import cache
 from lfm2vl_edge.cli.calibrate import calibrate
 from lfm2vl_edge.cli.chat import chat
 from lfm2vl_edge.cli.convert import convert
+from lfm2vl_edge.cli.doctor import doctor
 from lfm2vl_edge.cli.eval import evaluate
 from lfm2vl_edge.cli.models import models
 from lfm2vl_edge.cli.plan import plan
@@ -42,6 +43,7 @@ app.command()(convert)
 app.command()(calibrate)
 app.command()(quantize)
 app.command()(verify)
+app.command()(doctor)
 app.add_typer(cache)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from lfm2vl_edge.cli import options as opt
 from lfm2vl_edge.cli.loading import chosen_model
-from lfm2vl_edge.cli.output import at_once, refuse_overwrite, reporting, shows_progress, steps_bar
+from lfm2vl_edge.cli.output import at_once, refuse_overwrite, refuse_unwritable, reporting, shows_progress, steps_bar
 
 if TYPE_CHECKING:
     from lfm2vl_edge.calibrate import Example
@@ -46,6 +46,7 @@ def calibrate(
 
     with reporting():
         refuse_overwrite(output, force)
+        refuse_unwritable(output)
         pair = chosen_model(model).pair
         examples, total, dataset = _examples(data, limit)
         with (

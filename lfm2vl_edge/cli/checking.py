@@ -76,9 +76,9 @@ def check(result: ConvertResult, checkpoint: Path, options: CheckOptions, *, as_
     """Print the verdict of `verify`, where it is asked for, and exit with 1 if it is bad."""
     if options.check or options.promote:
         verify(
-            result.model,
+            str(result.model),
             mmproj=result.mmproj,
-            against=checkpoint,
+            against=str(checkpoint),
             max_kl=options.max_kl,
             min_cosine=options.min_cosine,
             as_json=as_json,

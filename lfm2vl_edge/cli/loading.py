@@ -10,14 +10,13 @@ import typer
 
 from lfm2vl_edge.cli.options import ImageOptions, ModelOptions
 from lfm2vl_edge.cli.output import warnings_to_stderr
-from lfm2vl_edge.errors import ModelNotFound, ModelNotPulled
+from lfm2vl_edge.errors import ModelNotPulled
 from lfm2vl_edge.files import CACHE_VARIABLE
 
 if TYPE_CHECKING:
     from lfm2vl_edge.image import ImageInput, Pixels
     from lfm2vl_edge.locate import Located
     from lfm2vl_edge.model import Model
-    from lfm2vl_edge.registry import Reference
 
 STDIN = "-"
 
@@ -37,6 +36,7 @@ def find_model(options: ModelOptions) -> Located:
         if not _wants_it_now(error.name):
             raise
         from lfm2vl_edge.cli.pulling import pull_visibly
+        from lfm2vl_edge.registry import reference_of
 
         pull_visibly(reference_of(error.name))
         return locate(options.model, options.mmproj)
@@ -64,23 +64,6 @@ def _wants_it_now(name: str) -> bool:
 
 def _is_terminal() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
-
-
-def reference_of(name: str) -> Reference:
-    """Return what a name of the table or a hub id refers to.
-
-    Raises:
-        ModelNotFound: it is neither.
-    """
-    from lfm2vl_edge.registry import BUILT_IN, known_models, parse_name
-
-    if name.lower() == BUILT_IN:
-        raise ModelNotFound(f"{BUILT_IN} is built in; it need not be pulled and cannot be removed")
-    reference = parse_name(name)
-    if reference is None:
-        known = ", ".join(one.name for one in known_models())
-        raise ModelNotFound(f"no model is called {name!r}; known: {known}; or give OWNER/REPO[:TYPE] of a hub")
-    return reference
 
 
 def open_model(

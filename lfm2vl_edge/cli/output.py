@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,6 +125,19 @@ def refuse_overwrite(path: Path, force: bool) -> None:
     """Raise an EdgeError if a file is there and may not be replaced."""
     if path.exists() and not force:
         raise EdgeError(f"{path} is there already; give another name, or --force to replace it")
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise an EdgeError if no file can be written there: to be asked before the work, not at its end."""
+    existing = next(one for one in path.absolute().parents if os.path.lexists(one))
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+        why = "it is a folder" if path.is_dir() else None
+    except OSError as error:
+        why = error.strerror or str(error)
+    if why is not None:
+        raise EdgeError(f"cannot write {path}: {why}; give another path")
 
 
 def shows_progress(quiet: bool) -> bool:

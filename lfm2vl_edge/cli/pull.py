@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.loading import reference_of
 from lfm2vl_edge.cli.output import reporting
 from lfm2vl_edge.cli.pulling import pull_visibly
 
@@ -39,6 +38,8 @@ def pull(
     What is here already is verified without asking the hub.
     The files lie in the cache of huggingface_hub, whose HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE hold.
     """
+    from lfm2vl_edge.registry import reference_of
+
     with reporting():
         pulled = pull_visibly(reference_of(name), mmproj_quant=mmproj_quant, revision=revision, quiet=quiet)
         if as_json:

@@ -9,6 +9,7 @@ import typer
 
 from lfm2vl_edge.cli import options as opt
 from lfm2vl_edge.cli.convert import EncoderType, LanguageType, MmprojQuant, Quant, TensorType
+from lfm2vl_edge.cli.loading import find_model
 from lfm2vl_edge.cli.output import bytes_bar, reporting, shows_progress
 from lfm2vl_edge.cli.quantizing import ImatrixFile, encoder_type, parse_overrides, quantizer_with, show_report
 from lfm2vl_edge.errors import ConfigError
@@ -16,8 +17,10 @@ from lfm2vl_edge.errors import ConfigError
 
 def quantize(
     model: Annotated[
-        Path,
-        typer.Argument(metavar="FOLDER|MODEL|MMPROJ", help="A pair's folder, or one GGUF file of F32, F16 or BF16."),
+        str,
+        typer.Argument(
+            metavar="NAME|FOLDER|FILE", help="A pulled model, a pair's folder, or one GGUF file, of F32, F16 or BF16."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the files.")] = Path(),
     quant: Quant = LanguageType.Q4_0,
@@ -29,11 +32,15 @@ def quantize(
     force: opt.Force = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Quantize a pair, or one file of it: lfm2vl-edge quantize models/f16 -o models/q4."""
+    """Quantize a pair, or one file of it: lfm2vl-edge quantize models/f16 -o models/q4.
+
+    What a pulled model becomes is written to -o too, by default the current folder.
+    """
     from lfm2vl_convert.report import report_file, stored_rows
     from lfm2vl_convert.requantize import quantize_ggufs
 
     with reporting():
+        _refuse_hub_cache(output)
         sources = _sources(model, quant.value, mmproj_quant.value)
         quantizer = quantizer_with(imatrix, [kind for _, kind in sources], requantize=requantize)
         with bytes_bar("quantizing", shows_progress(quiet)) as progress:
@@ -50,7 +57,7 @@ def quantize(
         show_report([job.path for job in jobs], groups, as_json=as_json, quiet=quiet)
 
 
-def _sources(path: Path, quant: str, mmproj_quant: str) -> list[tuple[Path, str]]:
+def _sources(name: str, quant: str, mmproj_quant: str) -> list[tuple[Path, str]]:
     """Return the files to read and the types to make of them.
 
     Raises:
@@ -58,12 +65,20 @@ def _sources(path: Path, quant: str, mmproj_quant: str) -> list[tuple[Path, str]
         ConfigError: a file is of another kind.
     """
     from lfm2vl_edge.metadata import read_metadata
-    from lfm2vl_edge.modelfile import find_pair
 
-    if path.is_dir():
-        pair = find_pair(path)
+    path = Path(name)
+    if not path.is_file():
+        pair = find_model(opt.ModelOptions(model=name)).pair
         return [(pair.model, quant), (pair.mmproj, encoder_type(mmproj_quant))]
     kind = read_metadata(path).get("general.architecture")
     if kind not in ("lfm2", "clip"):
         raise ConfigError(f"{path} is a {kind!r} model; give a language or mmproj file of an LFM2-VL model")
     return [(path, quant if kind == "lfm2" else encoder_type(mmproj_quant))]
+
+
+def _refuse_hub_cache(output: Path) -> None:
+    """Keep what is made here apart from what was fetched and verified."""
+    from lfm2vl_edge.blobs import hub_cache
+
+    if output.resolve().is_relative_to(hub_cache().resolve()):
+        raise ConfigError(f"{output.absolute()} lies in the cache of huggingface_hub; give another folder with -o")

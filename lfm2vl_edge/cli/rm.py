@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from lfm2vl_edge.cli.loading import reference_of
 from lfm2vl_edge.cli.output import reporting
 
 
@@ -15,6 +14,7 @@ def rm(
 ) -> None:
     """Remove what was pulled, or fetched by convert: lfm2vl-edge rm lfm2.5-vl-450m:Q8_0."""
     from lfm2vl_edge.download import remove
+    from lfm2vl_edge.registry import reference_of
 
     with reporting():
         removed, freed = remove(reference_of(name))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lfm2vl_edge.cli import options as opt
+from lfm2vl_edge.cli.loading import find_model
 from lfm2vl_edge.cli.output import EXIT_FAILED, reporting
 
 if TYPE_CHECKING:
@@ -59,13 +60,17 @@ class _Accuracy:
 
 
 def verify(
-    model: Annotated[Path, typer.Argument(metavar="PAIR", help="A pair's folder, or its language GGUF.")],
+    model: Annotated[
+        str, typer.Argument(metavar="NAME|PAIR", help="A pulled model, a pair's folder, or its language GGUF.")
+    ],
     mmproj: Annotated[
         Path | None, typer.Option("--mmproj", metavar="PATH", help="Vision GGUF; default: beside.")
     ] = None,
     against: Annotated[
-        Path | None,
-        typer.Option("--against", metavar="CHECKPOINT|PAIR", help="What to compare with: what the pair was made of."),
+        str | None,
+        typer.Option(
+            "--against", metavar="CHECKPOINT|NAME|PAIR", help="What to compare with: what the pair was made of."
+        ),
     ] = None,
     max_kl: Annotated[
         float, typer.Option("--max-kl", min=0, help="Largest mean divergence of the next token, nats.")
@@ -89,10 +94,9 @@ def verify(
 ) -> None:
     """Check a pair, and compare it: lfm2vl-edge verify models/q4 --against LFM2-VL-450M."""
     from lfm2vl_edge.evaluate import read_rows
-    from lfm2vl_edge.modelfile import find_pair
 
     with reporting():
-        pair = find_pair(model, mmproj)
+        pair = find_model(opt.ModelOptions(model=model, mmproj=mmproj)).pair
         rows = [] if data is None else read_rows(data)
         result = _examine(pair, against, threads)
         if rows and not result.problems:
@@ -106,7 +110,7 @@ def verify(
             raise typer.Exit(EXIT_FAILED)
 
 
-def _examine(pair: Pair, against: Path | None, threads: int | None) -> _Result:
+def _examine(pair: Pair, against: str | None, threads: int | None) -> _Result:
     from lfm2vl_convert.verify import problems, tensor_errors
     from lfm2vl_edge.metadata import read_metadata
 
@@ -114,13 +118,13 @@ def _examine(pair: Pair, against: Path | None, threads: int | None) -> _Result:
     found = [sentence for path in paths for sentence in problems(path, read_metadata(path))]
     if found or against is None:  # what is broken cannot answer
         return _Result(problems=found, tensors={}, behaviour=None)
-    with _reference(pair, against) as (reference, rows):
+    with _reference(pair, _other(against)) as (reference, rows):
         errors = {path.name: tensor_errors(path, own) for path, own in zip(paths, rows, strict=True)}
         return _Result(problems=[], tensors=errors, behaviour=_behaviour(pair, reference, threads))
 
 
 @contextmanager
-def _reference(pair: Pair, against: Path) -> Iterator[tuple[Pair, list[Rows]]]:
+def _reference(pair: Pair, against: Path | Pair) -> Iterator[tuple[Pair, list[Rows]]]:
     """Give the pair to compare with, and what reads its tensors in the shapes of the other pair's.
 
     A checkpoint is converted in a temporary folder: the language tower to the type that it has, the encoder to F32.
@@ -131,27 +135,25 @@ def _reference(pair: Pair, against: Path) -> Iterator[tuple[Pair, list[Rows]]]:
     from lfm2vl_edge.modelfile import find_pair
 
     with tempfile.TemporaryDirectory(prefix="lfm2vl-verify-") as folder:
-        if _is_checkpoint(against):
+        if isinstance(against, Path):
             quant = lossless_type(read_checkpoint(checkpoint_folder(against)))
             convert_checkpoint(against, folder, quant=quant, mmproj_quant="F32")
-            against = Path(folder)
-        reference = find_pair(against)
+        reference = find_pair(Path(folder)) if isinstance(against, Path) else against
         rows = [reference_rows(pair.model, reference.model), reference_rows(pair.mmproj, reference.mmproj)]
         yield reference, rows
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return (path / "config.json").is_file()
+def _other(against: str) -> Path | Pair:
+    """Return the folder of a checkpoint, or the pair that a path or a name means."""
+    folder = Path(against)
+    return folder if (folder / "config.json").is_file() else find_model(opt.ModelOptions(model=against)).pair
 
 
-def _accuracy(pair: Pair, against: Path | None, rows: Sequence[Row], threads: int | None) -> _Accuracy:
+def _accuracy(pair: Pair, against: str | None, rows: Sequence[Row], threads: int | None) -> _Accuracy:
     """Ask a pair, and the other one if there is a pair to compare with."""
-    from lfm2vl_edge.modelfile import find_pair
-
-    other = None if against is None or _is_checkpoint(against) else find_pair(against)
-    return _Accuracy(
-        pair=_asked(pair, rows, threads), reference=None if other is None else _asked(other, rows, threads)
-    )
+    other = None if against is None else _other(against)
+    reference = None if other is None or isinstance(other, Path) else _asked(other, rows, threads)
+    return _Accuracy(pair=_asked(pair, rows, threads), reference=reference)
 
 
 def _asked(pair: Pair, rows: Sequence[Row], threads: int | None) -> Tally:

@@ -1,4 +1,4 @@
-"""Which GPU llama.cpp shall use, asked for by name; and a clear answer where it was built without any."""
+"""Which GPU llama.cpp shall use, asked for by name; a clear answer where it was built without any; what it can use."""
 
 from __future__ import annotations
 
@@ -60,6 +60,25 @@ def gpus() -> list[Gpu]:
     ]
 
 
+def backends() -> list[str]:
+    """Return the names of what the installed llama.cpp can compute on: CPU, and such as CUDA, Vulkan, Metal."""
+    library = _library()
+    handles = [library.ggml_backend_reg_get(index) for index in range(library.ggml_backend_reg_count())]
+    return [library.ggml_backend_reg_name(handle).decode("utf-8", "replace") for handle in handles]
+
+
+def build() -> str | None:
+    """Return version and commit of the installed ggml, None if it does not tell them."""
+    library = _library()
+    told = [getattr(library, name, None) for name in ("ggml_version", "ggml_commit")]
+    for function in told:
+        if function is None:  # before July 2025
+            return None
+        function.argtypes, function.restype = [], ctypes.c_char_p
+    version, commit = ((function() or b"?").decode("utf-8", "replace") for function in told if function)
+    return f"ggml {version} ({commit})"
+
+
 def _library() -> Any:
     path = next((path for path in libraries() if _LIBRARY.fullmatch(path.name)), None)
     if path is None:
@@ -71,4 +90,9 @@ def _library() -> Any:
     library.ggml_backend_dev_name.argtypes = [ctypes.c_void_p]
     library.ggml_backend_dev_name.restype = ctypes.c_char_p
     library.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    library.ggml_backend_reg_count.restype = ctypes.c_size_t
+    library.ggml_backend_reg_get.argtypes = [ctypes.c_size_t]
+    library.ggml_backend_reg_get.restype = ctypes.c_void_p
+    library.ggml_backend_reg_name.argtypes = [ctypes.c_void_p]
+    library.ggml_backend_reg_name.restype = ctypes.c_char_p
     return library

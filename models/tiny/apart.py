@@ -49,11 +49,18 @@ def _before(questions: Tensor) -> Tensor:
     opening = (questions == 0).sum(1, keepdim=True)
     first = nn.functional.pad(questions[:, 1:] != questions[:, :-1], (1, 0), value=False)
     offset = place - torch.where(first, place, torch.ones_like(place)).cummax(1).values
-    back = [torch.where((offset >= step) | (questions == 0), place - step, opening + offset - step + 1) for step in (1, 2)]
-    return torch.stack(back, -1).clamp_(min=0)
+    is_near = questions == 0
+
+    def back(step: int) -> Tensor:
+        return torch.where(is_near | (offset >= step), place - step, opening + offset - step + 1)
+
+    return torch.stack([back(1), back(2)], -1).clamp_(min=0)
 
 
-def _convolve(conv: nn.Module, plain: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
+def _convolve(
+    conv: Any, plain: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **more: Any
+) -> Tensor:
+    """Stand in for the forward of a short convolution."""
     if attention_mask is None or attention_mask.ndim != 3:
         result: Tensor = plain(hidden_states, attention_mask=attention_mask, **more)
         return result
