@@ -14,14 +14,15 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "lfm2vl_edge").rglob("*.py"), *(ROOT / "convert").rglob("*.py")])
 LAYERS = [
     {"errors", "files"},
-    {"config", "metadata"},
+    {"config", "metadata", "schema", "boxes"},
     {"published", "geometry", "image", "stats", "hardware", "stream", "registry", "pulled", "blobs"},
     {"costs", "hub"},
     {"budget", "device"},
     {"modelfile", "resample", "draw", "scenes"},
     {"preprocess", "engine", "locate", "download"},
     {"prompt", "cache", "shelf", "identity", "engine.ffi"},
-    {"engine.gpu", "engine.graph", "engine.llama", "engine.quantize"},
+    {"engine.gpu", "engine.graph", "engine.grammar", "engine.sampling", "engine.quantize"},
+    {"engine.llama"},
     {"engine.observe"},
     {"generate", "opening"},
     {"session"},
