@@ -6,8 +6,11 @@ with Model.open("LFM2-VL-450M-F16.gguf") as model:
     print(model.ask("photo.jpg", "What is this?"))
 """
 
+from lfm2vl_edge.boxes import Box, Point
 from lfm2vl_edge.config import ImageConfig, Options, Sampling
 from lfm2vl_edge.errors import (
+    AnswerCut,
+    AnswerError,
     ConfigError,
     ConvertError,
     DataError,
@@ -31,6 +34,9 @@ from lfm2vl_edge.stats import Stats
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerCut",
+    "AnswerError",
+    "Box",
     "Chunk",
     "ConfigError",
     "ConvertError",
@@ -45,6 +51,7 @@ __all__ = [
     "ModelNotPulled",
     "Options",
     "Photo",
+    "Point",
     "PromptError",
     "Sampling",
     "SessionError",

@@ -9,10 +9,14 @@ import typer
 from lfm2vl_edge.cli.bench import bench
 from lfm2vl_edge.cli.cache import cache
 from lfm2vl_edge.cli.calibrate import calibrate
+from lfm2vl_edge.cli.caption import caption
 from lfm2vl_edge.cli.convert import convert
+from lfm2vl_edge.cli.detect import detect
 from lfm2vl_edge.cli.eval import evaluate
+from lfm2vl_edge.cli.extract import extract
 from lfm2vl_edge.cli.models import models
 from lfm2vl_edge.cli.plan import plan
+from lfm2vl_edge.cli.point import point
 from lfm2vl_edge.cli.pull import pull
 from lfm2vl_edge.cli.quantize import quantize
 from lfm2vl_edge.cli.rm import rm
@@ -29,6 +33,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(run)
+app.command()(caption)
+app.command()(detect)
+app.command()(point)
+app.command()(extract)
 app.command()(plan)
 app.command()(tune)
 app.command()(bench)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.loading import STDIN, load_picture, open_model
+from lfm2vl_edge.cli.loading import STDIN, load_picture, open_model, refuse_stdin_twice
 from lfm2vl_edge.cli.output import at_once, reporting
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def run(
     with reporting(), at_once() as interrupt:
         names, question = split_arguments(arguments, ask[0] if ask and prompt is None else prompt)
         questions = ([] if ask and prompt is None else [question]) + (ask or [])
+        refuse_stdin_twice([*names, answer.json_schema])
+        options = answer.values()
         pixels = [load_picture(name, max_megapixels) for name in names]
         with open_model(model, image, verbose, remember=len(questions) > 1, cache=cache) as opened:
             interrupt.cancel = opened.cancel
@@ -69,7 +71,7 @@ def run(
             told = []
             for each in questions:
                 messages = _messages(pictures, each, system)
-                told.append(_show(opened.chat(messages, **answer.values()), quiet=as_json))
+                told.append(_show(opened.chat(messages, **options), quiet=as_json))
                 if verbose:
                     typer.echo("\n".join(_figures(told[-1].last, opened)), err=True)
             if as_json:

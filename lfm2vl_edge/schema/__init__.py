@@ -10,8 +10,8 @@ out without a word, lets line breaks into strings, which then are no JSON, and d
 """
 
 from lfm2vl_edge.schema.check import parse_answer
-from lfm2vl_edge.schema.gbnf import grammar_of
+from lfm2vl_edge.schema.gbnf import TEXT_RULES, grammar_of, literal, rule_lines
 from lfm2vl_edge.schema.nodes import Schema
 from lfm2vl_edge.schema.reading import read_schema
 
-__all__ = ["Schema", "grammar_of", "parse_answer", "read_schema"]
+__all__ = ["TEXT_RULES", "Schema", "grammar_of", "literal", "parse_answer", "read_schema", "rule_lines"]

@@ -213,4 +213,4 @@ def _after(digit: str, rests: Sequence[str]) -> list[str]:
 
 
 def _digit(first: int | str, last: int | str) -> str:
-    return f"[{first}-{last}]"
+    return f'"{first}"' if first == last else f"[{first}-{last}]"
