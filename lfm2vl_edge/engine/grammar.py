@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,8 +28,8 @@ from lfm2vl_edge.errors import ConfigError, EngineError
 TokenIds: TypeAlias = npt.NDArray[np.int32]
 _ROOT: Final = b"root"
 _MOST_BYTES: Final = 1 << 18
-_SECONDS: Final = 60.0
-"""Reading a sound grammar takes milliseconds; the rest is for a busy machine to start Python."""
+_CPU_SECONDS: Final = 10
+"""Reading a sound grammar takes milliseconds, and starting Python a second; not counted is what a busy machine adds."""
 _COMPLAINT: Final = re.compile(r"error parsing grammar: (.*)")
 _CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """llama_token_data."""
@@ -130,14 +132,12 @@ def check_grammar(grammar: str) -> None:
     if len(data) > _MOST_BYTES or b"\0" in data:
         raise ConfigError(f"the grammar has {len(data)} bytes; at most {_MOST_BYTES} are read, none of them zero")
     code = f"import sys; sys.path[:] = {sys.path!r}; from lfm2vl_edge.engine.grammar import work; work()"
-    try:
-        done = subprocess.run(  # noqa: S603  # our own interpreter and code
-            [sys.executable, "-c", code], input=data, capture_output=True, timeout=_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError("llama.cpp does not come to an end with this grammar; simplify it") from error
+    command = [sys.executable, "-c", code, str(_CPU_SECONDS)]
+    done = subprocess.run(command, input=data, capture_output=True, check=False)  # noqa: S603  # our own code
+    if done.returncode == -signal.SIGXCPU:
+        raise ConfigError("llama.cpp does not come to an end with this grammar; simplify it")
     if done.returncode < 0:
-        raise ConfigError("llama.cpp breaks down on this grammar; it is nested too deeply: simplify it")
+        raise ConfigError("llama.cpp breaks down on this grammar, which is nested too deeply; simplify it")
     if done.returncode:
         said = _COMPLAINT.search(done.stderr.decode("utf-8", "replace"))
         reason = said[1].strip() if said else done.stdout.decode("utf-8", "replace").strip(" ()")
@@ -146,6 +146,8 @@ def check_grammar(grammar: str) -> None:
 
 def work() -> None:
     """Read a grammar from stdin, and exit with 0 if llama.cpp understands it: the child's side of `check_grammar`."""
+    limit = int(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
     sampler = llama.llama_sampler_init_grammar(None, sys.stdin.buffer.read(), _ROOT)
     sys.stdout.write(LOG.last())
     sys.stdout.flush()
