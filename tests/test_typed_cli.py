@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -43,8 +44,8 @@ def engine() -> FakeEngine:
 def run(tmp_path: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a command on a model whose answers are written down, in a folder with a picture of 200 x 100 pixels."""
     model = Model(engine, replace(CONFIG, boxes=SHORT))
-    for place in ("asking", "run"):
-        monkeypatch.setattr(f"lfm2vl_edge.cli.{place}.open_model", lambda *_, **__: nullcontext(model))
+    for name in ("lfm2vl_edge.cli.asking", "lfm2vl_edge.cli.run"):  # the latter's name is also its function's
+        monkeypatch.setattr(importlib.import_module(name), "open_model", lambda *_, **__: nullcontext(model))
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (200, 100), (128, 128, 128)).save("car.png")
     (tmp_path / "schema.json").write_text(SCHEMA)
@@ -100,7 +101,7 @@ def test_a_drawn_copy_has_the_frames(run: Run) -> None:
     assert Path("out.png").read_bytes() == before
     assert run("detect", "car.png", "cat", "--draw", "out.png", "--force").exit_code == 0
     assert (np.asarray(Image.open("out.png")) == 128).all()
-    assert failed(run("detect", "car.png", "cat", "--draw", "no/folder/x.png"), "cannot write")
+    assert failed(run("detect", "car.png", "cat", "--draw", "out.png/x.png"), "cannot write out.png/x.png")
 
 
 def test_what_the_model_says_amiss_is_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:

@@ -29,7 +29,7 @@ TokenIds: TypeAlias = npt.NDArray[np.int32]
 _ROOT: Final = b"root"
 _MOST_BYTES: Final = 1 << 18
 _CPU_SECONDS: Final = 10
-"""Reading a sound grammar takes milliseconds, and starting Python a second; not counted is what a busy machine adds."""
+"""Reading a sound grammar takes milliseconds, and starting Python a second; waiting for others is not counted."""
 _COMPLAINT: Final = re.compile(r"error parsing grammar: (.*)")
 _CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """llama_token_data."""
