@@ -68,7 +68,7 @@ class TypedAnswers(ABC):
         """
         form = self.config.boxes
         picture = self.cut(image)
-        held = {} if free else {"grammar": form.grammar()}
+        held = {} if free else {"schema": form.schema()}
         answer = self._told(picture, form.ask(what) if prompt is None else prompt, {**EXACT, **held, **options})
         return read_boxes(answer, form, picture.plan.height, picture.plan.width)
 

@@ -1,4 +1,4 @@
-"""Boxes in a model's answer: the form that a model was taught, a grammar for it, and how it is read.
+"""Boxes in a model's answer: the form that a model was taught, as a JSON schema, and how it is read.
 
 What is read becomes pixels of the upright picture. Text around the boxes, fences and single quotes are passed over.
 An entry that is no box (no four finite numbers, no label, no area, or outside of the picture, as in another scale) is
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lfm2vl_edge.errors import AnswerError
-from lfm2vl_edge.schema import TEXT_RULES, literal, rule_lines
 
 _LOG: Final = logging.getLogger(__name__)
 _MOST_BOXES: Final = 100
@@ -91,25 +90,16 @@ class BoxForm:
             wanted = f"the {wanted}"
         return self.question.replace("{what}", wanted or self.everything)
 
-    def grammar(self) -> str:
-        """Return a grammar for a list of boxes in this form; label and corners come in either order."""
-        key, label = literal(json.dumps(self.key)), literal('"label"')
-        corner = '"0" ("." [0-9]{1,4})? | "1" ("." "0"{1,4})?'
-        if self.scale != 1:
-            corner = '"0" | [1-9] [0-9]{0,2} | "1000"'
-        return "\n".join(
-            rule_lines(
-                {
-                    "root": f'"[" (box more{{0,{_MOST_BOXES - 1}}})? "]"',
-                    "more": "comma box",
-                    "box": '"{" (label comma corners | corners comma label) "}"',
-                    "label": f'{label} colon "\\"" char{{1,{_LONGEST_LABEL}}} "\\""',
-                    "corners": f'{key} colon "[" corner comma corner comma corner comma corner "]"',
-                    "corner": corner,
-                    **TEXT_RULES,
-                }
-            )
-        )
+    def schema(self) -> dict[str, Any]:
+        """Return the JSON schema of a list of boxes in this form; label and corners come in either order."""
+        corner = {"type": "number" if self.scale == 1 else "integer", "minimum": 0, "maximum": self.scale}
+        properties = {
+            "label": {"type": "string", "minLength": 1, "maxLength": _LONGEST_LABEL},
+            self.key: {"type": "array", "items": corner, "minItems": 4, "maxItems": 4},
+        }
+        orders = (properties, dict(reversed(properties.items())))
+        entries = [{"type": "object", "properties": order, "required": list(order)} for order in orders]
+        return {"type": "array", "items": {"anyOf": entries}, "maxItems": _MOST_BOXES}
 
 
 SHORT: Final = BoxForm(question="Detect {what}.", everything="all objects", article=True)

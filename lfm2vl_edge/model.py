@@ -166,6 +166,7 @@ class Model(TypedAnswers):
             ImageError: an input is no picture.
             PromptError: the prompt does not fit into the model's context.
             EngineError: a native call failed, or the model is busy.
+            AnswerError: an answer that is to fit a schema or grammar does not, or was cut.
         """
         return self.chat([user_message(images, prompt)], **options)
 

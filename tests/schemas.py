@@ -115,4 +115,4 @@ def _is_of(value: Any, kind: str) -> bool:
 def _within(value: float, schema: dict[str, Any]) -> bool:
     low, high = schema.get("minimum", -(10**199)), schema.get("maximum", 10**199)
     above, below = schema.get("exclusiveMinimum", -(10**199)), schema.get("exclusiveMaximum", 10**199)
-    return low <= value <= high and above < value < below
+    return bool(low <= value <= high and above < value < below)

@@ -17,8 +17,8 @@ from PIL import Image
 from lfm2vl_edge import AnswerError, Box, Model, Point
 from lfm2vl_edge.boxes import FRACTIONS, SHORT, THOUSANDTHS, BoxForm, read_boxes
 from lfm2vl_edge.draw import draw_boxes
-from lfm2vl_edge.engine.grammar import check_grammar
 from lfm2vl_edge.published import find_published
+from lfm2vl_edge.schema import grammar_of, parse_answer, read_schema
 from tests.fake_engine import CONFIG, FakeEngine
 
 CAR = '[{"label": "red car", "bbox": [0.12, 0.30, 0.25, 0.44]}]'
@@ -122,8 +122,8 @@ def test_boxes_lie_within_the_picture_and_where_they_should(
     assert box.label == label
     assert 0 <= box.left < box.right <= width
     assert 0 <= box.top < box.bottom <= height
-    ends = ((box.left, min(x1, x2) * width), (box.right, max(x1, x2) * width))
-    ends += ((box.top, min(y1, y2) * height), (box.bottom, max(y1, y2) * height))
+    ends = [(box.left, min(x1, x2) * width), (box.right, max(x1, x2) * width)]
+    ends += [(box.top, min(y1, y2) * height), (box.bottom, max(y1, y2) * height)]
     assert all(abs(pixel - exact) <= 1.5 for pixel, exact in ends)  # rounded, and at least one pixel wide
     assert box.left <= box.centre.x < box.right
     assert box.top <= box.centre.y < box.bottom
@@ -156,19 +156,24 @@ def test_questions_and_forms_of_the_models() -> None:
 
 
 @pytest.mark.parametrize("form", [SHORT, THOUSANDTHS], ids=["fractions", "thousandths"])
-def test_answers_within_the_grammar_are_read(form: BoxForm, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_grammar(form.grammar())
-    monkeypatch.setattr("lfm2vl_edge.engine.llama.check_grammar", lambda _: None)
-    short = form.grammar().replace("{0,99}", "{0,2}").replace("{1,100}", "{1,3}")  # an untrained model never ends
+def test_answers_in_the_form_are_read(form: BoxForm, model: Model) -> None:
+    text = json.dumps(form.schema()).replace('"maxItems": 100', '"maxItems": 2')
+    schema = json.loads(text.replace('"maxLength": 100', '"maxLength": 3'))  # an untrained model never ends
     for seed in range(3):
         options: dict[str, Any] = {"seed": seed, "temperature": 2.0, "min_p": 0.0, "max_tokens": 1000}
-        text = model.ask([], "Detect all objects.", grammar=short, **options)
-        entries = json.loads(text)
-        assert 0 <= len(entries) <= 3
+        answer = model.ask([], "Detect all objects.", schema=schema, **options)
+        entries = json.loads(answer)
+        assert len(entries) <= 2
         for entry in entries:
             assert set(entry) == {"label", form.key}
+            assert len(entry[form.key]) == 4
             assert all(0 <= corner <= form.scale for corner in entry[form.key])
-        assert len(read(text, form)) <= len(entries)
+        assert len(read(answer, form)) <= len(entries)
+
+
+@pytest.mark.parametrize("answer", [CAR, "[]", '[{"bbox": [0, 0.5, 1, 1.0], "label": "x"}]'])
+def test_the_form_is_that_of_taught_answers(answer: str) -> None:
+    assert parse_answer(answer, read_schema(SHORT.schema())) == json.loads(answer)
 
 
 def test_boxes_are_those_of_the_upright_picture(tmp_path: Path) -> None:
@@ -181,7 +186,7 @@ def test_boxes_are_those_of_the_upright_picture(tmp_path: Path) -> None:
     model = Model(engine, replace(CONFIG, boxes=SHORT))
     expected = Box(label="red car", left=2, top=18, right=5, bottom=26)
     assert model.detect(path, "red car") == [expected]
-    assert engine.grammars == [SHORT.grammar()]
+    assert engine.grammars == [grammar_of(read_schema(SHORT.schema()))]
     assert engine.sampled[0].temperature == 0.0
     assert model.detect(path, prompt="Where?", free=True, temperature=0.5) == [expected]
     assert (engine.grammars[1], engine.sampled[1].temperature) == (None, 0.5)

@@ -36,7 +36,7 @@ class Noise(LlamaEngine):
     rng = np.random.default_rng(6)
 
     def logits(self) -> Floats:
-        return self.rng.normal(0, 4, self._n_vocab).astype(np.float32)
+        return np.asarray(self.rng.normal(0, 4, self._n_vocab), np.float32)
 
     def _decode(self, batch: Any) -> None:
         pass

@@ -14,8 +14,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "lfm2vl_edge").rglob("*.py"), *(ROOT / "convert").rglob("*.py")])
 LAYERS = [
     {"errors", "files"},
-    {"config", "metadata", "schema"},
-    {"boxes"},
+    {"config", "metadata", "schema", "boxes"},
     {"published", "geometry", "image", "stats", "hardware", "stream", "registry", "pulled", "blobs"},
     {"costs", "hub"},
     {"budget", "device"},

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import Result
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from lfm2vl_edge import Model
 from lfm2vl_edge.boxes import SHORT
 from lfm2vl_edge.cli import app
+from lfm2vl_edge.schema import grammar_of, read_schema
 from tests.fake_engine import CONFIG, FakeEngine
 
 CARS = '[{"label": "red car", "bbox": [0.1, 0.25, 0.5, 0.75]}, {"label": "red\\ncar", "bbox": [0, 0, 0.1, 0.1]}]'
@@ -73,7 +73,7 @@ def test_boxes_are_lines_or_one_object(run: Run, engine: FakeEngine) -> None:
     result = run("detect", "car.png", "red car")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == "20\t25\t100\t75\tred car\n0\t0\t20\t10\tred?car\n"
-    assert engine.grammars == [SHORT.grammar()]
+    assert engine.grammars == [grammar_of(read_schema(SHORT.schema()))]
     assert engine.sampled[0].temperature == 0
     shown = json.loads(run("detect", "car.png", "red car", "--json", "--temperature", 0.5).stdout)
     box = {"label": "red car", "left": 20, "top": 25, "right": 100, "bottom": 75}
@@ -106,8 +106,9 @@ def test_a_drawn_copy_has_the_frames(run: Run) -> None:
 
 def test_what_the_model_says_amiss_is_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     assert failed(run("detect", "car.png", "--free"), "the answer holds no boxes: 'I see nothing.'")
-    assert run("detect", "car.png", "dog").stdout == ""
+    assert run("detect", "car.png", "dog", "--free").stdout == ""
     assert "left out of the answer" in caplog.text
+    assert failed(run("detect", "car.png", "dog"), "above maximum 1; ask again")
     assert failed(run("detect", "car.png", "red car", "-n", 5), "cut after 5 tokens")
 
 

@@ -80,7 +80,8 @@ class Rules:
     def _allowed(self, candidates: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
         array = _native(candidates)
         llama.llama_sampler_apply(self._grammar, ctypes.byref(array))
-        return candidates[np.isfinite(candidates["logit"])]
+        allowed: npt.NDArray[np.void] = candidates[np.isfinite(candidates["logit"])]
+        return allowed
 
 
 def _native(candidates: npt.NDArray[np.void]) -> Any:

@@ -5,13 +5,14 @@
     value = parse_answer(answer, schema)    # and what a grammar cannot express is checked
 
 A keyword that neither the grammar nor the check honours is refused by its name, never passed over. llama.cpp's own
-conversion, as llama_cpp brings it, is not used: it leaves limits of numbers, minItems beside prefixItems and formats
-out without a word, lets line breaks into strings, which then are no JSON, and does not escape backslashes of enums.
+conversion is not used: its C++ is not in the libraries that llama_cpp brings, and the Python beside them passes over
+limits of numbers and unknown formats, lets line breaks into strings, which then are no JSON, and does not escape the
+backslashes of an enum.
 """
 
 from lfm2vl_edge.schema.check import parse_answer
-from lfm2vl_edge.schema.gbnf import TEXT_RULES, grammar_of, literal, rule_lines
+from lfm2vl_edge.schema.gbnf import grammar_of
 from lfm2vl_edge.schema.nodes import Schema
 from lfm2vl_edge.schema.reading import read_schema
 
-__all__ = ["TEXT_RULES", "Schema", "grammar_of", "literal", "parse_answer", "read_schema", "rule_lines"]
+__all__ = ["Schema", "grammar_of", "parse_answer", "read_schema"]

@@ -29,7 +29,7 @@ from lfm2vl_edge.schema.reading import LARGEST, bounds
 
 _MOST_REPEATED: Final = 1000
 """A greater upper count is left to the check afterwards: the grammar would grow with it."""
-TEXT_RULES: Final = {
+_TEXT_RULES: Final = {
     "char": r'[ !#-\[\]-~\u00A0-\uD7FF\uE000-\U0010FFFF] | "\\" ["\\/bfnrt]',
     "comma": '"," " "?',
     "colon": '":" " "?',
@@ -61,7 +61,8 @@ class _Writer:
         root = self._expression(self._schema.root)
         for target, node in self._schema.targets.items():
             self._rules[self._names[target]] = self._expression(node)
-        return "\n".join(rule_lines({"root": root, **self._rules, **TEXT_RULES, **_NUMBER_RULES}))
+        rules = {"root": root, **self._rules, **_TEXT_RULES, **_NUMBER_RULES}
+        return "\n".join(f"{name} ::= {rule}" for name, rule in rules.items())
 
     def _rule(self, expression: str) -> str:
         """Return the name of a new rule."""
@@ -80,7 +81,7 @@ class _Writer:
         if isinstance(node, String):
             return _string(node)
         if isinstance(node, Enum):
-            return self._rule(" | ".join(map(literal, node.texts)))
+            return self._rule(" | ".join(map(_literal, node.texts)))
         if isinstance(node, Array):
             return self._array(node)
         if isinstance(node, Object):
@@ -95,7 +96,7 @@ class _Writer:
         item = self._expression(node.item)
         more = self._rule(f"comma {item}")
         most = None if node.most is None else node.most - 1
-        entries = f"{item} {repeated(more, max(0, node.least - 1), most)}"
+        entries = f"{item} {_repeated(more, max(0, node.least - 1), most)}"
         return self._rule(f'"[" {entries} "]"' if node.least else f'"[" ({entries})? "]"')
 
     def _object(self, node: Object) -> str:
@@ -113,22 +114,17 @@ class _Writer:
         return self._rule(f'"{{" ({" | ".join(openings)}){empty} "}}"')
 
     def _pair(self, one: Property) -> str:
-        key = literal(json.dumps(one.name, ensure_ascii=False))
+        key = _literal(json.dumps(one.name, ensure_ascii=False))
         return self._rule(f"{key} colon {self._expression(one.node)}")
 
 
-def rule_lines(rules: dict[str, str]) -> Iterator[str]:
-    """Yield the lines of a grammar."""
-    return (f"{name} ::= {expression}" for name, expression in rules.items())
-
-
-def literal(text: str) -> str:
+def _literal(text: str) -> str:
     """Return GBNF for exactly this text, which has no control characters."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\x7f", "\\x7F")
     return f'"{escaped}"'
 
 
-def repeated(expression: str, least: int, most: int | None) -> str:
+def _repeated(expression: str, least: int, most: int | None) -> str:
     """Return GBNF for so many of an expression, which must be a name or in parentheses."""
     if most is None or most > _MOST_REPEATED:
         return f"{expression}{{{least},}}" if least else f"{expression}*"
@@ -138,7 +134,7 @@ def repeated(expression: str, least: int, most: int | None) -> str:
 def _string(node: String) -> str:
     if node.form is not None:
         return f'("\\"" {FORMATS[node.form].rule} "\\"")'
-    return f'("\\"" {repeated("char", node.least, node.most)} "\\"")'
+    return f'("\\"" {_repeated("char", node.least, node.most)} "\\"")'
 
 
 def _whole(node: Number) -> Iterator[str]:
