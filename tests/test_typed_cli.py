@@ -108,7 +108,7 @@ def test_what_the_model_says_amiss_is_told(run: Run, caplog: pytest.LogCaptureFi
     assert failed(run("detect", "car.png", "--free"), "the answer holds no boxes: 'I see nothing.'")
     assert run("detect", "car.png", "dog", "--free").stdout == ""
     assert "left out of the answer" in caplog.text
-    assert failed(run("detect", "car.png", "dog"), "above maximum 1; ask again")
+    assert failed(run("detect", "car.png", "dog"), "fits 0 of 2 alternatives; ask again")
     assert failed(run("detect", "car.png", "red car", "-n", 5), "cut after 5 tokens")
 
 
