@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lfm2vl_edge import AnswerCut, ConfigError, Model
+from lfm2vl_edge import AnswerCut, ConfigError, EngineError, Model
 from lfm2vl_edge.engine import grammar as grammar_file
 from lfm2vl_edge.engine.grammar import check_grammar
 from tests.fake_engine import scripted
@@ -50,6 +50,13 @@ def test_control_tokens_do_not_stand_for_their_names(model: Model, readable: Non
     names = [name for name in model.config.control_tokens if name.isascii() and '"' not in name][:3]
     for name in names:
         assert answer(model, f'root ::= "{name}"') == name  # as a token it would show nothing
+
+
+def test_a_grammar_that_no_token_continues_is_an_error(model: Model, readable: None) -> None:
+    control = next(iter(model.config.control_tokens.values()))
+    with pytest.raises(EngineError, match="no token of this model continues the grammar"):
+        answer(model, f"root ::= <[{control}]>")  # by its number, a control token could be asked for
+    assert answer(model, 'root ::= "ok"') == "ok"
 
 
 def test_the_turn_ends_where_the_sentence_may(model: Model, readable: None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,6 +21,7 @@ from lfm2vl_edge import Model
 from lfm2vl_edge.boxes import SHORT
 from lfm2vl_edge.cli import app
 from lfm2vl_edge.schema import grammar_of, read_schema
+from tests.conftest import PICTURES, Pair
 from tests.fake_engine import CONFIG, FakeEngine
 
 CARS = '[{"label": "red car", "bbox": [0.1, 0.25, 0.5, 0.75]}, {"label": "red\\ncar", "bbox": [0, 0, 0.1, 0.1]}]'
@@ -163,3 +166,13 @@ def test_other_wrong_usage(run: Run) -> None:
     assert failed(run("detect", "none.png"), "no picture at 'none.png'")
     assert run("extract", "car.png").exit_code == 2
     assert run("detect").exit_code == 2
+
+
+def test_a_whole_process_on_a_real_model(pair: Pair, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+    command = [sys.executable, "-m", "lfm2vl_edge", "extract", str(PICTURES / "small.png"), "--schema", "-"]
+    command += ["-m", str(pair("a", "F32")), "-t", "1"]
+    result = subprocess.run(command, input=json.dumps(schema).encode(), capture_output=True, cwd=tmp_path)
+    assert result.stderr == b""
+    assert json.loads(result.stdout)["colour"] in ("red", "blue")
+    assert result.stdout.count(b"\n") == 1

@@ -49,6 +49,8 @@ _MOST_NODES: Final = 5000
 _MOST_ALTERNATIVES: Final = 1000
 """Of values that may begin at one place: each of them is followed up token by token."""
 _DEEPEST: Final = 64
+_MOST_PROPERTIES: Final = 256
+"""Where all may be left out, each may follow each: the work grows with the square."""
 _MOST_REPEATED: Final = 1000
 """A greater least count makes the grammar too large."""
 LARGEST: Final = 10**15 - 1
@@ -174,6 +176,8 @@ class _Reader:
         described, required = words.get("properties"), words.get("required", [])
         if not isinstance(described, Mapping) or not described:
             raise ConfigError(f"the object at {path} names no properties; name what it shall have")
+        if len(described) > _MOST_PROPERTIES:
+            raise ConfigError(f"the object at {path} has {len(described)} properties; at most {_MOST_PROPERTIES} work")
         if not isinstance(required, list) or not set(map(str, required)) <= set(described):
             raise ConfigError(f"required at {path} is {_short(required)}; it must be a list of names in properties")
         properties = tuple(
