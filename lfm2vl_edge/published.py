@@ -40,7 +40,7 @@ _MODELS: Final = (
         sampling=Sampling(temperature=0.2, min_p=0.0, top_k=50, repetition_penalty=1.0),
         boxes=THOUSANDTHS,
     ),
-    Published(name="LFM2-VL-tiny", boxes=SHORT),
+    Published(name="LFM2-VL-tiny", boxes=SHORT),  # the demonstration model
 )
 _NAME: Final = re.compile(r"lfm2([.\-_ ]?5)?[.\-_ ]?vl[.\-_ ](450m|1[.\-_ ]?6b|3b|tiny)(?![a-z0-9])", re.IGNORECASE)
 

@@ -147,8 +147,8 @@ def check_grammar(grammar: str) -> None:
 
 def work() -> None:
     """Read a grammar from stdin, and exit with 0 if llama.cpp understands it: the child's side of `check_grammar`."""
-    limit = int(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
+    for what, limit in ((resource.RLIMIT_CPU, int(sys.argv[1])), (resource.RLIMIT_CORE, 0)):  # no memory on disk
+        resource.setrlimit(what, (limit, resource.getrlimit(what)[1]))
     sampler = llama.llama_sampler_init_grammar(None, sys.stdin.buffer.read(), _ROOT)
     sys.stdout.write(LOG.last())
     sys.stdout.flush()
