@@ -6,9 +6,12 @@ with Model.open("LFM2-VL-450M-F16.gguf") as model:
     print(model.ask("photo.jpg", "What is this?"))
 """
 
+from lfm2vl_edge.boxes import Box, Point
 from lfm2vl_edge.chat import Chat
 from lfm2vl_edge.config import ImageConfig, Options, Sampling
 from lfm2vl_edge.errors import (
+    AnswerCut,
+    AnswerError,
     ConfigError,
     ContextFull,
     ConvertError,
@@ -37,6 +40,9 @@ from lfm2vl_edge.tools import ToolCall
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerCut",
+    "AnswerError",
+    "Box",
     "Chat",
     "Chunk",
     "ConfigError",
@@ -54,6 +60,7 @@ __all__ = [
     "Options",
     "Pair",
     "Photo",
+    "Point",
     "PromptError",
     "Sampling",
     "SessionError",

@@ -273,8 +273,14 @@ class Options:
     """The answer ends after this many tokens."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these strings."""
+    grammar: str | None = None
+    """GBNF, llama.cpp's notation, beginning at `root`: the answer is a sentence of it, and comes in one piece. Take
+    one only from people you trust: it can be written so that the engine never comes to an end."""
+    schema: Mapping[str, Any] | None = None
+    """JSON schema: the answer is JSON within it, and comes in one piece; see `lfm2vl_edge.schema`."""
 
     def __post_init__(self) -> None:
+        self._check_form()
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         _require(
             isinstance(stop, (list, tuple)) and all(isinstance(item, str) and item for item in stop),
@@ -290,6 +296,20 @@ class Options:
             f"seed is {self.seed!r}; it must be a whole number between 0 and {MAX_SEED}",
         )
         self.sampling(Sampling())
+
+    def _check_form(self) -> None:
+        _require(
+            self.grammar is None or (isinstance(self.grammar, str) and bool(self.grammar.strip())),
+            f'grammar is {str(self.grammar)[:40]!r}; it must be a text in GBNF, such as \'root ::= "yes" | "no"\'',
+        )
+        _require(
+            self.schema is None or isinstance(self.schema, Mapping),
+            f"schema is {str(self.schema)[:40]!r}; it must be a JSON schema as a dictionary",
+        )
+        _require(
+            self.schema is None or (self.grammar is None and not self.stop),
+            "schema goes with neither grammar nor stop: the answer is JSON, whole and nothing else; drop one of them",
+        )
 
     def sampling(self, default: Sampling) -> Sampling:
         """Return `default` (the model's own) with what the caller chose."""

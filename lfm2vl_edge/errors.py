@@ -58,6 +58,14 @@ class SessionError(EdgeError):
     """A saved picture cannot be written, is damaged, or belongs to another model, engine or settings."""
 
 
+class AnswerError(EdgeError):
+    """An answer is not what was asked for: it breaks a rule of the schema, or holds no boxes."""
+
+
+class AnswerCut(AnswerError):
+    """An answer that must be whole was not finished within max_tokens or the context; nothing of it is given out."""
+
+
 class DataError(EdgeError):
     """A file of questions or of results has a line that is none; the message names the line and what to do."""
 

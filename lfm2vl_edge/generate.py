@@ -11,19 +11,20 @@ the next turn; that turn decodes the answer once more, in one run, after the sta
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lfm2vl_edge.budget import WHOLE, Sight, settings_for
 from lfm2vl_edge.cache import Key, Memory, Piece, chain
 from lfm2vl_edge.config import ImageConfig, Options
 from lfm2vl_edge.engine import Engine, Floats
-from lfm2vl_edge.errors import ContextFull, ToolError
+from lfm2vl_edge.errors import AnswerCut, ConfigError, ContextFull, ToolError
 from lfm2vl_edge.geometry import plan
 from lfm2vl_edge.image import ImageInput, load_image
 from lfm2vl_edge.modelfile import IMAGE, ModelConfig
 from lfm2vl_edge.preprocess import Tile, cut
 from lfm2vl_edge.prompt import Control, Message, Picture, Segment, images_of, render, split_names
+from lfm2vl_edge.schema import Schema, grammar_of, parse_answer, read_schema
 from lfm2vl_edge.stats import Stats, Stopwatch
 from lfm2vl_edge.stream import TextStream
 from lfm2vl_edge.tools import CallReader, Tool, ToolCall
@@ -131,13 +132,37 @@ def stream(
 ) -> Iterator[Chunk]:
     """Yield the answer piece by piece; the last chunk carries `finish`, `stats`, and what the model calls of `tools`.
 
+    An answer that is held to a grammar or a schema comes in one piece, or not at all.
+
     Raises:
+        ConfigError: the grammar or schema is none, or stands beside tools.
         ImageError: an image of the messages is none.
         PromptError: the messages have no valid form, (ContextFull) do not fit into the model's context, or the model
             knows no tools.
         ToolError: a call of a tool is cut off or malformed; the text of the answer has come before.
         EngineError: a native call failed, or the answer was cancelled.
+        AnswerCut: max_tokens or the context was full before an answer was whole that is held to a grammar or schema.
+        AnswerError: the answer breaks a rule of the schema that no grammar expresses.
     """
+    schema = None if options.schema is None else read_schema(options.schema)
+    grammar = options.grammar if schema is None else grammar_of(schema)
+    if tools and grammar is not None:
+        raise ConfigError("an answer that is held to a grammar or a schema can call no tool; give one or the other")
+    if options.grammar is not None:
+        engine.check_grammar(options.grammar)
+    chunks = _stream(engine, config, messages, options, memory, grammar, tools)
+    yield from chunks if grammar is None else _whole(chunks, options, schema)
+
+
+def _stream(
+    engine: Engine,
+    config: ModelConfig,
+    messages: Sequence[Message],
+    options: Options,
+    memory: Memory,
+    grammar: str | None,
+    tools: Sequence[Tool],
+) -> Iterator[Chunk]:
     watch = Stopwatch()
     reader = CallReader(tools, config.control_tokens)
     with watch.phase("preprocess"):
@@ -148,7 +173,9 @@ def stream(
     finish: Finish = "length"
     n_drawn = 0
     seen = [segment for segment in prompt.segments if isinstance(segment, int)]
-    for token in engine.sample(options.sampling(config.sampling), options.seed, seen):
+    if grammar is not None:
+        room += 1  # one more is drawn, but not decoded: it is the end of the turn if the answer is whole
+    for token in engine.sample(options.sampling(config.sampling), options.seed, seen, grammar):
         if n_drawn == 0:
             watch.first_token()
         if engine.is_end(token):
@@ -163,6 +190,21 @@ def stream(
     if piece := text.flush():
         yield Chunk(text=piece)
     yield Chunk(text="", finish=finish, calls=reader.calls(), stats=_stats(prompt, messages, n_drawn, watch))
+
+
+def _whole(chunks: Iterator[Chunk], options: Options, schema: Schema | None) -> Iterator[Chunk]:
+    """Yield an answer in one piece, once it is whole and right."""
+    *pieces, last = chunks
+    text = "".join(chunk.text for chunk in (*pieces, last))
+    if last.finish == "length":
+        n_tokens = last.stats.answer_tokens - 1 if last.stats else 0
+        remedy = "raise --max-tokens (max_tokens)"
+        if n_tokens < options.max_tokens:
+            remedy = "the context is full: use a smaller picture or a shorter text"
+        raise AnswerCut(f"the answer was cut after {n_tokens} tokens, before it was whole; {remedy}")
+    if schema is not None:
+        parse_answer(text, schema)
+    yield replace(last, text=text)
 
 
 def look(image: ImageInput | Picture, config: ImageConfig, sight: Sight = WHOLE) -> Picture:

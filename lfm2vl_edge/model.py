@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from lfm2vl_edge.answers import TypedAnswers
 from lfm2vl_edge.budget import Detail
 from lfm2vl_edge.cache import STATE_BYTES, Embeddings, Key, Memory, Piece, States, chain
 from lfm2vl_edge.config import Options
@@ -37,7 +38,7 @@ from lfm2vl_edge.tools import Tool, ToolInput, as_tools
 _LOG: Final = logging.getLogger(__name__)
 
 
-class Model:
+class Model(TypedAnswers):
     """An opened model. Use it in a `with` block, or call `close`.
 
     It answers one request at a time; a second one meanwhile is an EngineError, not a mixed-up answer.
@@ -168,6 +169,7 @@ class Model:
             ImageError: an input is no picture.
             PromptError: no prompt can be made of it, or (ContextFull) none that fits into the model's context.
             EngineError: a native call failed, or the model is busy.
+            AnswerError: an answer that is to fit a schema or grammar does not, or was cut.
         """
         return self.chat([user_message(images, prompt)], **options)
 
@@ -194,11 +196,11 @@ class Model:
         with self._exclusive():
             yield from stream(self.engine, self.config, messages, options, self._memory, tools)
 
-    def cut(self, image: ImageInput, **wishes: Any) -> Picture:
+    def cut(self, image: ImageInput | Picture, **wishes: Any) -> Picture:
         """Return a picture planned and cut, which may stand in several messages without being opened again.
 
         Args:
-            image: in any form that `load_image` takes.
+            image: in any form that `load_image` takes; one that was cut already is returned as it is.
             **wishes: `detail`, `budget_tokens`, `budget_seconds` for this picture, as for `open`.
 
         Raises:

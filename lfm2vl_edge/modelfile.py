@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from lfm2vl_edge.boxes import FRACTIONS, BoxForm
 from lfm2vl_edge.budget import WHOLE, Sight
 from lfm2vl_edge.config import (
     ImageConfig,
@@ -98,6 +99,8 @@ class ModelConfig:
     """How closely pictures are looked at, where the caller has a wish."""
     shape: Shape = SHAPE_450M
     """What its costs are guessed from where nothing was measured."""
+    boxes: BoxForm = FRACTIONS
+    """How it is asked for boxes, and writes them."""
 
 
 def find_pair(path: Path, mmproj: Path | None = None, seconds: Mapping[str, float] | None = None) -> Pair:
@@ -230,6 +233,7 @@ def read_config(pair: Pair) -> ModelConfig:
         sampling=_sampling(language, published),
         is_float32=language.get("general.file_type") == _ALL_F32,
         shape=shape_of(language, vision, (pair.model.stat().st_size, pair.mmproj.stat().st_size)),
+        boxes=FRACTIONS if published is None else published.boxes,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from lfm2vl_edge.boxes import FRACTIONS, SHORT, THOUSANDTHS, BoxForm
 from lfm2vl_edge.config import BICUBIC, Sampling
 
 
@@ -23,6 +24,8 @@ class Published:
     """Fields of `ImageConfig` that differ from the class defaults."""
     sampling: Sampling = field(default_factory=Sampling)
     """Decoding defaults of its model card."""
+    boxes: BoxForm = FRACTIONS
+    """How it writes boxes."""
 
 
 _MODELS: Final = (
@@ -35,9 +38,11 @@ _MODELS: Final = (
         name="LFM2.5-VL-3B",
         image={"resample": BICUBIC, "min_tiles": 1},
         sampling=Sampling(temperature=0.2, min_p=0.0, top_k=50, repetition_penalty=1.0),
+        boxes=THOUSANDTHS,
     ),
+    Published(name="LFM2-VL-tiny", boxes=SHORT),  # the demonstration model
 )
-_NAME: Final = re.compile(r"lfm2([.\-_ ]?5)?[.\-_ ]?vl[.\-_ ](450m|1[.\-_ ]?6b|3b)(?![a-z0-9])", re.IGNORECASE)
+_NAME: Final = re.compile(r"lfm2([.\-_ ]?5)?[.\-_ ]?vl[.\-_ ](450m|1[.\-_ ]?6b|3b|tiny)(?![a-z0-9])", re.IGNORECASE)
 
 
 def find_published(text: str) -> Published | None:
@@ -50,4 +55,4 @@ def find_published(text: str) -> Published | None:
         return None
     size = "1.6B" if match[2].startswith("1") else match[2].upper()
     wanted = f"LFM2{'.5' if match[1] else ''}-VL-{size}"
-    return next(model for model in _MODELS if model.name == wanted)
+    return next((model for model in _MODELS if model.name.upper() == wanted), None)

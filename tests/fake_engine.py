@@ -45,6 +45,7 @@ class FakeEngine:
         self.encoded = 0
         self.fails_at: int | None = None
         self.sampled: list[Sampling] = []
+        self.grammars: list[str | None] = []
         self._sequence: list[int] = []
 
     @property
@@ -91,12 +92,18 @@ class FakeEngine:
     def restore(self, state: State) -> None:
         self._sequence = state.view("<i4").tolist()
 
-    def sample(self, sampling: Sampling, seed: int | None, seen: Sequence[int]) -> Iterator[int]:
+    def check_grammar(self, grammar: str) -> None:
+        pass
+
+    def sample(
+        self, sampling: Sampling, seed: int | None, seen: Sequence[int], grammar: str | None = None
+    ) -> Iterator[int]:
         question = bytes(token for token in self._sequence if token < 256).decode()
         if self.fails_at == len(self.asked):
             raise EngineError("the answer was cancelled")
         self.asked.append(question)
         self.sampled.append(sampling)
+        self.grammars.append(grammar)
         yield from self.answers.get(question, "?").encode()
         yield END
 

@@ -338,3 +338,11 @@ def test_good_data_of_every_form(data: Path) -> None:
     assert (first.name, first.images, first.answers, first.group) == ("line 1", (Path(absolute),), ("",), None)
     assert (second.name, second.answers, second.group) == ("3", ("a", "b"), "g")
     assert [path.name for path in second.images] == ["b.png", "a.png"]
+
+
+def test_an_answer_that_breaks_the_schema_is_a_failure_of_its_row(data: Path) -> None:
+    results, _ = run(data, schema={"type": "integer", "minimum": 0})
+    failures = {result.row.question: result.reply.error for result in results if result.reply.error}
+    assert "is no JSON" in failures["colour?"]
+    assert "number?" not in failures
+    assert results[1].score.exact

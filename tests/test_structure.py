@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "lfm2vl_edge").rglob("*.py"), *(ROOT / "convert").rglob("*.py")])
 LAYERS = [
     {"errors", "files"},
-    {"config", "metadata", "web"},
+    {"config", "metadata", "web", "schema", "boxes"},
     {"published", "geometry", "image", "stats", "hardware", "stream", "registry", "pulled", "blobs"},
     {"toolschema"},
     {"costs", "hub"},
@@ -23,10 +23,11 @@ LAYERS = [
     {"preprocess", "engine", "locate", "download"},
     {"tools", "template", "fetch"},
     {"prompt", "cache", "shelf", "identity", "engine.ffi"},
-    {"engine.gpu", "engine.graph", "engine.llama", "engine.quantize"},
+    {"engine.gpu", "engine.graph", "engine.grammar", "engine.sampling", "engine.quantize"},
+    {"engine.llama"},
     {"engine.observe"},
     {"generate", "opening"},
-    {"session"},
+    {"session", "answers"},
     {"model"},
     {"verify", "evaluate", "calibrate", "tune", "chat", "doctor"},
     {"bench"},

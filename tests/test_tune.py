@@ -65,7 +65,12 @@ class SlowEngine:
         assert len(embeddings) <= self.room
         self.clock.now += len(embeddings) / 1000
 
-    def sample(self, sampling: Sampling, seed: int | None, seen: Sequence[int]) -> Iterator[int]:
+    def check_grammar(self, grammar: str) -> None:
+        raise NotImplementedError
+
+    def sample(
+        self, sampling: Sampling, seed: int | None, seen: Sequence[int], grammar: str | None = None
+    ) -> Iterator[int]:
         while True:
             yield 7
             self.clock.now += 0.1

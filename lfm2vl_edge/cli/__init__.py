@@ -9,12 +9,16 @@ import typer
 from lfm2vl_edge.cli.bench import bench
 from lfm2vl_edge.cli.cache import cache
 from lfm2vl_edge.cli.calibrate import calibrate
+from lfm2vl_edge.cli.caption import caption
 from lfm2vl_edge.cli.chat import chat
 from lfm2vl_edge.cli.convert import convert
+from lfm2vl_edge.cli.detect import detect
 from lfm2vl_edge.cli.doctor import doctor
 from lfm2vl_edge.cli.eval import evaluate
+from lfm2vl_edge.cli.extract import extract
 from lfm2vl_edge.cli.models import models
 from lfm2vl_edge.cli.plan import plan
+from lfm2vl_edge.cli.point import point
 from lfm2vl_edge.cli.pull import pull
 from lfm2vl_edge.cli.quantize import quantize
 from lfm2vl_edge.cli.rm import rm
@@ -32,6 +36,10 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(chat)
+app.command()(caption)
+app.command()(detect)
+app.command()(point)
+app.command()(extract)
 app.command()(plan)
 app.command()(tune)
 app.command()(bench)

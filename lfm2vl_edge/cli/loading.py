@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
 from lfm2vl_edge.cli.options import ImageOptions, ModelOptions
 from lfm2vl_edge.cli.output import warnings_to_stderr
-from lfm2vl_edge.errors import ModelNotPulled
+from lfm2vl_edge.errors import ConfigError, ModelNotPulled
 from lfm2vl_edge.files import CACHE_VARIABLE
 
 if TYPE_CHECKING:
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from lfm2vl_edge.model import Model
 
 STDIN = "-"
+_MOST_BYTES: Final = 1 << 20
+"""Of a schema or a grammar."""
 
 
 def find_model(options: ModelOptions) -> Located:
@@ -102,3 +107,53 @@ def load_picture(argument: str, max_megapixels: float) -> Pixels:
 
     source: ImageInput = sys.stdin.buffer.read() if argument == STDIN else argument
     return load_image(source, max_pixels=int(max_megapixels * 1_000_000))
+
+
+def read_schema_file(argument: str) -> dict[str, Any]:
+    """Return the JSON schema in a file, or of stdin if the argument is -.
+
+    Raises:
+        ConfigError: it cannot be read, or is no JSON object.
+    """
+    text = read_text(argument, "JSON schema")
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the JSON schema {argument} is no JSON: {error}; correct it") from error
+    if not isinstance(schema, dict):
+        raise ConfigError(f'the JSON schema {argument} must be an object, such as {{"type": "object", ...}}')
+    return schema
+
+
+def read_text(argument: str, kind: str) -> str:
+    """Return the text of a file, or of stdin if the argument is -; `kind` says what it should be.
+
+    Raises:
+        ConfigError: it cannot be read, is empty or too large, or is no text in UTF-8.
+    """
+    try:
+        if argument == STDIN:
+            data = sys.stdin.buffer.read(_MOST_BYTES + 1)
+        else:
+            with Path(argument).open("rb") as file:
+                data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise ConfigError(f"the {kind} {argument} has more than {_MOST_BYTES} bytes; simplify it")
+        text = data.decode()
+    except OSError as error:
+        raise ConfigError(f"cannot read the {kind} {argument}: {error.strerror or error}; check the path") from error
+    except ValueError as error:  # a zero byte in the name, or no UTF-8
+        raise ConfigError(f"the {kind} {argument} is no text in UTF-8: {error}; correct it") from error
+    if not text.strip():
+        raise ConfigError(f"the {kind} {argument} is empty; write it, or name another file")
+    return text
+
+
+def refuse_stdin_twice(arguments: Sequence[str | None]) -> None:
+    """Raise a ConfigError if stdin is asked for more than once.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if list(arguments).count(STDIN) > 1:
+        raise ConfigError(f"stdin ({STDIN}) can be read for one thing only; give files for the others")

@@ -165,7 +165,7 @@ MaxMegapixels = Annotated[float, _image("--max-megapixels", min=0.0001, help="Re
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerOptions:
+class SamplingOptions:
     """How the answer is drawn; the fields are those of `Options`."""
 
     max_tokens: Annotated[int, _answer("--max-tokens", "-n", help="Longest answer, tokens.")] = 512
@@ -175,12 +175,46 @@ class AnswerOptions:
     top_k: Annotated[int | None, _answer("--top-k", help="Keep this many tokens; 0 keeps all.")] = None
     top_p: Annotated[float | None, _answer("--top-p", help="Keep the likeliest up to this probability.")] = None
     seed: Annotated[int | None, _answer("--seed", help="The same seed gives the same answer.")] = None
-    stop: Annotated[list[str] | None, _answer("--stop", help="End before this text; may be repeated.")] = None
 
     def values(self) -> dict[str, Any]:
-        """Return the options by the names of `Options`' fields."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**values, "stop": tuple(self.stop or ())}
+        """Return the options by the names of `Options`' fields; files that they name are read."""
+        return {field.name: getattr(self, field.name) for field in fields(SamplingOptions)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExactOptions(SamplingOptions):
+    """How answers are drawn that programs use; the defaults are those of `answers.EXACT`."""
+
+    temperature: Annotated[float, _answer("--temperature", help="0 always takes the likeliest token.")] = 0.0
+    repetition_penalty: Annotated[float, _answer("--repetition-penalty", help="1 turns it off.")] = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions(SamplingOptions):
+    """How the answer is drawn, where it ends, and what form it has."""
+
+    stop: Annotated[list[str] | None, _answer("--stop", help="End before this text; may be repeated.")] = None
+    json_schema: Annotated[
+        str | None,
+        _answer("--json-schema", metavar="FILE|-", help="Answer in JSON within this schema, whole or not at all."),
+    ] = None
+    grammar: Annotated[
+        Path | None,
+        _answer("--grammar", metavar="FILE", help="Answer within this grammar (GBNF), whole or not at all."),
+    ] = None
+
+    def values(self) -> dict[str, Any]:
+        """Return the options by the names of `Options`' fields; files that they name are read.
+
+        Raises:
+            ConfigError: a file cannot be read, or is no schema.
+        """
+        from lfm2vl_edge.cli.loading import read_schema_file, read_text
+
+        grammar = None if self.grammar is None else read_text(str(self.grammar), "grammar")
+        schema = None if self.json_schema is None else read_schema_file(self.json_schema)
+        held = {"stop": tuple(self.stop or ()), "grammar": grammar, "schema": schema}
+        return {**SamplingOptions.values(self), **held}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

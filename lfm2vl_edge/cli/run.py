@@ -12,7 +12,7 @@ import typer
 
 from lfm2vl_edge.cli import options as opt
 from lfm2vl_edge.cli.answering import Told, figures, show_answer
-from lfm2vl_edge.cli.loading import STDIN, load_picture, open_model
+from lfm2vl_edge.cli.loading import STDIN, load_picture, open_model, refuse_stdin_twice
 from lfm2vl_edge.cli.output import at_once, reporting
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def run(
     with reporting(), at_once() as interrupt:
         names, question = split_arguments(arguments, ask[0] if ask and prompt is None else prompt)
         questions = ([] if ask and prompt is None else [question]) + (ask or [])
+        refuse_stdin_twice([*names, answer.json_schema])
+        options = answer.values()
         pixels = [load_picture(name, max_megapixels) for name in names]
         with open_model(model, image, verbose, remember=len(questions) > 1, cache=cache) as opened:
             interrupt.cancel = opened.cancel
@@ -70,7 +72,7 @@ def run(
             told = []
             for each in questions:
                 messages = _messages(pictures, each, system)
-                told.append(show_answer(opened.chat(messages, **answer.values()), quiet=as_json))
+                told.append(show_answer(opened.chat(messages, **options), quiet=as_json))
                 if verbose:
                     typer.echo("\n".join(figures(told[-1].last, opened)), err=True)
             if as_json:

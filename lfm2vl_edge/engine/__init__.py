@@ -99,13 +99,24 @@ class Engine(Protocol):
             EngineError: the bytes are no snapshot of this model; the sequence is empty then.
         """
 
-    def sample(self, sampling: Sampling, seed: int | None, seen: Sequence[int]) -> Iterator[int]:
+    def check_grammar(self, grammar: str) -> None:
+        """Refuse what is no grammar that `sample` can hold to, before anything is paid for.
+
+        Raises:
+            ConfigError: it is none; the message says why.
+        """
+
+    def sample(
+        self, sampling: Sampling, seed: int | None, seen: Sequence[int], grammar: str | None = None
+    ) -> Iterator[int]:
         """Yield tokens, each appended to the sequence when the next one is asked for, without end.
 
         Args:
             sampling: how to draw.
             seed: of the draw; `None` draws a fresh one.
             seen: the prompt's tokens, which the repetition penalty counts like the reference's.
+            grammar: GBNF from `root` on, checked before. The tokens that come before the end of the turn are a
+                sentence of it; the turn ends only where the sentence may, and no control token comes in between.
         """
 
     def cancel(self) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from lfm2vl_edge.config import MAX_SEED, Sampling
+from lfm2vl_edge.config import Sampling
 from lfm2vl_edge.engine import EngineInfo, Floats, State
 from lfm2vl_edge.engine.ffi import (
     ABORTED,
@@ -31,6 +30,8 @@ from lfm2vl_edge.engine.ffi import (
     set_sequence_bytes,
 )
 from lfm2vl_edge.engine.gpu import Gpu, find_gpu
+from lfm2vl_edge.engine.grammar import Rules, TokenIds, check_grammar, grammar_sampler, text_tokens
+from lfm2vl_edge.engine.sampling import sampler_chain
 from lfm2vl_edge.errors import ContextFull, EngineError
 from lfm2vl_edge.image import Pixels
 
@@ -76,6 +77,7 @@ class LlamaEngine:
         self._context: Any = None
         self._vision: Any = None
         self._n_ctx = 0
+        self._text_tokens: TokenIds | None = None
         self._mmproj = mmproj
         self._settings = settings
         self._view_tokens = settings.max_view_tokens
@@ -187,17 +189,36 @@ class LlamaEngine:
         LOG.forget()
         set_sequence_bytes(self._context, state)
 
-    def sample(self, sampling: Sampling, seed: int | None, seen: Sequence[int]) -> Iterator[int]:
+    def check_grammar(self, grammar: str) -> None:
+        """Refuse what is no grammar; see the protocol."""
+        check_grammar(grammar)
+
+    def sample(
+        self, sampling: Sampling, seed: int | None, seen: Sequence[int], grammar: str | None = None
+    ) -> Iterator[int]:
         """Yield tokens without end; see the protocol."""
-        with _sampler_chain(sampling, seed, self._n_vocab, self._n_ctx) as chain:
+        with sampler_chain(sampling, seed, self._n_vocab, self._n_ctx) as chain:
             for token in seen:
                 llama.llama_sampler_accept(chain, token)
             single = (llama.llama_token * 1)()
             batch = llama.llama_batch(n_tokens=1, token=single)
-            while True:
-                single[0] = llama.llama_sampler_sample(chain, self._context, -1)
-                yield single[0]
-                self._decode(batch)
+            with self._drawing(chain, grammar) as draw:
+                while True:
+                    single[0] = draw()
+                    yield single[0]
+                    self._decode(batch)
+
+    @contextmanager
+    def _drawing(self, chain: Any, grammar: str | None) -> Iterator[Callable[[], int]]:
+        """Give what draws the next token."""
+        if grammar is None:
+            yield lambda: int(llama.llama_sampler_sample(chain, self._context, -1))
+            return
+        if self._text_tokens is None:
+            self._text_tokens = text_tokens(self._vocab)
+        with grammar_sampler(self._vocab, grammar) as native:
+            rules = Rules(chain, native, self._text_tokens)
+            yield lambda: rules.draw(self.logits())
 
     def cancel(self) -> None:
         """Stop the running or next decode, from any thread."""
@@ -304,31 +325,3 @@ def _load_model(path: Path, n_gpu_layers: int, gpu: Gpu | None) -> Any:
         params.devices = ctypes.addressof(devices)  # ends with a null; read while loading only
     model = llama.llama_model_load_from_file(str(path).encode(), params)
     return require("llama_model_load_from_file", model, f" on {path}")
-
-
-@contextmanager
-def _sampler_chain(sampling: Sampling, seed: int | None, n_vocab: int, n_ctx: int) -> Iterator[Any]:
-    """Own a chain with the reference's order: penalty, temperature, top-k, top-p, min-p, draw."""
-    chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-    try:
-        for sampler in _samplers(sampling, seed, n_vocab, n_ctx):
-            llama.llama_sampler_chain_add(chain, sampler)  # the chain owns it from here
-        yield chain
-    finally:
-        llama.llama_sampler_free(chain)
-
-
-def _samplers(sampling: Sampling, seed: int | None, n_vocab: int, n_ctx: int) -> Iterator[Any]:
-    if sampling.repetition_penalty != 1:
-        yield llama.llama_sampler_init_penalties(n_vocab, n_ctx, sampling.repetition_penalty, 0.0, 0.0)
-    if sampling.temperature == 0:
-        yield llama.llama_sampler_init_greedy()
-        return
-    yield llama.llama_sampler_init_temp(sampling.temperature)
-    if sampling.top_k:
-        yield llama.llama_sampler_init_top_k(sampling.top_k)
-    if sampling.top_p < 1:
-        yield llama.llama_sampler_init_top_p(sampling.top_p, 1)
-    if sampling.min_p:
-        yield llama.llama_sampler_init_min_p(sampling.min_p, 1)
-    yield llama.llama_sampler_init_dist(random.SystemRandom().randrange(MAX_SEED) if seed is None else seed)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from lfm2vl_edge.config import Options
-from lfm2vl_edge.errors import ImageError, PromptError
+from lfm2vl_edge.errors import AnswerError, ImageError, PromptError
 from lfm2vl_edge.evaluate.journal import Journal, marks_of
 from lfm2vl_edge.evaluate.result import Reply, Result
 from lfm2vl_edge.evaluate.rows import Row
@@ -40,8 +40,9 @@ def evaluate(
 ) -> Iterator[Result]:
     """Ask a model every row, and yield the results in the order of the rows.
 
-    Rows of one picture that follow each other cost its encoding once. A picture that cannot be decoded, or a prompt
-    that does not fit, makes a result with an error, and the next row is asked.
+    Rows of one picture that follow each other cost its encoding once. A picture that cannot be decoded, a prompt
+    that does not fit, or an answer that is not of the form that was asked for, makes a result with an error, and the
+    next row is asked.
 
     Args:
         model: an opened model.
@@ -84,7 +85,7 @@ def _ask(model: Model, row: Row, look: _Look, options: Options) -> Reply:
     try:
         message = user_message(look(row.images), row.question)
         chunks = list(model.chat([message], **asdict(options)))
-    except (ImageError, PromptError) as error:  # of this row alone
+    except (AnswerError, ImageError, PromptError) as error:  # of this row alone
         return Reply(answer=None, seconds=time.perf_counter() - begin, error=str(error))
     stats = chunks[-1].stats
     return Reply(

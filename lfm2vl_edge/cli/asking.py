@@ -1,0 +1,48 @@
+"""What the commands share that ask one thing about one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lfm2vl_edge.cli import options as opt
+from lfm2vl_edge.cli.loading import load_picture, open_model
+from lfm2vl_edge.cli.output import at_once, reporting
+
+if TYPE_CHECKING:
+    from lfm2vl_edge.image import Pixels
+    from lfm2vl_edge.model import Model
+
+Picture = Annotated[str, typer.Argument(metavar="IMAGE", help="A picture; - is stdin.")]
+What = Annotated[str | None, typer.Argument(metavar="WHAT", help='Such as "red car". Default: everything.')]
+Prompt = Annotated[
+    str | None, typer.Option("--prompt", "-p", help="The whole question, instead of the model's usual one.")
+]
+Free = Annotated[
+    bool, typer.Option("--free", help="Let the model answer as it likes, and look for boxes in its answer.")
+]
+
+
+@contextmanager
+def asked(
+    image: str,
+    max_megapixels: float,
+    model: opt.ModelOptions,
+    images: opt.ImageOptions,
+    verbose: int,
+    cache: bool | None,
+) -> Iterator[tuple[Model, Pixels]]:
+    """Give an opened model and the upright pixels of a picture, uint8 `[height, width, 3]`; errors end the command."""
+    with reporting(), at_once() as interrupt:
+        pixels = load_picture(image, max_megapixels)
+        with open_model(model, images, verbose, remember=False, cache=cache) as opened:
+            interrupt.cancel = opened.cancel
+            yield opened, pixels
+
+
+def printable(label: str) -> str:
+    """Return a label of a model so that it stays on its line and cannot command a terminal."""
+    return "".join(sign if sign.isprintable() else "?" for sign in label)

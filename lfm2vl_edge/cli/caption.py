@@ -1,0 +1,28 @@
+"""`lfm2vl-edge caption`: what a picture shows, in words."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from lfm2vl_edge.cli import options as opt
+from lfm2vl_edge.cli.asking import Picture, asked
+
+
+@opt.takes_groups
+def caption(
+    image: Picture,
+    model: opt.ModelOptions,
+    images: opt.ImageOptions,
+    answer: opt.SamplingOptions,
+    cache: opt.Cache = None,
+    max_megapixels: opt.MaxMegapixels = 200,
+    as_json: opt.Json = False,
+    verbose: opt.Verbose = 0,
+) -> None:
+    """Describe a picture: lfm2vl-edge caption photo.jpg."""
+    with asked(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
+        text = opened.caption(pixels, **answer.values())
+        shown = {"caption": text, "model": opened.config.name}
+        typer.echo(json.dumps(shown, ensure_ascii=False) if as_json else text)

@@ -1,0 +1,54 @@
+"""`lfm2vl-edge detect`: boxes around things in a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lfm2vl_edge.cli import options as opt
+from lfm2vl_edge.cli.asking import Free, Picture, Prompt, What, asked, printable
+from lfm2vl_edge.cli.output import refuse_overwrite, reporting
+
+
+@opt.takes_groups
+def detect(
+    image: Picture,
+    model: opt.ModelOptions,
+    images: opt.ImageOptions,
+    answer: opt.ExactOptions,
+    what: What = None,
+    prompt: Prompt = None,
+    free: Free = False,
+    draw: Annotated[
+        Path | None, typer.Option("--draw", metavar="OUT.png", help="Write the picture with the boxes drawn over it.")
+    ] = None,
+    cache: opt.Cache = None,
+    max_megapixels: opt.MaxMegapixels = 200,
+    as_json: opt.Json = False,
+    force: opt.Force = False,
+    verbose: opt.Verbose = 0,
+) -> None:
+    """Find things in a picture: lfm2vl-edge detect photo.jpg "red car".
+
+    One line for each box: left, top, right, bottom in pixels of the upright picture, and the label.
+    """
+    from lfm2vl_edge.draw import draw_boxes, save_png
+
+    with reporting():
+        if draw is not None:
+            refuse_overwrite(draw, force)
+    with asked(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
+        boxes = opened.detect(pixels, what, prompt=prompt, free=free, **answer.values())
+        if draw is not None:
+            save_png(draw_boxes(pixels, boxes), draw)
+        if as_json:
+            size = {"height": pixels.shape[0], "width": pixels.shape[1]}
+            shown = {"boxes": [asdict(box) for box in boxes], **size, "model": opened.config.name}
+            typer.echo(json.dumps(shown, ensure_ascii=False))
+        else:
+            for box in boxes:
+                typer.echo(f"{box.left}\t{box.top}\t{box.right}\t{box.bottom}\t{printable(box.label)}")

@@ -1,0 +1,40 @@
+"""`lfm2vl-edge point`: where things are in a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import typer
+
+from lfm2vl_edge.cli import options as opt
+from lfm2vl_edge.cli.asking import Free, Picture, Prompt, What, asked, printable
+
+
+@opt.takes_groups
+def point(
+    image: Picture,
+    model: opt.ModelOptions,
+    images: opt.ImageOptions,
+    answer: opt.ExactOptions,
+    what: What = None,
+    prompt: Prompt = None,
+    free: Free = False,
+    cache: opt.Cache = None,
+    max_megapixels: opt.MaxMegapixels = 200,
+    as_json: opt.Json = False,
+    verbose: opt.Verbose = 0,
+) -> None:
+    """Point at things in a picture, at the middles of their boxes: lfm2vl-edge point photo.jpg "red car".
+
+    One line for each: x, y in pixels of the upright picture, and the label.
+    """
+    with asked(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
+        points = opened.point(pixels, what, prompt=prompt, free=free, **answer.values())
+        if as_json:
+            size = {"height": pixels.shape[0], "width": pixels.shape[1]}
+            shown = {"points": [asdict(one) for one in points], **size, "model": opened.config.name}
+            typer.echo(json.dumps(shown, ensure_ascii=False))
+        else:
+            for one in points:
+                typer.echo(f"{one.x}\t{one.y}\t{printable(one.label)}")
