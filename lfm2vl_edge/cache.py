@@ -106,8 +106,9 @@ class States:
         found = self._shelf.get(key) if self._shelf is not None else None
         if found is None or len(found) != 1:
             return None
-        self._recent.put(key, found[0])
-        return found[0]
+        state: State = found[0]
+        self._recent.put(key, state)
+        return state
 
     def longest(self, keys: Sequence[Key]) -> tuple[int, State] | None:
         """Return the length of the longest known prefix of a chain, in pieces, and its state; None if none is."""

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2vl_edge.costs import CONTEXT_TOKENS
-from lfm2vl_edge.generate import n_tokens, prepare, split
 from lfm2vl_edge.hardware import big_cores
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.modelfile import ModelConfig, Pair, read_config
 from lfm2vl_edge.opening import Wishes, engine_settings
+from lfm2vl_edge.prepare import n_tokens, prepare, split
 from lfm2vl_edge.preprocess import Tile
 from lfm2vl_edge.prompt import user_message
 

@@ -22,12 +22,13 @@ from lfm2vl_edge.costs import CONTEXT_TOKENS
 from lfm2vl_edge.engine import Engine, Floats, State
 from lfm2vl_edge.errors import EngineError, SessionError
 from lfm2vl_edge.files import cache_folder
-from lfm2vl_edge.generate import Chunk, Turn, look, n_tokens, prefill, prepare, split, stream
+from lfm2vl_edge.generate import Chunk, Turn, prefill, stream
 from lfm2vl_edge.identity import Identity, Source, encoder_digest, identify, state_digest
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.locate import FALLBACK_NOTE, locate
 from lfm2vl_edge.modelfile import ModelConfig
 from lfm2vl_edge.opening import Wishes, check_count, decide, load
+from lfm2vl_edge.prepare import look, n_tokens, prepare, split
 from lfm2vl_edge.preprocess import Tile
 from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
 from lfm2vl_edge.session import Photo, load_saved

@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.errors import ConfigError
-from lfm2vl_edge.generate import look
 from lfm2vl_edge.image import Pixels
 from lfm2vl_edge.model import Model
+from lfm2vl_edge.prepare import look
 from lfm2vl_edge.prompt import user_message
 
 _PICTURES: Final = {"small": (256, 256), "wide": (224, 448), "tiled": (576, 1024)}

@@ -14,8 +14,8 @@ from PIL import Image
 from lfm2vl_edge import Model
 from lfm2vl_edge.cache import Embeddings, Memory, Recent, States, chain
 from lfm2vl_edge.engine import Floats
-from lfm2vl_edge.generate import prepare, split
 from lfm2vl_edge.image import Pixels
+from lfm2vl_edge.prepare import prepare, split
 from lfm2vl_edge.preprocess import Tile
 from tests.conftest import PICTURES, Pair
 

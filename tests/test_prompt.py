@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm2vl_edge import ImageConfig, PromptError, Sampling
-from lfm2vl_edge.generate import look
 from lfm2vl_edge.modelfile import ModelConfig
+from lfm2vl_edge.prepare import look
 from lfm2vl_edge.preprocess import Tile
 from lfm2vl_edge.prompt import Control, Picture, Segment, Text, images_of, render, split_names
 from tests.conftest import REFERENCE

@@ -25,7 +25,7 @@ LAYERS = [
     {"prompt", "cache", "shelf", "identity", "engine.ffi"},
     {"engine.gpu", "engine.graph", "engine.grammar", "engine.sampling", "engine.quantize"},
     {"engine.llama"},
-    {"engine.observe"},
+    {"engine.observe", "prepare"},
     {"generate", "opening"},
     {"session", "answers"},
     {"model"},

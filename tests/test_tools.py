@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm2vl_edge import Model, PromptError, Sampling, ToolCall, ToolError, Turn, modelfile
+from lfm2vl_edge import ConfigError, Model, PromptError, Sampling, ToolCall, ToolError, Turn, modelfile
 from lfm2vl_edge.modelfile import ModelConfig
 from lfm2vl_edge.prompt import Control, Text, render
 from lfm2vl_edge.tools import ToolInput, as_tools, parse_calls, write_calls
@@ -181,7 +181,9 @@ class Answering(FakeEngine):
     def piece(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
 
-    def sample(self, sampling: Sampling, seed: int | None, seen: Sequence[int]) -> Iterator[int]:
+    def sample(
+        self, sampling: Sampling, seed: int | None, seen: Sequence[int], grammar: str | None = None
+    ) -> Iterator[int]:
         yield from self.answer
         yield END
 
@@ -219,6 +221,11 @@ def test_a_call_that_is_cut_off_is_an_error_after_the_text() -> None:
     with pytest.raises(ToolError, match="max_tokens"):
         turn_of(START, "[now()]", STOP, START, "[now()]", STOP, max_tokens=10)
     assert model.ask([], "?", tools=[], max_tokens=2) == "Wa"  # and the model answers again
+
+
+def test_an_answer_that_is_held_to_a_form_can_call_nothing() -> None:
+    with pytest.raises(ConfigError, match="can call no tool; give one or the other"):
+        turn_of("a", grammar='root ::= "a"')
 
 
 def test_ask_returns_text_and_nothing_else() -> None:

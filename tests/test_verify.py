@@ -15,8 +15,8 @@ from lfm2vl_convert.ggufile import read_tensors
 from lfm2vl_convert.verify import fitted, problems
 from lfm2vl_edge import Model, verify
 from lfm2vl_edge.errors import ConfigError
-from lfm2vl_edge.generate import look
 from lfm2vl_edge.metadata import read_metadata
+from lfm2vl_edge.prepare import look
 from tests.conftest import REFERENCE, Pair
 from tests.test_cli import Run, run
 
