@@ -168,7 +168,7 @@ def example(
     writer: Writer, rng: random.Random, tile_plan: TilePlan, stage: recipe.Stage, room: int
 ) -> tuple[list[Tile], list[Question]]:
     """Return a picture of this plan, cut, and a talk about it that takes at most `room` tokens."""
-    share = 0.6 if tile_plan.is_tiled or stage.close_up else 0.5
+    share = recipe.TILED_NUMBERS if tile_plan.is_tiled else stage.numbers
     kind = recipe.kind_for(tile_plan, fine=rng.random() < 0.75, number_share=share)
     kind = replace(kind, close_up=stage.close_up)
     scene = draw_scene(rng, tile_plan.height, tile_plan.width, kind)

@@ -18,7 +18,7 @@ SEED: Final = 20261121
 HELD_OUT_SEED: Final = 7
 """Of the pictures that the model is judged by."""
 WEIGHTS: Final = {
-    "describe": 2.0,
+    "describe": 4.0,
     "count": 1.5,
     "color": 3.0,
     "place": 2.0,
@@ -39,8 +39,6 @@ TALK: Final = 100
 """...as far as these many tokens go..."""
 LONG_TALK: Final = 190
 """...or in some batches, and about tiled pictures, these, so that the longest answers have room."""
-CAPTION_WEIGHTS: Final = {**dict.fromkeys(WEIGHTS, 1.0), "describe": 30.0, "number": 2.0}
-"""The same about the first whole scenes: a description says something of every object, a yes hardly anything."""
 CLOSE_UP_TALK: Final = 60
 LONG_SHARE: Final = 0.05
 DIGITS: Final = (18.0, 48.0)
@@ -64,6 +62,8 @@ class Stage:
     """Share of the batches whose pictures are tiled."""
     batch: int
     """Pictures of a batch, of those that are not tiled."""
+    numbers: float
+    """Share of these pictures with a number."""
     weights: Mapping[str, float]
     """How often each group of questions is asked."""
     resized: float
@@ -71,15 +71,21 @@ class Stage:
 
 
 STAGES: Final = (
-    Stage(until=0.075, close_up=True, tokens=(1, 9), tiled=0.0, batch=96, resized=0.0, weights=CLOSE_UP_WEIGHTS),
-    Stage(until=0.45, tokens=(36, 64), tiled=0.0, batch=28, resized=0.3, weights=CAPTION_WEIGHTS),
-    Stage(until=0.62, tokens=(36, 64), tiled=0.0, batch=28, resized=0.3, weights=WEIGHTS),
-    Stage(until=1.01, tokens=(25, 64), tiled=0.3, batch=32, resized=0.4, weights=WEIGHTS),
-)
+    Stage(
+        until=0.18, close_up=True, tokens=(1, 9), tiled=0.0, resized=0.0, batch=64, numbers=0.75,
+        weights=CLOSE_UP_WEIGHTS,
+    ),
+    Stage(
+        until=0.58, tokens=(36, 64), tiled=0.0, resized=0.3, batch=28, numbers=0.5,
+        weights=WEIGHTS | {"describe": 6.0},
+    ),
+    Stage(until=1.01, tokens=(25, 64), tiled=0.25, resized=0.4, batch=28, numbers=0.5, weights=WEIGHTS),
+)  # fmt: skip
 TILED_BATCH: Final = 12
+TILED_NUMBERS: Final = 0.6
 LEARNING_RATE: Final = 2e-3
 WARM_UP: Final = 200
-DECAY_FROM: Final = 0.6
+DECAY_FROM: Final = 0.65
 """The rate is constant up to this share of the steps and then falls linearly to nothing."""
 WEIGHT_DECAY: Final = 0.02
 
