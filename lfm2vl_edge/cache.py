@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2vl_edge.engine import Floats, State
-from lfm2vl_edge.preprocess import Tile
+from lfm2vl_edge.tiling import Tile
 
 Key: TypeAlias = bytes
 """SHA-256 of some content."""

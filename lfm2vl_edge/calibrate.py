@@ -16,8 +16,8 @@ from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.modelfile import ModelConfig, Pair, read_config
 from lfm2vl_edge.opening import Wishes, engine_settings
 from lfm2vl_edge.prepare import n_tokens, prepare, split
-from lfm2vl_edge.preprocess import Tile
 from lfm2vl_edge.prompt import user_message
+from lfm2vl_edge.tiling import Tile
 
 if TYPE_CHECKING:
     from lfm2vl_edge.engine.observe import ObservedEngine

@@ -15,11 +15,11 @@ from lfm2vl_edge.engine import Engine, Floats
 from lfm2vl_edge.errors import AnswerCut, ConfigError, ContextFull, ToolError
 from lfm2vl_edge.modelfile import ModelConfig
 from lfm2vl_edge.prepare import Prompt, n_tokens, prepare, split
-from lfm2vl_edge.preprocess import Tile
 from lfm2vl_edge.prompt import Message, images_of
 from lfm2vl_edge.schema import Schema, grammar_of, parse_answer, read_schema
 from lfm2vl_edge.stats import Stats, Stopwatch
 from lfm2vl_edge.stream import TextStream
+from lfm2vl_edge.tiling import Tile
 from lfm2vl_edge.tools import CallReader, Tool, ToolCall
 
 Finish = Literal["stop", "length"]

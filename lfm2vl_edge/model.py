@@ -29,11 +29,11 @@ from lfm2vl_edge.locate import FALLBACK_NOTE, locate
 from lfm2vl_edge.modelfile import ModelConfig
 from lfm2vl_edge.opening import Wishes, check_count, decide, load
 from lfm2vl_edge.prepare import look, n_tokens, prepare, split
-from lfm2vl_edge.preprocess import Tile
 from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
 from lfm2vl_edge.session import Photo, load_saved
 from lfm2vl_edge.shelf import CACHE_BYTES, STATE, Disk, DiskShelf, digests_folder
 from lfm2vl_edge.stats import Stopwatch
+from lfm2vl_edge.tiling import Tile
 from lfm2vl_edge.tools import Tool, ToolInput, as_tools
 
 _LOG: Final = logging.getLogger(__name__)

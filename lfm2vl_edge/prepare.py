@@ -18,8 +18,8 @@ from lfm2vl_edge.engine import Engine
 from lfm2vl_edge.geometry import plan
 from lfm2vl_edge.image import ImageInput, load_image
 from lfm2vl_edge.modelfile import IMAGE, ModelConfig
-from lfm2vl_edge.preprocess import Tile, cut
 from lfm2vl_edge.prompt import Control, Message, Picture, Segment, images_of, render, split_names
+from lfm2vl_edge.tiling import Tile, cut
 from lfm2vl_edge.tools import Tool
 
 

@@ -19,8 +19,8 @@ from lfm2vl_edge.errors import PromptError
 from lfm2vl_edge.geometry import TilePlan
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.modelfile import CALL_END, CALL_START, IMAGE, IMAGE_END, IMAGE_START, THUMBNAIL, ModelConfig
-from lfm2vl_edge.preprocess import Tile
 from lfm2vl_edge.template import knows, run_template
+from lfm2vl_edge.tiling import Tile
 from lfm2vl_edge.tools import Tool, calls_of, write_calls
 
 DEFAULT_PROMPT: Final = "Describe this image."

@@ -25,8 +25,8 @@ from lfm2vl_edge.files import write_beside
 from lfm2vl_edge.generate import Chunk, Turn
 from lfm2vl_edge.geometry import TilePlan, plan
 from lfm2vl_edge.identity import Identity
-from lfm2vl_edge.preprocess import Tile
 from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
+from lfm2vl_edge.tiling import Tile
 
 _MAGIC: Final = b"LFM2VLPH"
 _VERSION: Final = 1

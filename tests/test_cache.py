@@ -16,7 +16,7 @@ from lfm2vl_edge.cache import Embeddings, Memory, Recent, States, chain
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.image import Pixels
 from lfm2vl_edge.prepare import prepare, split
-from lfm2vl_edge.preprocess import Tile
+from lfm2vl_edge.tiling import Tile
 from tests.conftest import PICTURES, Pair
 
 WORDS = ("what is this?", "and the colours?", "describe the left side", "why?", "count them: 1, 2, 3")

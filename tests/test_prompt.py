@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from lfm2vl_edge import ImageConfig, PromptError, Sampling
 from lfm2vl_edge.modelfile import ModelConfig
 from lfm2vl_edge.prepare import look
-from lfm2vl_edge.preprocess import Tile
 from lfm2vl_edge.prompt import Control, Picture, Segment, Text, images_of, render, split_names
+from lfm2vl_edge.tiling import Tile
 from tests.conftest import REFERENCE
 
 CHATML = (REFERENCE / "a" / "checkpoint" / "chat_template.jinja").read_text()

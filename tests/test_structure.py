@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import lfm2vl_edge
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "lfm2vl_edge").rglob("*.py"), *(ROOT / "convert").rglob("*.py")])
 LAYERS = [
@@ -20,7 +22,7 @@ LAYERS = [
     {"costs", "hub"},
     {"budget", "device"},
     {"modelfile", "resample", "draw", "scenes"},
-    {"preprocess", "engine", "locate", "download"},
+    {"tiling", "engine", "locate", "download"},
     {"tools", "template", "fetch"},
     {"prompt", "cache", "shelf", "identity", "engine.ffi"},
     {"engine.gpu", "engine.graph", "engine.grammar", "engine.sampling", "engine.quantize"},
@@ -108,3 +110,18 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+
+
+def test_public_names_are_found_where_they_are_said_to_lie() -> None:
+    assert set(lfm2vl_edge.__all__) == set(lfm2vl_edge._PLACES)
+    assert set(lfm2vl_edge.__all__) <= set(dir(lfm2vl_edge))
+    for name in lfm2vl_edge.__all__:
+        assert getattr(lfm2vl_edge, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lfm2vl_edge.nothing
+
+
+def test_help_needs_no_heavy_module() -> None:
+    code = "import sys, lfm2vl_edge.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
+    assert set(loaded).isdisjoint({"numpy", "PIL", "jinja2", "gguf", "llama_cpp", "huggingface_hub", "asyncio"})

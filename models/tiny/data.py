@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from lfm2vl_edge.geometry import TilePlan
-from lfm2vl_edge.preprocess import Tile
+from lfm2vl_edge.tiling import Tile
 from models.tiny import recipe
 from models.tiny.draw import draw
 from models.tiny.questions import Question, talk

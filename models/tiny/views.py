@@ -8,7 +8,7 @@ from PIL import Image
 
 from lfm2vl_edge.geometry import TilePlan
 from lfm2vl_edge.image import Pixels
-from lfm2vl_edge.preprocess import Tile
+from lfm2vl_edge.tiling import Tile
 from models.tiny.recipe import IMAGE_CONFIG
 from models.tiny.settings import PATCH
 
