@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -135,7 +134,7 @@ def check_grammar(grammar: str) -> None:
     code = f"import sys; sys.path[:] = {sys.path!r}; from lfm2vl_edge.engine.grammar import work; work()"
     command = [sys.executable, "-c", code, str(_CPU_SECONDS)]
     done = subprocess.run(command, input=data, capture_output=True, check=False)  # noqa: S603  # our own code
-    if done.returncode == -signal.SIGXCPU:
+    if done.returncode < 0 and done.returncode == -getattr(signal, "SIGXCPU", 0):
         raise ConfigError("llama.cpp does not come to an end with this grammar; simplify it")
     if done.returncode < 0:
         raise ConfigError("llama.cpp breaks down on this grammar, which is nested too deeply; simplify it")
@@ -147,9 +146,18 @@ def check_grammar(grammar: str) -> None:
 
 def work() -> None:
     """Read a grammar from stdin, and exit with 0 if llama.cpp understands it: the child's side of `check_grammar`."""
-    for what, limit in ((resource.RLIMIT_CPU, int(sys.argv[1])), (resource.RLIMIT_CORE, 0)):  # no memory on disk
-        resource.setrlimit(what, (limit, resource.getrlimit(what)[1]))
+    _limit_itself(int(sys.argv[1]))
     sampler = llama.llama_sampler_init_grammar(None, sys.stdin.buffer.read(), _ROOT)
     sys.stdout.write(LOG.last())
     sys.stdout.flush()
     sys.exit(0 if sampler else 1)
+
+
+def _limit_itself(cpu_seconds: int) -> None:
+    """Let the system end this process after so much work, and leave no core file; Windows knows no such limits."""
+    try:
+        import resource
+    except ImportError:
+        return
+    for what, limit in ((resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_CORE, 0)):
+        resource.setrlimit(what, (limit, resource.getrlimit(what)[1]))
