@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from lfm2vl_edge import Model
 from lfm2vl_edge.boxes import SHORT
-from lfm2vl_edge.cli import app
+from lfm2vl_edge.cli import app, loading
 from lfm2vl_edge.schema import grammar_of, read_schema
 from tests.conftest import PICTURES, Pair
 from tests.fake_engine import CONFIG, FakeEngine
@@ -46,9 +44,8 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def run(tmp_path: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a command on a model whose answers are written down, in a folder with a picture of 200 x 100 pixels."""
-    model = Model(engine, replace(CONFIG, boxes=SHORT))
-    for name in ("lfm2vl_edge.cli.asking", "lfm2vl_edge.cli.run"):  # the latter's name is also its function's
-        monkeypatch.setattr(importlib.import_module(name), "open_model", lambda *_, **__: nullcontext(model))
+    monkeypatch.setenv("LFM2VL_MODEL", "tiny")
+    monkeypatch.setattr(loading, "open_model", lambda *_, **__: Model(engine, replace(CONFIG, boxes=SHORT)))
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (200, 100), (128, 128, 128)).save("car.png")
     (tmp_path / "schema.json").write_text(SCHEMA)

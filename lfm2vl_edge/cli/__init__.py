@@ -1,58 +1,64 @@
-"""The command line: one file per command. Heavy imports are inside the commands, so that --help answers at once."""
+"""The command line: one file per command, imported when it is asked for, so that every start is a quick one."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Annotated, Any, Final
 
 import typer
 
-from lfm2vl_edge.cli.bench import bench
-from lfm2vl_edge.cli.cache import cache
-from lfm2vl_edge.cli.calibrate import calibrate
-from lfm2vl_edge.cli.caption import caption
-from lfm2vl_edge.cli.chat import chat
-from lfm2vl_edge.cli.convert import convert
-from lfm2vl_edge.cli.detect import detect
-from lfm2vl_edge.cli.doctor import doctor
-from lfm2vl_edge.cli.eval import evaluate
-from lfm2vl_edge.cli.extract import extract
-from lfm2vl_edge.cli.models import models
-from lfm2vl_edge.cli.plan import plan
-from lfm2vl_edge.cli.point import point
-from lfm2vl_edge.cli.pull import pull
-from lfm2vl_edge.cli.quantize import quantize
-from lfm2vl_edge.cli.rm import rm
-from lfm2vl_edge.cli.run import run
-from lfm2vl_edge.cli.tune import tune
-from lfm2vl_edge.cli.verify import verify
-
-app = typer.Typer(
-    name="lfm2vl-edge",
-    help="Ask LFM2-VL vision-language models about pictures, on the machine at hand.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+COMMANDS: Final = (
+    "run",
+    "chat",
+    "caption",
+    "detect",
+    "point",
+    "extract",
+    "plan",
+    "tune",
+    "bench",
+    "eval",
+    "pull",
+    "models",
+    "rm",
+    "convert",
+    "calibrate",
+    "quantize",
+    "verify",
+    "doctor",
+    "cache",
 )
-app.command()(run)
-app.command()(chat)
-app.command()(caption)
-app.command()(detect)
-app.command()(point)
-app.command()(extract)
-app.command()(plan)
-app.command()(tune)
-app.command()(bench)
-app.command("eval")(evaluate)
-app.command()(pull)
-app.command()(models)
-app.command()(rm)
-app.command()(convert)
-app.command()(calibrate)
-app.command()(quantize)
-app.command()(verify)
-app.command()(doctor)
-app.add_typer(cache)
+"""In the order of the help. Each has a module of its name, and in it a function, or an app, of the same name."""
+_FUNCTIONS: Final = {"eval": "evaluate"}
+"""The function's name where it is another one."""
+
+
+def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
+    """Return the command line with these commands."""
+    app = typer.Typer(
+        name="lfm2vl-edge",
+        help="Ask LFM2-VL vision-language models about pictures, on the machine at hand.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_common)
+    for name in names:
+        found = getattr(import_module(f"lfm2vl_edge.cli.{name}"), _FUNCTIONS.get(name, name))
+        if isinstance(found, typer.Typer):
+            app.add_typer(found)
+        else:
+            app.command(name)(found)
+    return app
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        return build()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _show_version(wanted: bool) -> None:
@@ -63,7 +69,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _common(
     version: Annotated[
         bool,
@@ -74,5 +79,6 @@ def _common(
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; of the commands, only the one that is named first is imported."""
+    named = [word for word in sys.argv[1:2] if word in COMMANDS]
+    build(named or COMMANDS)()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.loading import load_picture, open_model
+from lfm2vl_edge.cli.loading import load_picture, opening
 from lfm2vl_edge.cli.output import at_once, reporting
 
 if TYPE_CHECKING:
@@ -37,8 +37,9 @@ def asked(
 ) -> Iterator[tuple[Model, Pixels]]:
     """Give an opened model and the upright pixels of a picture, uint8 `[height, width, 3]`; errors end the command."""
     with reporting(), at_once() as interrupt:
-        pixels = load_picture(image, max_megapixels)
-        with open_model(model, images, verbose, remember=False, cache=cache) as opened:
+        with opening(model, images, verbose, remember=False, cache=cache) as when_open:
+            pixels = load_picture(image, max_megapixels)
+            opened = when_open()
             interrupt.cancel = opened.cancel
             yield opened, pixels
 

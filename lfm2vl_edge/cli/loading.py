@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -72,9 +73,15 @@ def _is_terminal() -> bool:
 
 
 def open_model(
-    options: ModelOptions, image: ImageOptions, verbose: int, *, remember: bool, cache: bool | None
+    located: Located,
+    options: ModelOptions,
+    image: ImageOptions,
+    verbose: int,
+    *,
+    remember: bool,
+    cache: bool | None,
 ) -> Model:
-    """Open the model that was asked for, with its image settings changed as asked.
+    """Open the model that was found, with its image settings changed as asked.
 
     A single answer has no use for the states of earlier prompts, so they are kept only to `remember`, or on disk for
     the next process. The cache on disk holds what can be seen in pictures, so it is used only where that was asked
@@ -83,8 +90,7 @@ def open_model(
     from lfm2vl_edge.cache import STATE_BYTES
     from lfm2vl_edge.model import Model
 
-    located = chosen_model(options)
-    on_disk = bool(os.environ.get(CACHE_VARIABLE)) if cache is None else cache
+    on_disk = _is_on_disk(cache)
     warnings_to_stderr()
     if verbose > 1:
         from lfm2vl_edge.engine.ffi import LOG
@@ -99,6 +105,37 @@ def open_model(
         cache=on_disk,
         state_bytes=STATE_BYTES if remember or on_disk else 0,
     )
+
+
+def _is_on_disk(cache: bool | None) -> bool:
+    return bool(os.environ.get(CACHE_VARIABLE)) if cache is None else cache
+
+
+@contextmanager
+def opening(
+    options: ModelOptions, image: ImageOptions, verbose: int, *, remember: bool, cache: bool | None
+) -> Iterator[Callable[[], Model]]:
+    """Let the model open in another thread while the block reads pictures, and give what waits for the model.
+
+    Reading the files takes one core, and Python needs the other one meanwhile. The model is closed with the block.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    located = chosen_model(options)
+
+    def both_files() -> Model:
+        model = open_model(located, options, image, verbose, remember=remember, cache=cache)
+        if not _is_on_disk(cache):  # else the picture may be known, and the encoder not needed
+            model.engine.open_encoder()
+        return model
+
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(both_files)
+        try:
+            yield opened.result
+        finally:
+            if opened.exception() is None:
+                opened.result().close()
 
 
 def load_picture(argument: str, max_megapixels: float) -> Pixels:

@@ -77,7 +77,7 @@ class ModelOptions:
     ] = None
     ctx_size: Annotated[
         int, _machine("--ctx-size", "-c", min=1, help="Tokens of context to begin with; it grows if needed.")
-    ] = 4096
+    ] = 1024
     gpu_layers: Annotated[
         int, _machine("--gpu-layers", min=-1, help="Layers for a GPU, if llama.cpp was built for one; -1: all.")
     ] = 0

@@ -12,7 +12,7 @@ import typer
 
 from lfm2vl_edge.cli import options as opt
 from lfm2vl_edge.cli.answering import Told, figures, show_answer
-from lfm2vl_edge.cli.loading import STDIN, load_picture, open_model, refuse_stdin_twice
+from lfm2vl_edge.cli.loading import STDIN, load_picture, opening, refuse_stdin_twice
 from lfm2vl_edge.cli.output import at_once, reporting
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ def run(
         questions = ([] if ask and prompt is None else [question]) + (ask or [])
         refuse_stdin_twice([*names, answer.json_schema])
         options = answer.values()
-        pixels = [load_picture(name, max_megapixels) for name in names]
-        with open_model(model, image, verbose, remember=len(questions) > 1, cache=cache) as opened:
+        with opening(model, image, verbose, remember=len(questions) > 1, cache=cache) as when_open:
+            pixels = [load_picture(name, max_megapixels) for name in names]
+            opened = when_open()
             interrupt.cancel = opened.cancel
             pictures = [opened.cut(one) for one in pixels] if len(questions) > 1 else pixels
             told = []

@@ -62,6 +62,9 @@ class Engine(Protocol):
     def is_end(self, token: int) -> bool:
         """Tell whether a token ends the model's turn."""
 
+    def open_encoder(self) -> None:
+        """Open the encoder's file before the first view asks for it."""
+
     def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
         """Return the embeddings of one view.
 
