@@ -14,8 +14,8 @@ import numpy as np
 
 from lfm2vl_edge.geometry import TilePlan
 
-CONTEXT_TOKENS: Final = 4096
-"""Tokens of context that a model begins with: room for a picture of ten tiles and a talk about it."""
+CONTEXT_TOKENS: Final = 1024
+"""Tokens of context that a model begins with: room for one view and an answer; it grows when more is needed."""
 _HEAD_BYTES: Final = 4
 """Of one key and one value in the context, both float16."""
 _PROGRAM_BYTES: Final = 120_000_000

@@ -120,7 +120,7 @@ def test_several_pictures_and_turns(model: Model) -> None:
 
 
 def test_the_context_grows_for_a_prompt_and_answers_stay_the_same(pair: Pair) -> None:
-    with Model.open(pair("a", "F32"), n_ctx=256) as small, Model.open(pair("a", "F32")) as large:
+    with Model.open(pair("a", "F32"), n_ctx=256) as small, Model.open(pair("a", "F32"), n_ctx=4096) as large:
         assert small.engine.info.n_ctx == 256
         for image in (SMALL, PICTURES / "photo.png", SMALL):
             assert small.ask(image, "what?", **GREEDY) == large.ask(image, "what?", **GREEDY)

@@ -52,7 +52,7 @@ class EngineSettings:
     n_threads: int
     """Threads that compute."""
     n_ctx: int
-    """Tokens of context to begin with; it grows when a prompt needs more."""
+    """Tokens of context to begin with; it doubles, or more, when a prompt needs more."""
     n_ctx_max: int
     """Longest context that the model allows, tokens."""
     max_view_tokens: int
@@ -133,6 +133,10 @@ class LlamaEngine:
         """Tell whether a token ends the model's turn."""
         return bool(llama.llama_vocab_is_eog(self._vocab, token))
 
+    def open_encoder(self) -> None:
+        """Open the encoder's file; see the protocol."""
+        self._vision_for(self._view_tokens)
+
     def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
         """Return the embeddings of one view; see the protocol."""
         vision = self._vision_for(n_tokens)
@@ -154,7 +158,7 @@ class LlamaEngine:
                 f"{self._settings.n_ctx_max}: use fewer or smaller images, a shorter text or fewer max_tokens"
             )
         if n_tokens > self._n_ctx:
-            self._open_context(n_tokens)
+            self._open_context(max(n_tokens, min(2 * self._n_ctx, self._settings.n_ctx_max)))
         else:
             llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
 
