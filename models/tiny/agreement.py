@@ -21,7 +21,7 @@ from lfm2vl_edge.evaluate import Result, evaluate, read_rows
 from models.tiny.data import IGNORED, Writer, collate
 from models.tiny.questions import Question
 from models.tiny.recipe import IMAGE_CONFIG
-from models.tiny.train import logits_of
+from models.tiny.train import outcome
 
 
 def agreeing(network: Lfm2VlForConditionalGeneration, writer: Writer, results: Sequence[Result]) -> list[bool]:
@@ -32,9 +32,9 @@ def agreeing(network: Lfm2VlForConditionalGeneration, writer: Writer, results: S
     ]
     batch = collate(writer, [tiles] * len(said), [[question] for question in said])
     with torch.no_grad():
-        logits, labels = logits_of(network, batch)
+        found = outcome(network, batch)
     wrong = torch.zeros(batch.labels.shape, dtype=torch.bool)
-    wrong[torch.from_numpy(batch.labels) != IGNORED] = logits.argmax(-1) != labels
+    wrong[torch.from_numpy(batch.labels) != IGNORED] = found.logits.argmax(-1) != found.labels
     return [not row for row in wrong.any(1).tolist()]
 
 

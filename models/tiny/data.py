@@ -16,8 +16,9 @@ from lfm2vl_edge.geometry import TilePlan
 from lfm2vl_edge.tiling import Tile
 from models.tiny import recipe
 from models.tiny.draw import draw
+from models.tiny.landmarks import landmarks
 from models.tiny.questions import Question, talk
-from models.tiny.scene import draw_scene
+from models.tiny.scene import Scene, draw_scene
 from models.tiny.settings import PATCH
 from models.tiny.views import patches_of, quick_cut
 
@@ -47,6 +48,8 @@ class Batch:
     """`[n_pictures, length]`: every question stands where it would stand if it were the only one."""
     groups: tuple[tuple[str, ...], ...]
     """Of each picture's questions."""
+    landmarks: NDArray[np.int64] | None = None
+    """`[n_image_tokens, len(landmarks.CLASSES)]`: what each image token of the batch shows, where that is known."""
 
 
 class Writer:
@@ -149,7 +152,8 @@ def training_batch(writer: Writer, seed: int, step: int, n_steps: int) -> Batch:
     is_long = plans[0].is_tiled or (not stage.close_up and rng.random() < recipe.LONG_SHARE)
     room = recipe.LONG_TALK if is_long else recipe.CLOSE_UP_TALK if stage.close_up else recipe.TALK
     drawn = [example(writer, rng, tile_plan, stage, room) for tile_plan in plans]
-    return collate(writer, [tiles for tiles, _ in drawn], [questions for _, questions in drawn])
+    batch = collate(writer, [one.tiles for one in drawn], [one.questions for one in drawn])
+    return replace(batch, landmarks=np.concatenate([landmarks(one.scene, one.tiles) for one in drawn]))
 
 
 def _plans(rng: random.Random, stage: recipe.Stage) -> list[TilePlan]:
@@ -164,9 +168,16 @@ def _plans(rng: random.Random, stage: recipe.Stage) -> list[TilePlan]:
     return [tile_plan] * stage.batch
 
 
-def example(
-    writer: Writer, rng: random.Random, tile_plan: TilePlan, stage: recipe.Stage, room: int
-) -> tuple[list[Tile], list[Question]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A picture and what is asked about it."""
+
+    scene: Scene
+    tiles: list[Tile]
+    questions: list[Question]
+
+
+def example(writer: Writer, rng: random.Random, tile_plan: TilePlan, stage: recipe.Stage, room: int) -> Example:
     """Return a picture of this plan, cut, and a talk about it that takes at most `room` tokens."""
     share = recipe.TILED_NUMBERS if tile_plan.is_tiled else stage.numbers
     kind = recipe.kind_for(tile_plan, fine=rng.random() < 0.75, number_share=share)
@@ -178,4 +189,4 @@ def example(
         if needed <= room:
             questions.append(question)
             room -= needed
-    return quick_cut(draw(scene), tile_plan), questions
+    return Example(scene=scene, tiles=quick_cut(draw(scene), tile_plan), questions=questions)

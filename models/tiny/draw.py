@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from functools import lru_cache
 from importlib.resources import files
@@ -148,16 +149,31 @@ def _font(index: int, points: int) -> Any:
     return ImageFont.truetype(str(files(package) / "files" / name), points)
 
 
-def _draw_number(canvas: Image.Image, number: Number, scene: Scene) -> None:
-    """Print the number so that its digits have the wanted height."""
+def _font_of(number: Number, scene: Scene) -> Any:
+    """Return the font in which the number's digits have the wanted height."""
     tall = number.size * min(scene.height, scene.width)
     index = number.font % len(FONTS)
     trial = _font(index, 100).getbbox("8")
-    font = _font(index, max(4, round(100 * tall / (trial[3] - trial[1]))))
+    return _font(index, max(4, round(100 * tall / (trial[3] - trial[1]))))
+
+
+def _draw_number(canvas: Image.Image, number: Number, scene: Scene) -> None:
+    font = _font_of(number, scene)
     center = number.center[0] * scene.width, number.center[1] * scene.height
     pen = ImageDraw.Draw(canvas)
     left, top, right, bottom = font.getbbox(number.digits)
     pen.text((center[0] - (left + right) / 2, center[1] - (top + bottom) / 2), number.digits, number.rgb, font)
+
+
+def digit_centers(scene: Scene) -> list[tuple[float, float]]:
+    """Return x, y of the middle of each printed digit as fractions of the picture's width and height."""
+    number = scene.number
+    if number is None:
+        return []
+    font = _font_of(number, scene)
+    edges = [font.getlength(number.digits[:end]) for end in range(len(number.digits) + 1)]
+    middles = [(one + other - edges[-1]) / 2 for one, other in itertools.pairwise(edges)]
+    return [(number.center[0] + middle / scene.width, number.center[1]) for middle in middles]
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> Pixels:

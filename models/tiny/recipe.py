@@ -19,14 +19,14 @@ HELD_OUT_SEED: Final = 7
 """Of the pictures that the model is judged by."""
 WEIGHTS: Final = {
     "describe": 4.0,
-    "count": 1.5,
+    "count": 2.0,
     "color": 3.0,
-    "place": 2.0,
+    "place": 2.5,
     "shape": 3.0,
     "number": 2.5,
-    "background": 0.3,
-    "yes/no": 2.5,
-    "detect": 1.0,
+    "background": 0.2,
+    "yes/no": 2.0,
+    "detect": 1.5,
 }
 """How often each group of questions is asked in training."""
 CLOSE_UP_WEIGHTS: Final = {
@@ -68,19 +68,25 @@ class Stage:
     """How often each group of questions is asked."""
     resized: float
     """Share of the batches whose pictures are drawn in another size than the view's, and so are resized."""
+    landmarks: float
+    """What the loss of the landmarks counts beside that of the answers."""
 
 
 STAGES: Final = (
     Stage(
-        until=0.18, close_up=True, tokens=(1, 9), tiled=0.0, resized=0.0, batch=64, numbers=0.75,
+        until=0.1, close_up=True, tokens=(1, 9), tiled=0.0, resized=0.0, batch=64, numbers=0.6, landmarks=2.0,
         weights=CLOSE_UP_WEIGHTS,
     ),
     Stage(
-        until=0.58, tokens=(36, 64), tiled=0.0, resized=0.3, batch=28, numbers=0.5,
+        until=0.5, tokens=(25, 40), tiled=0.0, resized=0.2, batch=40, numbers=0.5, landmarks=1.0,
         weights=WEIGHTS | {"describe": 6.0},
     ),
-    Stage(until=1.01, tokens=(25, 64), tiled=0.25, resized=0.4, batch=28, numbers=0.5, weights=WEIGHTS),
+    Stage(
+        until=1.01, tokens=(25, 64), tiled=0.27, resized=0.4, batch=30, numbers=0.5, landmarks=0.5, weights=WEIGHTS,
+    ),
 )  # fmt: skip
+ABSENT_WEIGHT: Final = 0.1
+"""What an image token with nothing to see counts for the landmarks, beside one that shows something."""
 TILED_BATCH: Final = 12
 TILED_NUMBERS: Final = 0.6
 LEARNING_RATE: Final = 2e-3

@@ -205,15 +205,21 @@ def _center(rng: random.Random, place: int, extent: tuple[float, float]) -> tupl
     """Return x, y of something in its cell, so that what reaches over the cell's border stays little."""
     row, col = divmod(place, 3)
     slack = [max(0.0, 1 / 3 - side) / 2 for side in extent]
-    return tuple(  # type: ignore[return-value]
-        (cell + 0.5) / 3 + 0.85 * rng.uniform(-room, room) for cell, room in zip((col, row), slack, strict=True)
-    )
+    x, y = ((cell + 0.5) / 3 + 0.85 * rng.uniform(-room, room) for cell, room in zip((col, row), slack, strict=True))
+    return _inside(x, extent[0]), _inside(y, extent[1])
+
+
+def _inside(middle: float, side: float) -> float:
+    """Return the middle moved so that nothing is cut off by the picture's edge."""
+    half = min(0.5, side / 2)
+    return min(1 - half, max(half, middle))
 
 
 def _number(rng: random.Random, place: int, height: int, width: int, background: str, kind: Kind) -> Number:
-    digits = str(rng.randrange(10 ** (length := rng.randint(1, 4))))[:length]
     low, high = kind.digits
     cells = 1 if kind.close_up else 3
+    most = max(1, min(4, int(1.2 * width / cells / (DIGIT_WIDTH * low))))
+    digits = str(rng.randrange(10 ** rng.randint(1, most)))
     tall = math.exp(rng.uniform(math.log(low), math.log(high)))
     tall = max(low, min(tall, 0.9 * width / cells / (DIGIT_WIDTH * len(digits)), 0.6 * height / cells))
     extent = (DIGIT_WIDTH * len(digits) * tall / width, tall / height)

@@ -22,8 +22,9 @@ from transformers import Lfm2VlForConditionalGeneration
 from models.tiny import recipe
 from models.tiny.apart import keep_apart, masks
 from models.tiny.data import IGNORED, Batch, Writer, training_batch
+from models.tiny.landmarks import ABSENT, CLASSES, UNKNOWN
 from models.tiny.network import build
-from models.tiny.settings import write_settings
+from models.tiny.settings import TEXT, write_settings
 from models.tiny.tokenizer import write_tokenizer
 
 SAVE_SECONDS: Final = 180.0
@@ -42,17 +43,22 @@ class Training:
     """All that is saved and restored."""
 
     model: Lfm2VlForConditionalGeneration
+    heads: torch.nn.Linear
+    """From an image token's embedding to its landmarks; not part of the model."""
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
     seconds: float = 0.0
     """Of training, over all runs."""
     losses: list[float] = field(default_factory=list)
     """Of the steps since the last report."""
+    seen: list[float] = field(default_factory=list)
+    """The same for the landmarks."""
 
     def save(self, path: Path) -> None:
         """Write everything; a crash meanwhile leaves the state before."""
         state = {
             "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
@@ -65,35 +71,48 @@ class Training:
         """Restore what `save` wrote."""
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-def optimizers_for(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices of the layers and AdamW for all else: embeddings, kernels, biases, norms."""
+def optimizers_for(model: torch.nn.Module, heads: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the layers and AdamW for all else: embeddings, kernels, biases, norms, heads."""
     matrices = [
         parameter
         for name, parameter in model.named_parameters()
         if parameter.ndim == 2 and not name.endswith(_LOOKED_UP)
     ]
     taken = set(map(id, matrices))
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    rest = [one for one in (*model.parameters(), *heads.parameters()) if id(one) not in taken]
     return [
         torch.optim.Muon(matrices, lr=0.0, weight_decay=recipe.WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=0.0, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
 
 
-def logits_of(model: Lfm2VlForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits `[n, vocabulary]` at the places that have a label, and those labels `[n]`."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the network makes of a batch."""
+
+    logits: torch.Tensor
+    """`[n, vocabulary]`, at the places that have a label."""
+    labels: torch.Tensor
+    """`[n]`, those."""
+    embeddings: torch.Tensor
+    """`[n_image_tokens, width]`, as the language tower gets them."""
+
+
+def outcome(model: Lfm2VlForConditionalGeneration, batch: Batch) -> Outcome:
+    """Run the network."""
     _choose_attention(model, batch)
     shapes = torch.from_numpy(batch.shapes)
     counts = shapes.prod(1)
     mask = (torch.arange(batch.patches.shape[1]) < counts[:, None]).long()
     values = torch.from_numpy(batch.patches).float().mul_(1 / 127.5).sub_(1)
     questions = torch.from_numpy(batch.questions)
-    hidden = model.model(
+    output = model.model(
         input_ids=torch.from_numpy(batch.ids),
         attention_mask=masks(questions) if questions.max() > 1 else None,
         position_ids=torch.from_numpy(batch.positions),
@@ -101,10 +120,25 @@ def logits_of(model: Lfm2VlForConditionalGeneration, batch: Batch) -> tuple[torc
         spatial_shapes=shapes,
         pixel_attention_mask=mask,
         use_cache=False,
-    ).last_hidden_state
+    )
     labels = torch.from_numpy(batch.labels)
     wanted = labels != IGNORED
-    return model.lm_head(hidden[wanted]), labels[wanted]
+    return Outcome(
+        logits=model.lm_head(output.last_hidden_state[wanted]),
+        labels=labels[wanted],
+        embeddings=torch.cat(output.image_outputs.pooler_output),
+    )
+
+
+def landmark_loss(heads: torch.nn.Linear, embeddings: torch.Tensor, landmarks: torch.Tensor) -> torch.Tensor:
+    """Return the mean over the kinds of landmarks; tokens with nothing to see, which are most, count little."""
+    total = torch.zeros(())
+    for logits, labels, absent in zip(heads(embeddings).float().split(CLASSES, 1), landmarks.T, ABSENT, strict=True):
+        weights = torch.where(labels == absent, recipe.ABSENT_WEIGHT, 1.0)
+        losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=UNKNOWN, reduction="none")
+        weights = weights * (labels != UNKNOWN)
+        total = total + (losses * weights).sum() / weights.sum().clamp_min(1.0)
+    return total / len(CLASSES)
 
 
 def round_norms(model: torch.nn.Module) -> None:
@@ -126,13 +160,16 @@ def _choose_attention(model: Lfm2VlForConditionalGeneration, batch: Batch) -> No
 def learn(training: Training, batch: Batch, n_steps: int) -> float:
     """Take one step; return the loss."""
     rate = recipe.learning_rate(training.step, n_steps)
+    share = recipe.stage_at(training.step / n_steps).landmarks
     weights = torch.from_numpy(batch.weights)
     with torch.autocast("cpu", torch.bfloat16):
-        logits, labels = logits_of(training.model, batch)
-    losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        found = outcome(training.model, batch)
+        seen = landmark_loss(training.heads, found.embeddings, torch.from_numpy(batch.landmarks))
+    losses = torch.nn.functional.cross_entropy(found.logits.float(), found.labels, reduction="none")
     weights = weights[torch.from_numpy(batch.labels) != IGNORED]
     loss = (losses * weights).sum() / weights.sum()
-    loss.backward()
+    (loss + share * seen).backward()
+    training.seen.append(float(seen.item()))
     torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
     for optimizer in training.optimizers:
         for group in optimizer.param_groups:
@@ -151,10 +188,10 @@ def judge(model: Lfm2VlForConditionalGeneration, batches: list[Batch]) -> dict[s
     scores: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for batch in batches:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            logits, labels = logits_of(model, batch)
+            found = outcome(model, batch)
         hits = torch.zeros(batch.labels.shape, dtype=torch.bool)
         wanted = torch.from_numpy(batch.labels) != IGNORED
-        hits[wanted] = logits.argmax(-1) == labels
+        hits[wanted] = found.logits.argmax(-1) == found.labels
         for groups, row_hits, row_wanted in zip(batch.groups, hits, wanted, strict=True):
             starts = torch.nonzero(row_wanted & ~row_wanted.roll(1)).flatten().tolist()
             for group, start in zip(groups, starts, strict=True):
@@ -200,12 +237,14 @@ def report(training: Training, writer: Writer, steps: int) -> str:
     training.model.train()
     loss = sum(training.losses) / len(training.losses)
     parts = [f"{group} {100 * right / asked:.0f}" for group, (right, asked) in sorted(scores.items())]
+    seen = sum(training.seen) / len(training.seen)
     training.losses.clear()
-    return f"{training.step} {training.seconds / 60:.1f} min loss {loss:.3f} | {' '.join(parts)}"
+    training.seen.clear()
+    return f"{training.step} {training.seconds / 60:.1f} min loss {loss:.3f} landmarks {seen:.3f} | {' '.join(parts)}"
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Of the whole training.")] = 5500,
+    steps: Annotated[int, typer.Option(help="Of the whole training.")] = 6000,
     state: Annotated[Path, typer.Option(help="Folder for what is saved meanwhile.")] = Path("scratch/tiny"),
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")] = Path("models/tiny/lfm2vl-tiny"),
     until: Annotated[int | None, typer.Option(help="Stop after this step, to go on later.")] = None,
@@ -216,7 +255,8 @@ def main(
     model = build(recipe.SEED)
     round_norms(model)
     keep_apart(model)
-    training = Training(model=model, optimizers=optimizers_for(model))
+    heads = torch.nn.Linear(TEXT["hidden_size"], sum(CLASSES))
+    training = Training(model=model, heads=heads, optimizers=optimizers_for(model, heads))
     saved = state / "state.pt"
     if saved.exists():
         training.load(saved)
