@@ -36,12 +36,15 @@ def asked(
     cache: bool | None,
 ) -> Iterator[tuple[Model, Pixels]]:
     """Give an opened model and the upright pixels of a picture, uint8 `[height, width, 3]`; errors end the command."""
-    with reporting(), at_once() as interrupt:
-        with opening(model, images, verbose, remember=False, cache=cache) as when_open:
-            pixels = load_picture(image, max_megapixels)
-            opened = when_open()
-            interrupt.cancel = opened.cancel
-            yield opened, pixels
+    with (
+        reporting(),
+        at_once() as interrupt,
+        opening(model, images, verbose, remember=False, cache=cache) as when_open,
+    ):
+        pixels = load_picture(image, max_megapixels)
+        opened = when_open()
+        interrupt.cancel = opened.cancel
+        yield opened, pixels
 
 
 def printable(label: str) -> str:
