@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from lfm2vl_edge.identity import Identity, Source, encoder_digest, identify, sta
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.locate import FALLBACK_NOTE, locate
 from lfm2vl_edge.modelfile import ModelConfig
-from lfm2vl_edge.opening import Wishes, check_count, decide, load
+from lfm2vl_edge.opening import Loaded, Wishes, check_count, open_pair
 from lfm2vl_edge.prepare import look, n_tokens, prepare, split
 from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
 from lfm2vl_edge.session import Photo, load_saved
@@ -103,8 +102,7 @@ class Model(TypedAnswers):
             state_bytes: memory for states of earlier prompts, so that another question about a picture or the next
                 turn of a talk decodes only what is new; 0 keeps none.
             cache: a folder that keeps embeddings of views and states after pictures for later processes; `True` means
-                LFM2VL_CACHE or the user's cache folder. What goes wrong there is a warning in the log
-                `lfm2vl_edge.shelf`.
+                LFM2VL_CACHE or the user's cache folder. What goes wrong there, `lfm2vl_edge.shelf` logs.
             cache_bytes: what all processes together may keep there.
 
         Raises:
@@ -127,23 +125,20 @@ class Model(TypedAnswers):
             device=device,
         )
         folder = None if cache is False else cache_folder() if cache is True else Path(cache)
-        return cls._opened(located.model, wishes, folder, state_bytes=state_bytes, cache_bytes=cache_bytes)
-
-    @classmethod
-    def _opened(cls, path: Path, wishes: Wishes, folder: Path | None, *, state_bytes: int, cache_bytes: int) -> Model:
-        begin = time.perf_counter()
         check_count("state_bytes", state_bytes, least=0)
         check_count("cache_bytes", cache_bytes)
-        opening = decide(path, wishes)
-        source = Source.of(opening.pair)
-        engine = load(opening, wishes)
+        return cls.of(open_pair(located.model, wishes), folder, state_bytes, cache_bytes)
+
+    @classmethod
+    def of(cls, loaded: Loaded, folder: Path | None, state_bytes: int, cache_bytes: int = CACHE_BYTES) -> Model:
+        """Return a model of files that were opened already; `folder` is that of the cache on disk, if there is one."""
         return cls(
-            engine,
-            opening.config,
-            memory=_memory(engine, source, folder, state_bytes, cache_bytes),
-            source=source,
+            loaded.engine,
+            loaded.config,
+            memory=_memory(loaded.engine, loaded.source, folder, state_bytes, cache_bytes),
+            source=loaded.source,
             digests=None if folder is None else digests_folder(folder),
-            load_seconds=time.perf_counter() - begin,
+            load_seconds=loaded.seconds,
         )
 
     def ask(self, images: ImageInput | Sequence[ImageInput], prompt: str = DEFAULT_PROMPT, **options: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from lfm2vl_edge.device import Profile, load_profile, place_of
 from lfm2vl_edge.engine import Engine
 from lfm2vl_edge.errors import ConfigError
 from lfm2vl_edge.hardware import big_cores
+from lfm2vl_edge.identity import Source
 from lfm2vl_edge.modelfile import ModelConfig, Pair, find_model, find_pair, mmproj_type, read_config
 
 if TYPE_CHECKING:
@@ -109,6 +111,39 @@ def _costs(pair: Pair, config: ModelConfig, profile: Profile | None, threads: in
     kind = mmproj_type(pair.mmproj)
     measured = profile.costs(kind, config.shape.context_bytes) if profile else None
     return measured or guess(config.shape, kind, config.image.tile_tokens, threads)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A model in memory; what `Model` is made of."""
+
+    engine: Engine
+    """It owns native memory: whoever has it closes it."""
+    config: ModelConfig
+    """What the files say, with the caller's image settings and wishes."""
+    source: Source
+    """The files as they were."""
+    seconds: float
+    """Time that it took."""
+
+
+def open_pair(path: Path, wishes: Wishes) -> Loaded:
+    """Decide how a model is opened, and open it.
+
+    Args:
+        path: the language GGUF, or the folder that holds it.
+        wishes: what the caller asked for.
+
+    Raises:
+        ModelNotFound: a file is missing.
+        ConfigError: the files do not fit together, or the wishes contradict each other.
+        EngineError: llama.cpp refuses a file, or has no such GPU.
+    """
+    begin = time.perf_counter()
+    opening = decide(path, wishes)
+    source = Source.of(opening.pair)
+    engine = load(opening, wishes)
+    return Loaded(engine=engine, config=opening.config, source=source, seconds=time.perf_counter() - begin)
 
 
 def load(opening: Opening, wishes: Wishes) -> Engine:

@@ -39,7 +39,6 @@ def talk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Talk:
 
     def through_pipe(answers: Mapping[str, str], typed: str | bytes, *arguments: str) -> Result:
         model, _ = talkative(answers)
-        monkeypatch.setenv("LFM2VL_MODEL", "tiny")
         monkeypatch.setattr(command, "open_model", lambda *_, **__: model)
         return CliRunner().invoke(app, ["chat", *arguments], input=typed)
 
@@ -61,7 +60,6 @@ def on_terminal(
     def typing(_: Path) -> Iterator[Lines]:
         yield Lines(is_terminal=True, read=read)
 
-    monkeypatch.setenv("LFM2VL_MODEL", "tiny")
     monkeypatch.setattr(command, "open_model", lambda *_, **__: model)
     monkeypatch.setattr(command, "lines_of_user", typing)
     return CliRunner().invoke(app, ["chat", *arguments])
@@ -241,7 +239,6 @@ def test_ctrl_c_stops_the_answer_and_the_talk_goes_on(monkeypatch: pytest.Monkey
 
 def test_ctrl_c_ends_a_pipe(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = stopping({"One?": "Yes! No."}, at="!")
-    monkeypatch.setenv("LFM2VL_MODEL", "tiny")
     monkeypatch.setattr(command, "open_model", lambda *_, **__: model)
     result = CliRunner().invoke(app, ["chat"], input="One?\nTwo?\n")
     assert (result.exit_code, result.stdout) == (130, "Yes!\n")

@@ -37,7 +37,6 @@ N_KILLED = 100
 def engine(data: Path, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """The engine of the model that `eval` opens in this process, whatever it is told."""
     model, engine = scripted(data.parent, ANSWERS)
-    monkeypatch.setenv("LFM2VL_MODEL", "tiny")
     monkeypatch.setattr(
         command, "open_model", lambda *given, **more: Model(engine, model.config, source=model._source)
     )

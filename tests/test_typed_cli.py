@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from lfm2vl_edge import Model
 from lfm2vl_edge.boxes import SHORT
-from lfm2vl_edge.cli import app, loading
+from lfm2vl_edge.cli import app
 from lfm2vl_edge.schema import grammar_of, read_schema
 from tests.conftest import PICTURES, Pair
 from tests.fake_engine import CONFIG, FakeEngine
@@ -44,8 +46,10 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def run(tmp_path: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a command on a model whose answers are written down, in a folder with a picture of 200 x 100 pixels."""
-    monkeypatch.setenv("LFM2VL_MODEL", "tiny")
-    monkeypatch.setattr(loading, "open_model", lambda *_, **__: Model(engine, replace(CONFIG, boxes=SHORT)))
+    model = Model(engine, replace(CONFIG, boxes=SHORT))
+    for name in ("asking", "run"):
+        command = importlib.import_module(f"lfm2vl_edge.cli.{name}")
+        monkeypatch.setattr(command, "opening", lambda *_, **__: nullcontext(lambda: model))
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (200, 100), (128, 128, 128)).save("car.png")
     (tmp_path / "schema.json").write_text(SCHEMA)

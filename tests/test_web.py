@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lfm2vl_edge import ImageError, load_image
-from lfm2vl_edge.cli import app, loading
+from lfm2vl_edge.cli import app
 from lfm2vl_edge.cli.run import split_arguments
 from lfm2vl_edge.web import Limits, fetch, is_address, shown
 from tests.conftest import PICTURES
@@ -300,7 +302,7 @@ def test_the_command_line_takes_addresses(site: Site, monkeypatch: pytest.Monkey
     assert (wrong.exit_code, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
     assert wrong.stderr.startswith(f"error: there is nothing at {site.url}/none")
     model, engine = scripted(tmp_path, {"What?": "A picture."})
-    monkeypatch.setenv("LFM2VL_MODEL", "tiny")
-    monkeypatch.setattr(loading, "open_model", lambda *_, **__: model)
+    run = importlib.import_module("lfm2vl_edge.cli.run")
+    monkeypatch.setattr(run, "opening", lambda *_, **__: nullcontext(lambda: model))
     answered = CliRunner().invoke(app, ["run", f"{site.url}/show", "What?"])
     assert (answered.exit_code, answered.stdout, engine.encoded) == (0, "A picture.\n", 1)

@@ -9,7 +9,7 @@ import typer
 
 from lfm2vl_edge.cli import options as opt
 from lfm2vl_edge.cli.lines import Lines, lines_of_user
-from lfm2vl_edge.cli.loading import STDIN, chosen_model, load_picture, open_model
+from lfm2vl_edge.cli.loading import STDIN, load_picture, open_model
 from lfm2vl_edge.cli.output import EXIT_FAILED, at_once, report, reporting
 from lfm2vl_edge.cli.talking import Desk
 from lfm2vl_edge.errors import EdgeError
@@ -47,7 +47,7 @@ def chat(
     with reporting():
         pictures = [(name, _load(name, max_megapixels)) for name in images or ()]
         with at_once():
-            opened = open_model(chosen_model(model), model, image, verbose, remember=True, cache=cache)
+            opened = open_model(model, image, verbose, remember=True, cache=cache)
         with opened, lines_of_user(data_folder() / _HISTORY) as lines:
             desk = Desk(
                 chat=Chat(opened, system=system, **answer.values()),

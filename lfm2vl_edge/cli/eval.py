@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.loading import chosen_model, open_model
+from lfm2vl_edge.cli.loading import open_model
 from lfm2vl_edge.cli.output import EXIT_FAILED, Interrupt, at_once, reporting, rows_bar, shows_progress
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def evaluate(
         raise typer.BadParameter("it needs --out, whose results are to be forgotten", param_hint="--restart")
     with reporting(), at_once() as interrupt:
         rows = read_rows(data)[:limit]
-        with open_model(chosen_model(model), model, image, 0, remember=True, cache=cache) as opened:
+        with open_model(model, image, 0, remember=True, cache=cache) as opened:
             interrupt.cancel = opened.cancel
             pixels = int(max_megapixels * 1_000_000)
             kept = _kept(out, restart)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,12 +16,13 @@ import typer
 from lfm2vl_edge.cli.options import ImageOptions, ModelOptions
 from lfm2vl_edge.cli.output import warnings_to_stderr
 from lfm2vl_edge.errors import ConfigError, ModelNotPulled
-from lfm2vl_edge.files import CACHE_VARIABLE
+from lfm2vl_edge.files import CACHE_VARIABLE, cache_folder
 
 if TYPE_CHECKING:
     from lfm2vl_edge.image import ImageInput, Pixels
     from lfm2vl_edge.locate import Located
     from lfm2vl_edge.model import Model
+    from lfm2vl_edge.opening import Loaded
 
 STDIN = "-"
 _MOST_BYTES: Final = 1 << 20
@@ -73,69 +75,74 @@ def _is_terminal() -> bool:
 
 
 def open_model(
-    located: Located,
-    options: ModelOptions,
-    image: ImageOptions,
-    verbose: int,
-    *,
-    remember: bool,
-    cache: bool | None,
+    options: ModelOptions, image: ImageOptions, verbose: int, *, remember: bool, cache: bool | None
 ) -> Model:
-    """Open the model that was found, with its image settings changed as asked.
+    """Open the model that was asked for, with its image settings changed as asked.
 
     A single answer has no use for the states of earlier prompts, so they are kept only to `remember`, or on disk for
     the next process. The cache on disk holds what can be seen in pictures, so it is used only where that was asked
     for, here or by LFM2VL_CACHE.
     """
-    from lfm2vl_edge.cache import STATE_BYTES
-    from lfm2vl_edge.model import Model
-
-    on_disk = _is_on_disk(cache)
-    warnings_to_stderr()
-    if verbose > 1:
-        from lfm2vl_edge.engine.ffi import LOG
-
-        LOG.verbose = True
-    return Model.open(
-        located.model,
-        mmproj=located.mmproj,
-        image_settings=image.changes(),
-        **image.wishes(),
-        **options.machine(),
-        cache=on_disk,
-        state_bytes=STATE_BYTES if remember or on_disk else 0,
-    )
-
-
-def _is_on_disk(cache: bool | None) -> bool:
-    return bool(os.environ.get(CACHE_VARIABLE)) if cache is None else cache
+    return _model_of(_open_files(chosen_model(options), options, image, verbose), remember, _cache(cache))
 
 
 @contextmanager
 def opening(
     options: ModelOptions, image: ImageOptions, verbose: int, *, remember: bool, cache: bool | None
 ) -> Iterator[Callable[[], Model]]:
-    """Let the model open in another thread while the block reads pictures, and give what waits for the model.
+    """Let the model open in another thread, and give what waits for it; arguments as for `open_model`.
 
-    Reading the files takes one core, and Python needs the other one meanwhile. The model is closed with the block.
+    Reading the files keeps one core busy; another one meanwhile imports the rest of the program and reads pictures.
+    The model is closed with the block.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     located = chosen_model(options)
+    import_module("lfm2vl_edge.engine.llama")  # here, since two threads that import only wait for each other
+    folder = _cache(cache)
 
-    def both_files() -> Model:
-        model = open_model(located, options, image, verbose, remember=remember, cache=cache)
-        if not _is_on_disk(cache):  # else the picture may be known, and the encoder not needed
-            model.engine.open_encoder()
-        return model
+    def both_files() -> Loaded:
+        loaded = _open_files(located, options, image, verbose)
+        if folder is None:  # else the picture may be known, and the encoder not needed
+            loaded.engine.open_encoder()
+        return loaded
+
+    def opened() -> Model:
+        import_module("lfm2vl_edge.model")  # while the files are still being read
+        return _model_of(files.result(), remember, folder)
 
     with ThreadPoolExecutor(1) as pool:
-        opened = pool.submit(both_files)
+        files = pool.submit(both_files)
         try:
-            yield opened.result
+            yield opened
         finally:
-            if opened.exception() is None:
-                opened.result().close()
+            if files.exception() is None:
+                files.result().engine.close()
+
+
+def _open_files(located: Located, options: ModelOptions, image: ImageOptions, verbose: int) -> Loaded:
+    from lfm2vl_edge.opening import Wishes, open_pair
+
+    warnings_to_stderr()
+    wishes = Wishes(mmproj=located.mmproj, image_settings=image.changes(), **image.wishes(), **options.machine())
+    if verbose > 1:
+        from lfm2vl_edge.engine.ffi import LOG
+
+        LOG.verbose = True
+    return open_pair(located.model, wishes)
+
+
+def _cache(wanted: bool | None) -> Path | None:
+    """Return the folder of the cache on disk, if it is to be used."""
+    is_on = bool(os.environ.get(CACHE_VARIABLE)) if wanted is None else wanted
+    return cache_folder() if is_on else None
+
+
+def _model_of(loaded: Loaded, remember: bool, folder: Path | None) -> Model:
+    from lfm2vl_edge.cache import STATE_BYTES
+    from lfm2vl_edge.model import Model
+
+    return Model.of(loaded, folder, STATE_BYTES if remember or folder is not None else 0)
 
 
 def load_picture(argument: str, max_megapixels: float) -> Pixels:

@@ -62,7 +62,10 @@ def test_the_digits_stand_where_they_are_printed(seed: int) -> None:
     if scene.number is None:
         assert not any(map(len, places))
         return
-    assert "".join(str(labels[(*at[0], index)]) for index, at in enumerate(places) if len(at)) == scene.number.digits
+    assert (
+        "".join(str(labels[at[0][0], at[0][1], index]) for index, at in enumerate(places) if len(at))
+        == scene.number.digits
+    )
     differs = (draw(scene) != draw(replace(scene, number=None))).any(-1)
     for at in places[: len(scene.number.digits)]:
         row, col = SIDE * at[0]
