@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from lfm2vl_edge.boxes import Box, Point, read_boxes
+from lfm2vl_edge.config import DEFAULT_PROMPT
 from lfm2vl_edge.generate import Chunk
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.modelfile import ModelConfig
-from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
+from lfm2vl_edge.prompt import Message, Picture, user_message
 from lfm2vl_edge.schema.classes import instance_of, schema_of
 
 EXACT: Final[Mapping[str, Any]] = {"temperature": 0.0, "repetition_penalty": 1.0}

@@ -19,6 +19,8 @@ BICUBIC: Final = 3
 """Pillow's code, as the checkpoints write it in `resample`."""
 RESAMPLE_NAMES: Final[Mapping[str, int]] = {"bilinear": BILINEAR, "bicubic": BICUBIC}
 
+DEFAULT_PROMPT: Final = "Describe this image."
+"""The question when none is asked."""
 MAX_TILES: Final = 1024
 """A guard against absurd settings; the published models use 10."""
 

@@ -16,7 +16,7 @@ import numpy as np
 from lfm2vl_edge.answers import TypedAnswers
 from lfm2vl_edge.budget import Detail
 from lfm2vl_edge.cache import STATE_BYTES, Embeddings, Key, Memory, Piece, States, chain
-from lfm2vl_edge.config import Options
+from lfm2vl_edge.config import DEFAULT_PROMPT, Options
 from lfm2vl_edge.costs import CONTEXT_TOKENS
 from lfm2vl_edge.engine import Engine, Floats, State
 from lfm2vl_edge.errors import EngineError, SessionError
@@ -28,7 +28,7 @@ from lfm2vl_edge.locate import FALLBACK_NOTE, locate
 from lfm2vl_edge.modelfile import ModelConfig
 from lfm2vl_edge.opening import Loaded, Wishes, check_count, open_pair
 from lfm2vl_edge.prepare import look, n_tokens, prepare, split
-from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
+from lfm2vl_edge.prompt import Message, Picture, user_message
 from lfm2vl_edge.session import Photo, load_saved
 from lfm2vl_edge.shelf import CACHE_BYTES, STATE, Disk, DiskShelf, digests_folder
 from lfm2vl_edge.stats import Stopwatch

@@ -23,8 +23,6 @@ from lfm2vl_edge.template import knows, run_template
 from lfm2vl_edge.tiling import Tile
 from lfm2vl_edge.tools import Tool, calls_of, write_calls
 
-DEFAULT_PROMPT: Final = "Describe this image."
-"""The question when none is asked."""
 Message: TypeAlias = Mapping[str, Any]
 """Hugging Face form: `role`, and `content` as a string or a list of `{"type": "image" | "text", ...}`. A turn of
 the model may have `tool_calls`; what a tool gave has the role `tool`."""

@@ -18,14 +18,14 @@ import numpy as np
 
 from lfm2vl_edge.budget import CHOSEN
 from lfm2vl_edge.cache import Key
-from lfm2vl_edge.config import ImageConfig
+from lfm2vl_edge.config import DEFAULT_PROMPT, ImageConfig
 from lfm2vl_edge.engine import State
 from lfm2vl_edge.errors import ConfigError, SessionError
 from lfm2vl_edge.files import write_beside
 from lfm2vl_edge.generate import Chunk, Turn
 from lfm2vl_edge.geometry import TilePlan, plan
 from lfm2vl_edge.identity import Identity
-from lfm2vl_edge.prompt import DEFAULT_PROMPT, Message, Picture, user_message
+from lfm2vl_edge.prompt import Message, Picture, user_message
 from lfm2vl_edge.tiling import Tile
 
 _MAGIC: Final = b"LFM2VLPH"

@@ -70,9 +70,6 @@ class FakeEngine:
     def is_end(self, token: int) -> bool:
         return token == END
 
-    def open_encoder(self) -> None:
-        pass
-
     def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
         self.encoded += 1
         return np.zeros((n_tokens, 4), np.float32)

@@ -50,9 +50,6 @@ class SlowEngine:
     def info(self) -> EngineInfo:
         raise NotImplementedError
 
-    def open_encoder(self) -> None:
-        raise NotImplementedError
-
     def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
         assert pixels.shape[0] * pixels.shape[1] == n_tokens * 32 * 32
         self.calls += 1

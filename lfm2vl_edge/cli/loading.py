@@ -101,18 +101,13 @@ def opening(
     import_module("lfm2vl_edge.engine.llama")  # here, since two threads that import only wait for each other
     folder = _cache(cache)
 
-    def both_files() -> Loaded:
-        loaded = _open_files(located, options, image, verbose)
-        if folder is None:  # else the picture may be known, and the encoder not needed
-            loaded.engine.open_encoder()
-        return loaded
-
     def opened() -> Model:
         import_module("lfm2vl_edge.model")  # while the files are still being read
         return _model_of(files.result(), remember, folder)
 
     with ThreadPoolExecutor(1) as pool:
-        files = pool.submit(both_files)
+        at_once = folder is None  # else the picture may be known, and the encoder not needed
+        files = pool.submit(_open_files, located, options, image, verbose, encoder_at_once=at_once)
         try:
             yield opened
         finally:
@@ -120,11 +115,19 @@ def opening(
                 files.result().engine.close()
 
 
-def _open_files(located: Located, options: ModelOptions, image: ImageOptions, verbose: int) -> Loaded:
+def _open_files(
+    located: Located, options: ModelOptions, image: ImageOptions, verbose: int, *, encoder_at_once: bool = False
+) -> Loaded:
     from lfm2vl_edge.opening import Wishes, open_pair
 
     warnings_to_stderr()
-    wishes = Wishes(mmproj=located.mmproj, image_settings=image.changes(), **image.wishes(), **options.machine())
+    wishes = Wishes(
+        mmproj=located.mmproj,
+        image_settings=image.changes(),
+        encoder_at_once=encoder_at_once,
+        **image.wishes(),
+        **options.machine(),
+    )
     if verbose > 1:
         from lfm2vl_edge.engine.ffi import LOG
 

@@ -85,7 +85,7 @@ def split_arguments(arguments: Sequence[str], prompt: str | None) -> tuple[list[
 
     The last argument is the question unless it is, or is named like, a picture.
     """
-    from lfm2vl_edge.prompt import DEFAULT_PROMPT
+    from lfm2vl_edge.config import DEFAULT_PROMPT
 
     *pictures, last = arguments
     if prompt is not None or not pictures or _is_picture(last):

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from lfm2vl_edge.config import Sampling
-from lfm2vl_edge.image import Pixels
+
+if TYPE_CHECKING:
+    from lfm2vl_edge.image import Pixels
 
 Floats = npt.NDArray[np.float32]
 State: TypeAlias = npt.NDArray[np.uint8]
@@ -61,9 +63,6 @@ class Engine(Protocol):
 
     def is_end(self, token: int) -> bool:
         """Tell whether a token ends the model's turn."""
-
-    def open_encoder(self) -> None:
-        """Open the encoder's file before the first view asks for it."""
 
     def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
         """Return the embeddings of one view.

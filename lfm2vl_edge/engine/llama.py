@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from lfm2vl_edge.config import Sampling
 from lfm2vl_edge.engine import EngineInfo, Floats, State
+from lfm2vl_edge.engine.encoder import FLASH_ATTENTION, Encoder, EncoderSettings
 from lfm2vl_edge.engine.ffi import (
     ABORTED,
     LOG,
     NO_MEMORY_SLOT,
     AbortFlag,
-    bitmap,
     check,
     floats,
-    image_chunk,
     libraries,
     llama,
-    mtmd,
     require,
     sequence_bytes,
     set_sequence_bytes,
@@ -33,12 +32,12 @@ from lfm2vl_edge.engine.gpu import Gpu, find_gpu
 from lfm2vl_edge.engine.grammar import Rules, TokenIds, check_grammar, grammar_sampler, text_tokens
 from lfm2vl_edge.engine.sampling import sampler_chain
 from lfm2vl_edge.errors import ContextFull, EngineError
-from lfm2vl_edge.image import Pixels
+
+if TYPE_CHECKING:
+    from lfm2vl_edge.image import Pixels
 
 N_BATCH: Final = 2048
 """Most tokens of one llama_decode call."""
-_FLASH_ATTENTION: Final = 1
-"""llama.cpp's "enabled"; its "auto" costs a trial run. The encoder is a fifth faster with it and no less exact."""
 _EXACT_ATTENTION: Final = 0
 """llama.cpp's "disabled": flash attention rounds keys and values of the language tower to 16 bits."""
 _CONTEXT_STEP: Final = 256
@@ -63,6 +62,8 @@ class EngineSettings:
     """Layers that a GPU takes, where the installed llama.cpp has one; -1 means all."""
     device: str | None = None
     """Name of that GPU; None leaves the choice to llama.cpp."""
+    encoder_at_once: bool = False
+    """Whether both files are read at the same time; otherwise the encoder's when the first view comes."""
 
 
 class LlamaEngine:
@@ -75,7 +76,7 @@ class LlamaEngine:
     def __init__(self, model: Path, mmproj: Path, settings: EngineSettings) -> None:
         self._model: Any = None
         self._context: Any = None
-        self._vision: Any = None
+        self._encoder: Encoder | None = None
         self._n_ctx = 0
         self._text_tokens: TokenIds | None = None
         self._mmproj = mmproj
@@ -86,7 +87,7 @@ class LlamaEngine:
         llama.llama_backend_init()
         self._gpu = find_gpu(settings.gpu_layers, settings.device)
         try:
-            self._model = _load_model(model, settings.gpu_layers, self._gpu)
+            self._load(model)
             self._vocab = llama.llama_model_get_vocab(self._model)
             self._n_embd = llama.llama_model_n_embd(self._model)
             self._n_vocab = llama.llama_vocab_n_tokens(self._vocab)
@@ -105,7 +106,7 @@ class LlamaEngine:
             n_threads=self._settings.n_threads,
             system=llama.llama_print_system_info().decode("utf-8", "replace").strip(),
             libraries=libraries(),
-            encoder_settings=f"flash={_FLASH_ATTENTION} gpu={self._uses_gpu}{self._device}",
+            encoder_settings=f"flash={FLASH_ATTENTION} gpu={self._uses_gpu}{self._device}",
             language_settings=self._language_settings(),
         )
 
@@ -133,21 +134,9 @@ class LlamaEngine:
         """Tell whether a token ends the model's turn."""
         return bool(llama.llama_vocab_is_eog(self._vocab, token))
 
-    def open_encoder(self) -> None:
-        """Open the encoder's file; see the protocol."""
-        self._vision_for(self._view_tokens)
-
     def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
         """Return the embeddings of one view; see the protocol."""
-        vision = self._vision_for(n_tokens)
-        LOG.forget()
-        with bitmap(pixels) as picture, image_chunk(vision, picture) as chunk:
-            found = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
-            if found != n_tokens:
-                raise EngineError(f"mtmd makes {found} image tokens of a view that was planned with {n_tokens}")
-            check("mtmd_encode_chunk", mtmd.mtmd_encode_chunk(vision, chunk))
-            output = require("mtmd_get_output_embd", mtmd.mtmd_get_output_embd(vision))
-            return floats(output, (n_tokens, self._n_embd))
+        return self._encoder_for(n_tokens).encode(pixels, n_tokens, self._n_embd)
 
     def reserve(self, n_tokens: int) -> None:
         """Forget the sequence and make room; see the protocol."""
@@ -230,17 +219,21 @@ class LlamaEngine:
 
     def close(self) -> None:
         """Free the native memory; a second call does nothing."""
-        if self._vision:
-            mtmd.mtmd_free(self._vision)
+        self._close_encoder()
         if self._context:
             llama.llama_free(self._context)
         if self._model:
             llama.llama_model_free(self._model)
-        self._vision = self._context = self._model = None
+        self._context = self._model = None
+
+    def _close_encoder(self) -> None:
+        if self._encoder:
+            self._encoder.close()
+        self._encoder = None
 
     @property
     def _attention(self) -> int:
-        return _EXACT_ATTENTION if self._settings.exact else _FLASH_ATTENTION
+        return _EXACT_ATTENTION if self._settings.exact else FLASH_ATTENTION
 
     @property
     def _device(self) -> str:
@@ -285,31 +278,34 @@ class LlamaEngine:
         params.no_perf = True
         return params
 
-    def _vision_for(self, n_tokens: int) -> Any:
-        """Return the encoder, opened at first use, and again when a view is larger than it was opened for."""
-        if self._vision and n_tokens <= self._view_tokens:
-            return self._vision
-        if self._vision:
-            mtmd.mtmd_free(self._vision)
-            self._vision = None
-        self._view_tokens = max(n_tokens, self._view_tokens)
-        LOG.forget()
-        vision = mtmd.mtmd_init_from_file(str(self._mmproj).encode(), self._model, self._vision_params())
-        self._vision = require("mtmd_init_from_file", vision, f" on {self._mmproj}")
-        return self._vision
+    def _load(self, model: Path) -> None:
+        """Load the language file; beside it, in another thread, the encoder's, if that is wished."""
+        if not self._settings.encoder_at_once:
+            self._model = _load_model(model, self._settings.gpu_layers, self._gpu)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            encoder = pool.submit(Encoder, self._mmproj, self._encoder_settings())
+            try:
+                self._model = _load_model(model, self._settings.gpu_layers, self._gpu)
+            finally:
+                self._encoder = encoder.result()
 
-    def _vision_params(self) -> Any:
+    def _encoder_for(self, n_tokens: int) -> Encoder:
+        """Return the encoder, opened at first use, and again when a view is larger than it was opened for."""
+        if self._encoder is None or n_tokens > self._encoder.settings.view_tokens:
+            self._close_encoder()
+            self._view_tokens = max(n_tokens, self._view_tokens)
+            self._encoder = Encoder(self._mmproj, self._encoder_settings())
+        return self._encoder
+
+    def _encoder_settings(self) -> EncoderSettings:
         """Return how the encoder is opened for views of up to `_view_tokens` tokens."""
-        params = mtmd.mtmd_context_params_default()
-        params.use_gpu = self._uses_gpu
-        params.device = self._gpu.handle if self._gpu else None
-        params.print_timings = False
-        params.n_threads = self._settings.n_threads
-        params.flash_attn_type = _FLASH_ATTENTION
-        params.warmup = False
-        params.image_min_tokens = 1
-        params.image_max_tokens = self._view_tokens
-        return params
+        return EncoderSettings(
+            n_threads=self._settings.n_threads,
+            view_tokens=self._view_tokens,
+            use_gpu=self._uses_gpu,
+            gpu=self._gpu,
+        )
 
     def _decode(self, batch: Any) -> None:
         LOG.forget()

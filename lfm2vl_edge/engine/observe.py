@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from lfm2vl_edge.engine import Floats
+from lfm2vl_edge.engine.encoder import EncoderSettings
 from lfm2vl_edge.engine.graph import InputSquares
 from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
 from lfm2vl_edge.image import Pixels
@@ -55,10 +57,8 @@ class ObservedEngine(LlamaEngine):
         params.cb_eval = self.squares.callback
         return params
 
-    def _vision_params(self) -> Any:
-        params = super()._vision_params()
-        params.cb_eval = self.squares.callback
-        return params
+    def _encoder_settings(self) -> EncoderSettings:
+        return replace(super()._encoder_settings(), observer=self.squares.callback)
 
     def _decode(self, batch: Any) -> None:
         batch.logits = self._wanted.ctypes.data_as(type(batch.logits))
