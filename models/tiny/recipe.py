@@ -29,6 +29,8 @@ WEIGHTS: Final = {
     "detect": 1.5,
 }
 """How often each group of questions is asked in training."""
+LATE_WEIGHTS: Final = WEIGHTS | {"describe": 3.0, "count": 4.0, "color": 2.0, "number": 3.0, "detect": 2.0}
+"""The same towards the end: more of what is learned last."""
 CLOSE_UP_WEIGHTS: Final = {
     "describe": 1.0, "count": 0.3, "color": 1.0, "shape": 3.0, "number": 3.0, "background": 0.2, "yes/no": 2.0,
 }  # fmt: skip
@@ -82,7 +84,8 @@ STAGES: Final = (
         weights=WEIGHTS | {"describe": 6.0},
     ),
     Stage(
-        until=1.01, tokens=(25, 64), tiled=0.27, resized=0.4, batch=30, numbers=0.5, landmarks=0.5, weights=WEIGHTS,
+        until=1.01, tokens=(25, 64), tiled=0.27, resized=0.4, batch=30, numbers=0.5, landmarks=0.5,
+        weights=LATE_WEIGHTS,
     ),
 )  # fmt: skip
 ABSENT_WEIGHT: Final = 0.1
