@@ -1,10 +1,10 @@
-"""Time and peak memory of checkpoint -> Q4_0 + F16, side by side with llama.cpp's three commands.
+"""Time and peak memory of checkpoint -> Q4_0 + F16, side by side with llama.cpp's three commands if it is there.
 
     python -m benchmarks.make_checkpoint scratch/random-450m
-    python -m benchmarks.quantize_450m scratch/random-450m path/to/llama.cpp path/to/llama-quantize
+    python -m benchmarks.conversion scratch/random-450m --llama-cpp SOURCES --quantizer path/to/llama-quantize
 
-The two sides take turns; medians are printed. Peak memory is the largest sum over a side's processes that run at a
-time, sampled from /proc; pages of mapped files count.
+The sides take turns; medians are printed. Peak memory is the largest sum over a side's processes that run at a time,
+sampled from /proc; pages of mapped files count.
 """
 
 from __future__ import annotations
@@ -49,32 +49,34 @@ def measure(commands: list[list[str]]) -> tuple[float, int]:
     return time.monotonic() - began, peak
 
 
-def sides(checkpoint: Path, llama_cpp: Path, quantizer: Path, out: Path) -> dict[str, list[list[str]]]:
-    """Return the commands of each side."""
+def ours(checkpoint: Path, out: Path) -> list[list[str]]:
+    """Return our command."""
+    convert = [sys.executable, "-m", "lfm2vl_edge", "convert", str(checkpoint), "-o", str(out)]
+    return [[*convert, "--quant", "Q4_0", "--mmproj-quant", "F16", "--force"]]
+
+
+def theirs(checkpoint: Path, llama_cpp: Path, quantizer: Path, out: Path) -> list[list[str]]:
+    """Return llama.cpp's commands."""
     convert = [sys.executable, "-c", CONVERTER, str(llama_cpp), str(checkpoint), "--outtype"]
-    ours = [sys.executable, "-m", "lfm2vl_edge", "convert", str(checkpoint), "-o", str(out)]
     source, made = str(out / "source.gguf"), str(out / "q4.gguf")
-    return {
-        "lfm2vl-edge": [
-            [*ours, "--quant", "Q4_0", "--mmproj-quant", "F16", "--force"],
-        ],
-        "llama.cpp": [
-            [*convert, "bf16", "--outfile", source],
-            [*convert, "f16", "--outfile", str(out / "mmproj.gguf"), "--mmproj"],
-            [str(quantizer), source, made, "Q4_0"],
-        ],
-    }
+    return [
+        [*convert, "bf16", "--outfile", source],
+        [*convert, "f16", "--outfile", str(out / "mmproj.gguf"), "--mmproj"],
+        [str(quantizer), source, made, "Q4_0"],
+    ]
 
 
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
-    llama_cpp: Annotated[Path, typer.Argument(help="llama.cpp's source folder.")],
-    quantizer: Annotated[Path, typer.Argument(help="Its llama-quantize.")],
+    llama_cpp: Annotated[Path | None, typer.Option(help="llama.cpp's source folder.")] = None,
+    quantizer: Annotated[Path | None, typer.Option(help="Its llama-quantize.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 3,
 ) -> None:
-    """Measure both sides in turns."""
+    """Measure our side, and llama.cpp's in turns with it if both of its parts are given."""
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        commands = sides(checkpoint, llama_cpp, quantizer, Path(folder))
+        commands = {"lfm2vl-edge": ours(checkpoint, Path(folder))}
+        if llama_cpp is not None and quantizer is not None:
+            commands["llama.cpp"] = theirs(checkpoint, llama_cpp, quantizer, Path(folder))
         found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
         for _ in range(rounds):
             for name, parts in commands.items():
