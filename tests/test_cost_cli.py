@@ -119,12 +119,11 @@ def test_bench_prints_a_table_or_json(pair: Pair, monkeypatch: pytest.MonkeyPatc
         return Spent(seconds=2.0, cpu_seconds=1.0, memory_bytes=10**8, output=output)
 
     monkeypatch.setattr("lfm2vl_edge.bench.spend", process)
-    monkeypatch.setattr("lfm2vl_edge.bench.SIZES", ((256, 256), (600, 1200)))
+    monkeypatch.setattr("lfm2vl_edge.bench.pictures.SIZES", ((256, 256), (600, 1200)))
     model = ("-m", pair("a", "F16"), "-t", 1, "--runs", 1)
     facts = shown("bench", *model)
     assert facts["threads"] == 1
     assert {row["name"]: row["median"] for row in facts["rows"]}["cold run, 256x256"] == 2.0
-    monkeypatch.setattr("lfm2vl_edge.bench._resident", lambda *_: {})
     table = shell("bench", *model, "-q")
     assert "cold run, 1200x600" in table.stdout
     assert table.stderr == ""

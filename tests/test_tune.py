@@ -1,12 +1,9 @@
-"""Tune and bench: what they make of figures, with an engine and a clock whose figures are known beforehand."""
+"""Tune: what it makes of figures, with an engine and a clock whose figures are known beforehand."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import statistics
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,13 @@ import numpy as np
 import pytest
 
 from lfm2vl_edge import ConfigError, EngineError, ModelNotFound, Sampling
-from lfm2vl_edge.bench import Row, Spent, bench, lines, own_command, spend
 from lfm2vl_edge.engine import EngineInfo, Floats, State
 from lfm2vl_edge.image import Pixels
 from lfm2vl_edge.modelfile import mmproj_type
-from lfm2vl_edge.opening import Opening, Wishes, decide
+from lfm2vl_edge.opening import Opening, Wishes
 from lfm2vl_edge.tune import Gauge, Trial, tune
 from tests.conftest import Pair
 
-SIZES = ((256, 256), (600, 1200))
-"""Smaller pictures than bench's own: one view, and two tiles with a thumbnail."""
 ENCODE = {"F16": 0.002, "BF16": 0.001, "Q4_0": 0.0005}
 """Seconds per image token with one thread."""
 
@@ -173,74 +167,3 @@ def test_an_inexact_type_is_the_fastest_only_where_it_is_alone() -> None:
     speeds: dict[str, Any] = {"threads": 1, "prefill_speed": 1.0, "decode_speed": 1.0}
     assert Trial(encode={"Q4_0": {256: 1.0}, "F16": {256: 9.0}}, **speeds).fastest == "F16"
     assert Trial(encode={"Q4_0": {256: 1.0}}, **speeds).fastest == "Q4_0"
-
-
-class Shell:
-    """Stands for new processes: cold ones take 8 seconds, ones that find embeddings on disk 2."""
-
-    def __init__(self) -> None:
-        self.commands: list[Sequence[str]] = []
-        self.folders: set[str] = set()
-
-    def __call__(self, command: Sequence[str], environment: Mapping[str, str]) -> Spent:
-        self.commands.append(command)
-        folder = environment.get("LFM2VL_CACHE", "")
-        assert bool(folder) == ("--cache" in command)
-        seconds = 2.0 if folder in self.folders else 8.0
-        self.folders |= {folder} - {""}
-        stats = {"stats": {"first_token_seconds": seconds / 2}}
-        return Spent(seconds=seconds, cpu_seconds=1.0, memory_bytes=5 * 10**8, output=json.dumps(stats))
-
-
-def test_bench_gathers_every_figure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lfm2vl_edge.bench.SIZES", SIZES)
-    shell = Shell()
-    opening, wishes = decide(folder, Wishes(n_threads=1)), Wishes(n_threads=1)
-    rows = {row.name: row for row in bench(opening, wishes, 2, shell)}
-    assert all(len(row.runs) == 2 and min(row.runs) >= 0 for row in rows.values())
-    for name in ("open the model", "encode a view", "prefill", "decode", "another question, 256x256"):
-        assert rows[name].median > 0
-    assert rows["cold run, 1200x600"].runs == (8.0, 8.0)
-    assert (rows["cold run, 256x256, peak memory"].median, rows["cold run, 256x256, peak memory"].unit) == (
-        500.0,
-        "MB",
-    )
-    assert rows["new process, embeddings on disk, 1200x600"].runs == (2.0, 2.0)
-    assert rows["new process, embeddings on disk, 1200x600, first token, share"].median == 0.25
-    assert "encode, one of 3 views changed, share" in rows
-    assert len(shell.commands) == 8
-    shown = list(lines(list(rows.values())))
-    assert len(shown) == len(rows)
-
-
-def test_a_row_shows_median_and_spread() -> None:
-    row = Row(name="encode", unit="s", runs=(3.0, 1.0, 2.5))
-    assert row.median == statistics.median([1, 2.5, 3])
-    assert [" ".join(line.split()) for line in lines([row])] == ["encode 2.5 s (1 to 3)"]
-
-
-def test_a_process_names_files_threads_and_gpu(folder: Path) -> None:
-    opening = decide(folder, Wishes(n_threads=1))
-    command = own_command(opening, Wishes(gpu_layers=4, device="CUDA0"), Path("x.png"))
-    for words in (["-t", "1"], ["--gpu-layers", "4"], ["--device", "CUDA0"], ["--mmproj", str(opening.pair.mmproj)]):
-        assert command[command.index(words[0]) + 1] == words[1]
-
-
-def test_processes_are_accounted_for_and_their_failures_told() -> None:
-    spent = spend([sys.executable, "-c", "import os; print(os.environ['X'])"], {"X": "hello"})
-    assert spent.output == "hello\n"
-    assert spent.seconds > 0
-    assert spent.memory_bytes > 10**6
-    with pytest.raises(EngineError, match="failed with code 3: alas"):
-        spend([sys.executable, "-c", "import sys; sys.stderr.write('alas'); sys.exit(3)"], {})
-
-
-def test_a_process_without_figures_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lfm2vl_edge.bench._resident", lambda *_: {})
-
-    def silent(command: Sequence[str], environment: Mapping[str, str]) -> Spent:
-        return Spent(seconds=1.0, cpu_seconds=1.0, memory_bytes=1, output="hm")
-
-    opening = decide(folder, Wishes(n_threads=1))
-    with pytest.raises(EngineError, match="printed no figures: 'hm'"):
-        bench(opening, Wishes(n_threads=1), 1, silent)
