@@ -22,7 +22,7 @@ from lfm2vl_edge.costs import SHAPE_450M, Shape, shape_of
 from lfm2vl_edge.errors import ConfigError, ModelNotFound
 from lfm2vl_edge.hardware import has_fast_bf16
 from lfm2vl_edge.metadata import read_metadata
-from lfm2vl_edge.published import Published, find_published
+from lfm2vl_edge.published import Published, find_by_shape, find_published
 
 _ALL_F32: Final = 0
 """llama.cpp's file type of files without 16-bit or quantized matrices."""
@@ -218,7 +218,7 @@ def read_config(pair: Pair) -> ModelConfig:
     controls = _control_tokens(pair.model, language)
     _check_fit(pair, language, vision, controls)
     published = _published(language, pair.model)
-    image, source = image_settings(vision, pair.mmproj)
+    image, source = image_settings(vision, pair.mmproj, published)
     return ModelConfig(
         name=str(language.get("general.name") or pair.model.stem),
         n_embd=int(language["lfm2.embedding_length"]),
@@ -237,8 +237,15 @@ def read_config(pair: Pair) -> ModelConfig:
     )
 
 
-def image_settings(vision: Mapping[str, Any], path: Path) -> tuple[ImageConfig, str]:
+def image_settings(
+    vision: Mapping[str, Any], path: Path, language: Published | None = None
+) -> tuple[ImageConfig, str]:
     """Return the image settings of an mmproj file's metadata, and a phrase that says where they came from.
+
+    Args:
+        vision: the metadata.
+        path: the file.
+        language: what is published of the language file beside it, for a file that states and names nothing.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -247,7 +254,7 @@ def image_settings(vision: Mapping[str, Any], path: Path) -> tuple[ImageConfig, 
         stated = stated_image_settings(vision)
         if states_tiling(stated):
             return ImageConfig().with_changes(stated), f"the model's file {path.name}"
-        published = _published(vision, path)
+        published = find_published(str(vision.get("general.name", ""))) or language or find_published(path.name)
         if published is not None:
             return ImageConfig().with_changes({**published.image, **stated}), f"the published {published.name}"
         return ImageConfig().with_changes(stated), "the documented defaults (the model's file states none)"
@@ -255,8 +262,14 @@ def image_settings(vision: Mapping[str, Any], path: Path) -> tuple[ImageConfig, 
         raise ConfigError(f"{path.name} has a wrong image setting: {error}") from error
 
 
-def _published(metadata: Mapping[str, Any], path: Path) -> Published | None:
-    return find_published(str(metadata.get("general.name", ""))) or find_published(path.name)
+def _published(language: Mapping[str, Any], path: Path) -> Published | None:
+    """Return which published model a language file is: by the name in its metadata, its shape, or the file's name."""
+    width, blocks = (language.get(f"lfm2.{key}") for key in ("embedding_length", "block_count"))
+    return (
+        find_published(str(language.get("general.name", "")))
+        or find_by_shape(width, blocks, len(language.get("tokenizer.ggml.tokens", ())))
+        or find_published(path.name)
+    )
 
 
 def _need(metadata: Mapping[str, Any], key: str, path: Path) -> Any:

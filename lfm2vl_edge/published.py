@@ -26,12 +26,14 @@ class Published:
     """Decoding defaults of its model card."""
     boxes: BoxForm = FRACTIONS
     """How it writes boxes."""
+    shape: tuple[int, int, int] | None = None
+    """Width, blocks and tokens of its language tower, where no other model has these and settings of its own."""
 
 
 _MODELS: Final = (
     Published(name="LFM2-VL-450M"),
     Published(name="LFM2-VL-1.6B"),
-    Published(name="LFM2-VL-3B", image={"resample": BICUBIC}),
+    Published(name="LFM2-VL-3B", image={"resample": BICUBIC}, shape=(2048, 30, 65536)),
     Published(name="LFM2.5-VL-450M"),
     Published(name="LFM2.5-VL-1.6B"),
     Published(
@@ -39,6 +41,7 @@ _MODELS: Final = (
         image={"resample": BICUBIC, "min_tiles": 1},
         sampling=Sampling(temperature=0.2, min_p=0.0, top_k=50, repetition_penalty=1.0),
         boxes=THOUSANDTHS,
+        shape=(2048, 30, 128000),
     ),
     Published(name="LFM2-VL-tiny", boxes=SHORT),  # the demonstration model
 )
@@ -56,3 +59,16 @@ def find_published(text: str) -> Published | None:
     size = "1.6B" if match[2].startswith("1") else match[2].upper()
     wanted = f"LFM2{'.5' if match[1] else ''}-VL-{size}"
     return next((model for model in _MODELS if model.name.upper() == wanted), None)
+
+
+def find_by_shape(width: object, blocks: object, n_tokens: object) -> Published | None:
+    """Return the published model with settings of its own whose language tower has this shape, or None.
+
+    So a file that was renamed, or whose metadata has another name, keeps its settings.
+
+    Args:
+        width: numbers per embedding, as a file's metadata states it, and so the others.
+        blocks: layers.
+        n_tokens: entries of the vocabulary.
+    """
+    return next((model for model in _MODELS if model.shape == (width, blocks, n_tokens)), None)
