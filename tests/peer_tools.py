@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+PYTHON = sys.executable
 ENCODED = """\
 main: loading model: model.gguf
 WARN: This is an experimental CLI for testing multimodal capability.
@@ -70,7 +71,7 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 def make_tool(path: Path, code: str) -> Path:
     """Write a Python script that can be run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!{sys.executable}\n{code}")
+    path.write_text(f"#!{PYTHON}\n{code}")
     path.chmod(0o755)
     return path
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -106,8 +107,9 @@ def _cmake() -> str:
 
 def _remove_abandoned(folder: Path) -> None:
     for left in folder.glob(f".build-*{PARTIAL}"):
-        if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):  # its owner may be removing it
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(left)
 
 
 def _fetch(version: str, folder: Path) -> Path:
@@ -138,7 +140,7 @@ def unpack(archive: Path, folder: Path) -> Path:
     if not hasattr(tarfile, "data_filter"):
         raise EngineError(f"Python {sys.version.split()[0]} cannot unpack safely; take 3.10.12, 3.11.4 or newer")
     try:
-        with tarfile.open(archive) as file:
+        with tarfile.open(archive, "r:gz") as file:
             file.extractall(folder, filter="data")  # the filter refuses what leaves the folder
     except (tarfile.TarError, zlib.error, EOFError) as error:
         raise DownloadError(f"{archive.name} is damaged: {error}; try again") from error
