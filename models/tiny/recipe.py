@@ -76,11 +76,11 @@ class Stage:
 
 STAGES: Final = (
     Stage(
-        until=0.1, close_up=True, tokens=(1, 9), tiled=0.0, resized=0.0, batch=64, numbers=0.6, landmarks=2.0,
+        until=0.11111, close_up=True, tokens=(1, 9), tiled=0.0, resized=0.0, batch=64, numbers=0.6, landmarks=2.0,
         weights=CLOSE_UP_WEIGHTS,
     ),
     Stage(
-        until=0.5, tokens=(25, 40), tiled=0.0, resized=0.2, batch=40, numbers=0.5, landmarks=1.0,
+        until=0.55555, tokens=(25, 40), tiled=0.0, resized=0.2, batch=40, numbers=0.5, landmarks=1.0,
         weights=WEIGHTS | {"describe": 6.0},
     ),
     Stage(
@@ -94,7 +94,7 @@ TILED_BATCH: Final = 12
 TILED_NUMBERS: Final = 0.6
 LEARNING_RATE: Final = 2e-3
 WARM_UP: Final = 200
-DECAY_FROM: Final = 0.65
+DECAY_FROM: Final = 0.66667
 """The rate is constant up to this share of the steps and then falls linearly to nothing."""
 WEIGHT_DECAY: Final = 0.02
 

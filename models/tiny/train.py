@@ -244,7 +244,7 @@ def report(training: Training, writer: Writer, steps: int) -> str:
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Of the whole training.")] = 6000,
+    steps: Annotated[int, typer.Option(help="Of the whole training.")] = 5400,
     state: Annotated[Path, typer.Option(help="Folder for what is saved meanwhile.")] = Path("scratch/tiny"),
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")] = Path("models/tiny/lfm2vl-tiny"),
     until: Annotated[int | None, typer.Option(help="Stop after this step, to go on later.")] = None,
