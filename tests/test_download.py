@@ -1,14 +1,10 @@
-"""Pulling by name: what is taken, verified, remembered, removed; and what happens when it is killed in the middle."""
+"""Pulling by name: what is taken, verified, remembered, removed."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +18,10 @@ from lfm2vl_edge.locate import locate
 from lfm2vl_edge.pulled import Pulled, read_pulled, state_path
 from lfm2vl_edge.registry import KnownFile, KnownModel, Reference, parse_name
 from tests.conftest import REFERENCE, HubHere, Pair
-from tests.hub_server import COMMIT, Fault, Hub, Request, git_digest, is_lfs, sha256
+from tests.hub_server import COMMIT, Fault, Hub, git_digest, is_lfs, sha256
 
 REPO = "owner/pair-GGUF"
 CHECKPOINT = "owner/LFM2-VL-mine"
-KILLS = int(os.environ.get("LFM2VL_TEST_KILLS", "2"))
-"""How often a pull is killed; 50 takes some minutes."""
 
 
 @pytest.fixture
@@ -308,39 +302,3 @@ def test_a_checkpoint_is_fetched_without_what_is_not_needed(server: Hub) -> None
         fetch_checkpoint(REPO)
     freed = remove(named(CHECKPOINT))[1]
     assert freed == sum(path.stat().st_size for path in (REFERENCE / "a" / "checkpoint").iterdir())
-
-
-def test_a_pull_that_is_killed_is_finished_by_the_next(server: Hub, hub_here: HubHere) -> None:
-    command = [sys.executable, "-m", "lfm2vl_edge", "pull", f"{REPO}:BF16"]
-    total = sum(len(server.repos[REPO][name]) for name in ("pair-BF16.gguf", "mmproj-pair-F16.gguf"))
-    chance = random.Random(7)
-    for number in range(KILLS):
-        process = subprocess.Popen(
-            command, env=os.environ | hub_here.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        last = server.sent + chance.randrange(total // KILLS)
-
-        def kill(sent: int, last: int = last, process: subprocess.Popen[bytes] = process) -> None:
-            if sent > last:
-                process.kill()
-
-        def kill_at_link(one: Request, process: subprocess.Popen[bytes] = process) -> None:
-            """A file that is whole and in its place is linked after a HEAD."""
-            if one.method == "HEAD":
-                process.kill()
-
-        if number % 2:
-            server.fault = kill_at_link
-        else:
-            server.on_bytes = kill
-        process.communicate()
-        server.fault, server.on_bytes = lambda one: None, lambda sent: None
-        for path in blobs.hub_cache().glob("models--*/blobs/*"):  # nothing half under a final name
-            assert path.name.endswith(".incomplete") or sha256(path.read_bytes()) == path.name
-        if process.returncode != 0:
-            assert read_pulled() == []
-            with pytest.raises(ModelNotPulled):
-                locate(REPO)
-    pulled = pull(named(f"{REPO}:BF16"))
-    assert [sha256(file.path.read_bytes()) for file in pulled.files] == [file.digest for file in pulled.files]
-    assert not list(blobs.hub_cache().rglob("*.incomplete"))
