@@ -1,0 +1,153 @@
+"""What a picture costs by its size: seconds until it is read, and image tokens, measured and drawn as a chart.
+
+    python -m benchmarks.plot_sizes measure MODEL.gguf --mmproj MMPROJ.gguf -o docs/sizes.json
+    python -m benchmarks.plot_sizes draw docs/sizes.json -o docs/sizes.png
+
+Every run of a size sees other pixels, so that nothing is known beforehand; sizes take turns, because a shared machine
+drifts. The chart is drawn from what was kept, and can be drawn again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+import numpy as np
+import typer
+from PIL import Image
+
+from benchmarks.chart import Bars, Series, draw_chart
+from lfm2vl_edge import Model
+from lfm2vl_edge.files import write_beside
+from lfm2vl_edge.opening import Wishes, decide
+from lfm2vl_edge.stats import Stats
+from lfm2vl_edge.verify import drawn
+
+SIZES: Final = (
+    *((side, side) for side in (256, 384, 512, 640, 768, 1024, 1280)),
+    *((1080, 1920), (1536, 1536), (1792, 1792), (2048, 2048)),
+)
+"""Height and width, by area."""
+PROMPT: Final = "Describe this image."
+_BRIGHTEST: Final = 200
+"""Pixels of a drawing are darkened to this at most, so that each run can lift them by its number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """What pictures of one size cost."""
+
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    views: int
+    """Views that were encoded."""
+    image_tokens: int
+    """Of all views."""
+    preprocess: list[float]
+    """Seconds of each run to open, resize and cut the file."""
+    encode: list[float]
+    """Seconds of each run to encode all views."""
+    prefill: list[float]
+    """Seconds of each run to read the prompt."""
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def measure(
+    model: Annotated[Path, typer.Argument(help="Language GGUF, or its folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the figures are kept, JSON.")],
+    mmproj: Annotated[Path | None, typer.Option(help="Vision GGUF.")] = None,
+    runs: Annotated[int, typer.Option(min=1, max=50, help="Of each size.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="Threads that compute.")] = None,
+) -> None:
+    """Ask about pictures of each size and keep what each run took."""
+    stats: defaultdict[tuple[int, int], list[Stats]] = defaultdict(list)
+    opening = decide(model, Wishes(mmproj=mmproj, n_threads=threads))
+    pair, n_threads = opening.pair, opening.n_threads
+    with Model.open(pair.model, mmproj=pair.mmproj, n_threads=n_threads, state_bytes=0) as opened:
+        ask(opened, SIZES[0], runs)  # what only a first answer costs
+        for number in range(runs):
+            for size in SIZES:
+                stats[size].append(ask(opened, size, number))
+                print(
+                    f"run {number + 1}: {size[1]}x{size[0]}: {stats[size][-1].first_token_seconds:.2f} s", flush=True
+                )
+    points = [asdict(point_of(size, runs_of_it)) for size, runs_of_it in stats.items()]
+    kept = {"model": pair.model.name, "mmproj": pair.mmproj.name, "threads": n_threads, "points": points}
+    write_beside(out, [f"{json.dumps(kept, indent=1)}\n".encode()])
+
+
+def ask(model: Model, size: tuple[int, int], number: int) -> Stats:
+    """Return what one token about a JPEG of a size (height, width) costs; the number makes its pixels other ones."""
+    pixels = np.minimum(drawn(*size), _BRIGHTEST) + np.uint8(number)
+    with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
+        Image.fromarray(pixels).save(file, quality=90)
+        file.flush()
+        *_, last = model.stream(file.name, PROMPT, temperature=0.0, max_tokens=1)
+    if last.stats is None:
+        raise SystemExit("an answer ended without its figures")
+    return last.stats
+
+
+def point_of(size: tuple[int, int], runs: Sequence[Stats]) -> Point:
+    """Return the point of one size (height, width)."""
+    return Point(
+        width=size[1],
+        height=size[0],
+        views=runs[0].views,
+        image_tokens=runs[0].image_tokens,
+        preprocess=[stats.preprocess_seconds for stats in runs],
+        encode=[stats.encode_seconds for stats in runs],
+        prefill=[stats.prefill_seconds for stats in runs],
+    )
+
+
+@app.command()
+def draw(
+    kept: Annotated[Path, typer.Argument(help="What `measure` kept.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The chart, PNG.")],
+) -> None:
+    """Draw the medians."""
+    facts = json.loads(kept.read_text())
+    points = [Point(**point) for point in facts["points"]]
+    title = f"{facts['model']}, {facts['mmproj']}, threads: {facts['threads']}"
+    draw_chart([seconds_bars(points, title), token_bars(points)], labels(points)).save(out, optimize=True)
+
+
+def seconds_bars(points: Sequence[Point], title: str) -> Bars:
+    """Return the upper panel: medians of the phases, stacked."""
+    parts = {
+        name: [statistics.median(getattr(point, name)) for point in points]
+        for name in ("preprocess", "encode", "prefill")
+    }
+    share = max(a / max(b, 1e-9) for a, b in zip(parts["preprocess"], parts["encode"], strict=True))
+    names = {"preprocess": f"preprocess (at most {share:.1%} of encode)", "encode": "encode", "prefill": "prefill"}
+    colours = {"preprocess": (226, 120, 30), "encode": (52, 101, 164), "prefill": (120, 170, 90)}
+    series = [Series(name=names[name], colour=colours[name], values=parts[name]) for name in parts]
+    return Bars(title=f"Seconds until a picture is read ({title})", unit="seconds", series=series, form=".2f")
+
+
+def token_bars(points: Sequence[Point]) -> Bars:
+    """Return the lower panel."""
+    values = [float(point.image_tokens) for point in points]
+    series = [Series(name="image tokens", colour=(130, 110, 160), values=values)]
+    return Bars(title="Image tokens", unit="tokens", series=series, form=",.0f")
+
+
+def labels(points: Sequence[Point]) -> list[str]:
+    """Return what stands below the bars."""
+    return [f"{p.width}x{p.height}\n{p.views} view{'s' if p.views > 1 else ''}" for p in points]
+
+
+if __name__ == "__main__":
+    app()
