@@ -103,3 +103,24 @@ class TypedAnswers(ABC):
 
     def _told(self, picture: Picture, question: str, options: Mapping[str, Any]) -> str:
         return "".join(chunk.text for chunk in self.chat([user_message(picture, question)], **options))
+
+
+class Heard(TypedAnswers):
+    """The answers of a model, and what the last of them cost."""
+
+    def __init__(self, model: TypedAnswers) -> None:
+        """Ask a model that is open."""
+        self.config = model.config
+        self.last: Chunk | None = None
+        """The last chunk of the last answer, which has the reason for its end and the figures."""
+        self._model = model
+
+    def cut(self, image: ImageInput | Picture, **wishes: Any) -> Picture:
+        """Return a picture planned and cut, as the model does it."""
+        return self._model.cut(image, **wishes)
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
+        """Yield the model's next turn of a talk."""
+        for chunk in self._model.chat(messages, **options):
+            self.last = chunk
+            yield chunk

@@ -275,7 +275,7 @@ def remove(reference: Reference) -> tuple[str, int]:
         except OSError as error:
             raise DownloadError(f"cannot remove {error.filename}: {error.strerror}; make it writable") from error
         if found is None and not freed:
-            raise ModelNotPulled(reference.name)
+            raise ModelNotPulled(reference.name, "lfm2vl-edge models lists what is")
         write_pulled(kept)
     return (display_name(found.repo, found.quant) if found else reference.name), freed
 

@@ -31,8 +31,8 @@ class ModelNotFound(EdgeError):
 class ModelNotPulled(ModelNotFound):
     """A model was asked for by a name of the hub and is not on this machine; the message has the command to type."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"{name} is not on this machine; to fetch it: lfm2vl-edge pull {name}")
+    def __init__(self, name: str, remedy: str | None = None) -> None:
+        super().__init__(f"{name} is not on this machine; {remedy or f'to fetch it: lfm2vl-edge pull {name}'}")
         self.name = name
         """What `pull` takes."""
 

@@ -97,7 +97,8 @@ def _open(source: Any) -> tuple[str, IO[bytes]]:
     except FileNotFoundError:
         raise ImageError(f"no picture at {str(source)!r}; check the path") from None
     except (OSError, ValueError) as error:
-        raise ImageError(f"cannot read {str(source)!r}: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise ImageError(f"cannot read {str(source)!r}: {why}; give the path of a picture") from error
 
 
 def _data_url_bytes(url: str) -> bytes:

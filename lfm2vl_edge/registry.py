@@ -60,6 +60,12 @@ class KnownModel:
     mmprojs: tuple[KnownFile, ...]
     """Files of the encoder and projector; the first one belongs to every pair unless another is asked for."""
 
+    def n_bytes(self, quant: str | None = None) -> int | None:
+        """Return the size of a pair, by default of the usual one; None where it is not known."""
+        model = next((one for one in self.models if one.quant == (quant or self.quant)), None)
+        sizes = [one.n_bytes for one in (model, self.mmprojs[0]) if one is not None and one.n_bytes is not None]
+        return sum(sizes) if len(sizes) == 2 else None  # of both files
+
     def file(self, path: str) -> KnownFile | None:
         """Return what is known of a file of the repository."""
         return next((one for one in (*self.models, *self.mmprojs) if one.file == path), None)

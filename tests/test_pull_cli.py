@@ -111,7 +111,7 @@ def test_the_model_pulled_last_runs_and_is_planned_with(server: Hub, tmp_path: P
     assert (
         edge("rm", REPO).stdout == f"{REPO}:BF16: {sum(map(len, server.repos[REPO].values())) / 1e6:.1f} MB removed\n"
     )
-    assert failed(edge("rm", REPO), f"{REPO} is not on this machine")
+    assert failed(edge("rm", REPO), f"{REPO} is not on this machine; lfm2vl-edge models lists what is")
 
 
 def test_the_order_of_choice(server: Hub, tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +139,9 @@ def test_a_name_that_is_not_here_is_offered_on_a_terminal(server: Hub, monkeypat
         assert f"{REPO} is not on this machine. Pull it now? [y/N]:" in result.stderr
         assert result.stderr.rstrip().endswith(missing)
         assert read_pulled() == []
+    shown = edge(*ASK, "-m", "lfm2.5-vl-1.6b:Q8_0", answer="n\n").stderr
+    assert "lfm2.5-vl-1.6b:Q8_0 (2.10 GB) is not on this machine. Pull it now? [y/N]:" in shown
+    assert "lfm2-vl-3b is not on this machine. Pull it now?" in edge(*ASK, "-m", "lfm2-vl-3b", answer="n\n").stderr
     result = edge(*ASK, "-m", REPO, answer="y\n")
     assert result.exit_code == 0, result.output
     assert "licence of the weights" in result.stderr

@@ -73,6 +73,27 @@ def test_a_caption_is_the_answer_and_nothing_else(run: Run) -> None:
     assert json.loads(run("caption", "car.png", "--json").stdout) == {"caption": "A car.", "model": "scripted"}
 
 
+def test_what_it_cost_is_told_where_it_is_asked_for(run: Run) -> None:
+    for arguments in (("caption",), ("detect", "red car"), ("point", "red car")):
+        command, *what = arguments
+        quiet, verbose = run(command, "car.png", *what), run(command, "car.png", *what, "-v")
+        assert (quiet.stderr, quiet.stdout) == ("", verbose.stdout)
+        assert [line.split()[0] for line in verbose.stderr.splitlines()][:2] == ["model", "open"]
+        assert "decode" in verbose.stderr
+    told = run("extract", "car.png", "-s", "schema.json", "-p", "Count.", "-v")
+    assert (json.loads(told.stdout), "prefill" in told.stderr) == ({"n": 2}, True)
+
+
+def test_where_stdout_falls_short_stderr_says_why(run: Run) -> None:
+    for command in ("detect", "point"):
+        nothing = run(command, "car.png", "cat")
+        assert (nothing.exit_code, nothing.stdout) == (0, "")
+        assert nothing.stderr == "note: the model finds nothing of that kind in the picture\n"
+        assert run(command, "car.png", "cat", "--json").stderr == ""
+    cut = run("caption", "car.png", "-n", 4)
+    assert (cut.stdout, cut.stderr) == ("A c\n", "note: cut off here; --max-tokens allows more\n")
+
+
 def test_boxes_are_lines_or_one_object(run: Run, engine: FakeEngine) -> None:
     result = run("detect", "car.png", "red car")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -93,7 +114,7 @@ def test_points_are_the_middles(run: Run) -> None:
     assert shown["points"][0] == {"label": "red car", "x": 60, "y": 50}
 
 
-def test_a_drawn_copy_has_the_frames(run: Run) -> None:
+def test_a_drawn_copy_has_the_frames(run: Run, engine: FakeEngine) -> None:
     assert run("detect", "car.png", "red car", "--draw", "out.png").exit_code == 0
     drawn = np.asarray(Image.open("out.png"))
     assert drawn.shape == (100, 200, 3)
@@ -105,7 +126,11 @@ def test_a_drawn_copy_has_the_frames(run: Run) -> None:
     assert Path("out.png").read_bytes() == before
     assert run("detect", "car.png", "cat", "--draw", "out.png", "--force").exit_code == 0
     assert (np.asarray(Image.open("out.png")) == 128).all()
-    assert failed(run("detect", "car.png", "cat", "--draw", "out.png/x.png"), "cannot write out.png/x.png")
+    for path, why in (("out.png/x.png", "cannot write out.png/x.png"), ("out.jpg", "a name that ends with .png")):
+        asked = len(engine.asked)
+        assert failed(run("detect", "car.png", "cat", "--draw", path), why)
+        assert failed(run("plan", "car.png", "--draw", path), why)
+        assert len(engine.asked) == asked, "before the model is opened"
 
 
 def test_what_the_model_says_amiss_is_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lfm2vl_edge.cli import options as opt
+from lfm2vl_edge.cli.answering import figures
 from lfm2vl_edge.cli.loading import load_picture, opening
 from lfm2vl_edge.cli.output import at_once, reporting
 
 if TYPE_CHECKING:
+    from lfm2vl_edge.answers import Heard
     from lfm2vl_edge.image import Pixels
     from lfm2vl_edge.model import Model
 
@@ -34,8 +36,11 @@ def asked(
     images: opt.ImageOptions,
     verbose: int,
     cache: bool | None,
-) -> Iterator[tuple[Model, Pixels]]:
-    """Give an opened model and the upright pixels of a picture, uint8 `[height, width, 3]`; errors end the command."""
+) -> Iterator[tuple[Heard, Pixels]]:
+    """Give an opened model and the upright pixels of a picture, uint8 `[height, width, 3]`; errors end the command.
+
+    After the block, what the answer cost is told on stderr where that is wanted.
+    """
     with (
         reporting(),
         at_once() as interrupt,
@@ -44,7 +49,21 @@ def asked(
         pixels = load_picture(image, max_megapixels)
         opened = when_open()
         interrupt.cancel = opened.cancel
-        yield opened, pixels
+        heard = _heard(opened)
+        yield heard, pixels
+        if verbose and heard.last is not None:
+            typer.echo("\n".join(figures(heard.last, opened)), err=True)
+
+
+def _heard(model: Model) -> Heard:
+    from lfm2vl_edge.answers import Heard
+
+    return Heard(model)
+
+
+def note_nothing_found() -> None:
+    """Say on stderr why stdout stays empty."""
+    typer.echo("note: the model finds nothing of that kind in the picture", err=True)
 
 
 def printable(label: str) -> str:

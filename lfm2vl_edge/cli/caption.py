@@ -26,3 +26,5 @@ def caption(
         text = opened.caption(pixels, **answer.values())
         shown = {"caption": text, "model": opened.config.name}
         typer.echo(json.dumps(shown, ensure_ascii=False) if as_json else text)
+        if opened.last is not None and opened.last.finish == "length":
+            typer.echo("note: cut off here; --max-tokens allows more", err=True)

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.asking import Free, Picture, Prompt, What, asked, printable
-from lfm2vl_edge.cli.output import refuse_overwrite, reporting
+from lfm2vl_edge.cli.asking import Free, Picture, Prompt, What, asked, note_nothing_found, printable
+from lfm2vl_edge.cli.output import refuse_drawing, reporting
 
 
 @opt.takes_groups
@@ -40,7 +40,7 @@ def detect(
 
     with reporting():
         if draw is not None:
-            refuse_overwrite(draw, force)
+            refuse_drawing(draw, force)
     with asked(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
         boxes = opened.detect(pixels, what, prompt=prompt, free=free, **answer.values())
         if draw is not None:
@@ -49,6 +49,8 @@ def detect(
             size = {"height": pixels.shape[0], "width": pixels.shape[1]}
             shown = {"boxes": [asdict(box) for box in boxes], **size, "model": opened.config.name}
             typer.echo(json.dumps(shown, ensure_ascii=False))
-        else:
-            for box in boxes:
-                typer.echo(f"{box.left}\t{box.top}\t{box.right}\t{box.bottom}\t{printable(box.label)}")
+            return
+        for box in boxes:
+            typer.echo(f"{box.left}\t{box.top}\t{box.right}\t{box.bottom}\t{printable(box.label)}")
+        if not boxes:
+            note_nothing_found()

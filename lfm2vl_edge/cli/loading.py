@@ -65,9 +65,19 @@ def _wants_it_now(name: str) -> bool:
     if not _is_terminal():
         return False
     try:
-        return typer.confirm(f"{name} is not on this machine. Pull it now?", err=True)
+        return typer.confirm(f"{_with_size(name)} is not on this machine. Pull it now?", err=True)
     except typer.Abort:  # the terminal was closed
         return False
+
+
+def _with_size(name: str) -> str:
+    """Return a name with the size of its files, where the table has it; the hub is not asked for it."""
+    from lfm2vl_edge.cli.pulling import megabytes
+    from lfm2vl_edge.registry import reference_of
+
+    reference = reference_of(name)
+    size = reference.known.n_bytes(reference.quant) if reference.known else None
+    return name if size is None else f"{name} ({megabytes(size)})"
 
 
 def _is_terminal() -> bool:

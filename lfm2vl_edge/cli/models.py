@@ -98,12 +98,10 @@ def _pulled_row(one: Pulled, memory: int | None, *, is_default: bool) -> _Row:
 
 
 def _known_rows(known: KnownModel, memory: int | None) -> Iterator[_Row]:
-    mmproj = known.mmprojs[0].n_bytes
     for file in known.models:
-        size = None if file.n_bytes is None or mmproj is None else file.n_bytes + mmproj
         yield _row(
             f"{known.name}:{file.quant}",
-            size,
+            known.n_bytes(file.quant),
             memory,
             repo=known.repo,
             revision=known.revision,

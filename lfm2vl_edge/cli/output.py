@@ -127,6 +127,14 @@ def refuse_overwrite(path: Path, force: bool) -> None:
         raise EdgeError(f"{path} is there already; give another name, or --force to replace it")
 
 
+def refuse_drawing(path: Path, force: bool) -> None:
+    """Raise an EdgeError if no PNG may be written there: to be asked before the work."""
+    if path.suffix.lower() not in ("", ".png"):
+        raise EdgeError(f"{path} would hold a PNG; give a name that ends with .png")
+    refuse_overwrite(path, force)
+    refuse_unwritable(path)
+
+
 def refuse_unwritable(path: Path) -> None:
     """Raise an EdgeError if no file can be written there: to be asked before the work, not at its end."""
     existing = next(one for one in path.absolute().parents if os.path.lexists(one))

@@ -13,7 +13,7 @@ import typer
 
 from lfm2vl_edge.cli import options as opt
 from lfm2vl_edge.cli.loading import find_model, load_picture
-from lfm2vl_edge.cli.output import refuse_overwrite, reporting, warnings_to_stderr
+from lfm2vl_edge.cli.output import refuse_drawing, reporting, warnings_to_stderr
 from lfm2vl_edge.errors import EdgeError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _draw(path: Path, pixels: Pixels | None, tile_plan: TilePlan, *, force: bool
 
     if pixels is None:
         raise EdgeError("--draw needs a picture to draw over, not a size")
-    refuse_overwrite(path, force)
+    refuse_drawing(path, force)
     save_png(draw_plan(pixels, tile_plan), path)
 
 

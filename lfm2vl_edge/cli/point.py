@@ -8,7 +8,7 @@ from dataclasses import asdict
 import typer
 
 from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.asking import Free, Picture, Prompt, What, asked, printable
+from lfm2vl_edge.cli.asking import Free, Picture, Prompt, What, asked, note_nothing_found, printable
 
 
 @opt.takes_groups
@@ -35,6 +35,8 @@ def point(
             size = {"height": pixels.shape[0], "width": pixels.shape[1]}
             shown = {"points": [asdict(one) for one in points], **size, "model": opened.config.name}
             typer.echo(json.dumps(shown, ensure_ascii=False))
-        else:
-            for one in points:
-                typer.echo(f"{one.x}\t{one.y}\t{printable(one.label)}")
+            return
+        for one in points:
+            typer.echo(f"{one.x}\t{one.y}\t{printable(one.label)}")
+        if not points:
+            note_nothing_found()
