@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from lfm2vl_edge.boxes import Box, Point, read_boxes
 from lfm2vl_edge.config import DEFAULT_PROMPT
+from lfm2vl_edge.errors import ContextFull
 from lfm2vl_edge.generate import Chunk
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.modelfile import ModelConfig
@@ -92,6 +93,7 @@ class TypedAnswers(ABC):
         Raises:
             ConfigError: the schema has a keyword, or the class a type, that is not supported.
             AnswerCut: max_tokens ended the answer before it was whole.
+            ContextFull: picture and question do not fit into the model's context.
             AnswerError: the answer breaks a rule that is checked afterwards, or the class refuses it.
             EdgeError: see `Model.stream`.
         """
@@ -99,7 +101,13 @@ class TypedAnswers(ABC):
         shown = json.dumps(described, ensure_ascii=False, default=str)
         question = f"Extract from the image, as JSON with this schema: {shown}" if prompt is None else prompt
         held = {**EXACT, "schema": described}
-        return instance_of(schema, self._told(self.cut(image), question, {**held, **options}))
+        try:
+            told = self._told(self.cut(image), question, {**held, **options})
+        except ContextFull as error:
+            if prompt is not None:
+                raise
+            raise ContextFull(f"{error}; or a question of your own (--prompt): the schema is the text here") from error
+        return instance_of(schema, told)
 
     def _told(self, picture: Picture, question: str, options: Mapping[str, Any]) -> str:
         return "".join(chunk.text for chunk in self.chat([user_message(picture, question)], **options))

@@ -15,6 +15,7 @@ from lfm2vl_edge.generate import Chunk
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.model import Model
 from lfm2vl_edge.prompt import Message, Picture, user_message
+from lfm2vl_edge.schema import read_schema
 
 
 class Chat:
@@ -34,13 +35,19 @@ class Chat:
             **options: fields of `Options`, such as `temperature=0.0, max_tokens=64`, for every answer.
 
         Raises:
-            ConfigError: an option is unknown or out of range.
+            ConfigError: an option is unknown or out of range, or its schema or grammar is none.
         """
+        checked = Options.of(**options)
+        if checked.schema is not None:
+            read_schema(checked.schema)
+        if checked.grammar is not None:
+            model.engine.check_grammar(checked.grammar)
+
         self.model = model
         """Who answers."""
         self.system = system
         """What the model is told before the talk; after a change the next turn decodes the whole talk anew."""
-        self._options = asdict(Options.of(**options))
+        self._options = asdict(checked)
         self._turns: list[Message] = []
         self._waiting: list[Picture] = []
 

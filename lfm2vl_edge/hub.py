@@ -172,9 +172,10 @@ def _receive(repository: Repository, file: RemoteFile, part: Path, tell: Tell) -
         try:
             _append(url, file, part, tell)
         except HTTPError as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code not in _PASSING:
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if status is not None and status not in _PASSING:
                 raise
-            problem = reason_of(error)
+            problem = reason_of(error) if status is None else f"the hub answered {status}"
         if before < size_of(part):
             waits = list(_WAITS)
         if size_of(part) < file.n_bytes:

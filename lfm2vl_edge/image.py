@@ -83,7 +83,7 @@ def load_image(source: ImageInput, *, max_pixels: int = MAX_PIXELS) -> Pixels:
 def _open(source: Any) -> tuple[str, IO[bytes]]:
     """Return what to call the source in messages, and its bytes as a file."""
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return "the given bytes", io.BytesIO(bytes(source))
+        return "what was given", io.BytesIO(bytes(source))
     if isinstance(source, str) and source.startswith("data:"):
         return "the data URL", io.BytesIO(_data_url_bytes(source))
     if isinstance(source, str) and is_address(source):
@@ -148,9 +148,13 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError(f"a picture of {width}x{height} pixels has nothing to see")
     if width * height > max_pixels:
         raise ImageError(
-            f"the picture is {width}x{height}, {width * height / 1e6:.0f} megapixels; "
-            f"the limit is {max_pixels / 1e6:.0f}: make it smaller or raise max_pixels"
+            f"the picture is {width}x{height}, {_millions(width * height)} megapixels; the limit is "
+            f"{_millions(max_pixels)}: make it smaller or raise --max-megapixels (max_pixels)"
         )
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.0f}" if number >= 1_000_000 else f"{number / 1e6:.2g}"
 
 
 def _decode(picture: Image.Image, name: str) -> Pixels:

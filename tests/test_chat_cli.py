@@ -132,6 +132,7 @@ def test_a_wrong_picture_to_begin_with_ends_the_command_before_the_model_is_open
     assert (result.exit_code, result.stdout) == (1, "")
     assert errors(result) == ["error: no picture at 'none.png'; check the path"]
     assert "stdin is the talk" in talk({}, "One?\n", "-").stderr
+    assert "stdin is the talk" in talk({}, "{}\n", "--json-schema", "-").stderr
 
 
 def test_a_full_context_names_what_helps_and_loses_nothing(talk: Talk) -> None:

@@ -174,6 +174,7 @@ def model(**changes: Any) -> Facts:
         (model(source="built-in"), "note", "no model is here but the built-in one", "lfm2vl-edge pull"),
         (model(error="it has no width"), "broken", "own: it has no width", "lfm2vl-edge pull own"),
         (model(error="x", source="variable", files=()), "broken", "own: x", "LFM2VL_MODEL"),
+        (model(error="own is not here"), "broken", "own is not here", "lfm2vl-edge pull own"),
         (model(memory_bytes=9 * 10**9), "note", "takes about 9.0 GB, this machine has 8.0 GB", "smaller type"),
         (model(memory_bytes=75 * 10**8), "note", "7.5 GB, 7.0 GB are free now", "close other programs"),
         (model(profile="stale"), "note", "another processor or build", "lfm2vl-edge tune -m own"),

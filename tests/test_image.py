@@ -168,6 +168,10 @@ def test_a_bomb_is_refused_before_it_is_decoded() -> None:
 def test_the_limit_is_an_option() -> None:
     with pytest.raises(ImageError, match="limit"):
         load_image(PNG, max_pixels=53)
+    with pytest.raises(
+        ImageError, match=r"5.4e-05 megapixels; the limit is 5.3e-05: .* --max-megapixels \(max_pixels\)"
+    ):
+        load_image(PNG, max_pixels=53)
     with pytest.raises(ImageError, match="limit"):
         load_image(Image.fromarray(PIXELS), max_pixels=53)
     assert load_image(PIXELS, max_pixels=53).shape == (6, 9, 3)  # it is in memory already

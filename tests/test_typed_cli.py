@@ -147,6 +147,13 @@ def test_extract_prints_json_that_fits(run: Run) -> None:
     assert json.loads(result.stdout) == {"n": 2}
 
 
+def test_a_schema_that_is_too_long_to_be_shown_says_what_helps(run: Run) -> None:
+    part = {f"property {number}": {"type": "null"} for number in range(40)}
+    Path("long.json").write_text(json.dumps({"type": "object", "properties": part}))
+    found = run("extract", "car.png", "-s", "long.json")
+    assert failed(found, "or a question of your own (--prompt): the schema is the text here")
+
+
 def test_run_holds_answers_to_schemas_and_grammars(run: Run, engine: FakeEngine) -> None:
     assert run("run", "car.png", "Count.", "--json-schema", "schema.json").stdout == '{"n": 2}\n'
     asked = ("-a", "Count.", "-a", "Count.", "--json-schema", "-", "--json")

@@ -45,12 +45,15 @@ def chat(
     from lfm2vl_edge.chat import Chat
 
     with reporting():
+        if answer.json_schema == STDIN:
+            raise EdgeError("stdin is the talk here, no schema; give --json-schema a file")
+        options = answer.values()
         pictures = [(name, _load(name, max_megapixels)) for name in images or ()]
         with at_once():
             opened = open_model(model, image, verbose, remember=True, cache=cache)
         with opened, lines_of_user(data_folder() / _HISTORY) as lines:
             desk = Desk(
-                chat=Chat(opened, system=system, **answer.values()),
+                chat=Chat(opened, system=system, **options),
                 load=lambda name: _load(name, max_megapixels),
                 is_chatty=lines.is_terminal and not quiet,
                 verbose=verbose,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from lfm2vl_edge.cli.output import bytes_bar, shows_progress
+from lfm2vl_edge.cli.output import bytes_bar, shows_progress, warnings_to_stderr
 from lfm2vl_edge.errors import DownloadError
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def pull_visibly(
     """
     from lfm2vl_edge.download import pull
 
-    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    warnings_to_stderr()
     with bytes_bar("pulling", shows_progress(quiet)) as progress:
         return pull(
             reference,
@@ -59,6 +58,7 @@ def checkpoint_files(name: str, revision: str | None, *, quiet: bool) -> Iterato
         return
     from lfm2vl_edge.download import fetch_checkpoint
 
+    warnings_to_stderr()
     with bytes_bar("fetching", shows_progress(quiet)) as progress:
         files = fetch_checkpoint(name, revision=revision, show=None if quiet else show_offer, progress=progress)
     with tempfile.TemporaryDirectory(prefix="lfm2vl-checkpoint-") as temporary:

@@ -176,7 +176,8 @@ def _models(facts: Facts) -> Iterator[Finding]:
 def _model(model: ModelState, total: int | None, available: int | None) -> Iterator[Finding]:
     if model.error is not None:
         remedy = _REPAIRS[model.source].format(name=model.name)
-        yield Finding(level="broken", topic="models", problem=f"{model.name}: {model.error}", remedy=remedy)
+        problem = model.error if model.error.startswith(model.name) else f"{model.name}: {model.error}"
+        yield Finding(level="broken", topic="models", problem=problem, remedy=remedy)
         return
     needed = model.memory_bytes or 0
     if total is not None and needed > total:
