@@ -1,0 +1,246 @@
+"""Captions, boxes, points, JSON and talks of the demonstration model are right, by every interface.
+
+The truth is that of the held-out pictures in `tests/data/tiny`; wording is compared only where there is but one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from lfm2vl_edge import Box, Chat, Model, Photo, PromptError
+from lfm2vl_edge.cli import app
+
+DATA = Path(__file__).parents[1] / "data" / "tiny"
+COLORS = ("Red", "Orange", "Yellow", "Green", "Blue", "Purple", "Pink", "Black")
+SHAPES = ("Circle", "Square", "Triangle", "Star", "Heart", "Cross")
+OVERLAP = 0.5
+"""Least mean intersection over union of the boxes; one that is missing counts 0."""
+INSIDE = 0.7
+"""Share of the things that must be pointed at."""
+RIGHT = 0.8
+"""Share of other answers that must be right: the pictures are few, so this is below what the model card tells."""
+FRAME = (255, 64, 64)
+
+Row = dict[str, Any]
+
+
+@cache
+def rows(*groups: str) -> list[Row]:
+    """Return the questions of some groups."""
+    found = [json.loads(line) for line in (DATA / "data.jsonl").read_text().splitlines()]
+    return [row for row in found if row["group"] in groups]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[Model]:
+    with Model.open("tiny", n_threads=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def photo(tiny: Model) -> Callable[[Row], Photo]:
+    """The picture of a question, which the model has seen: each question costs only itself."""
+
+    @cache
+    def look(name: str) -> Photo:
+        return tiny.look(DATA / name)
+
+    return lambda row: look(row["image"])
+
+
+def edge(*arguments: object, stdin: str = "") -> Result:
+    result = CliRunner().invoke(app, [str(one) for one in arguments], input=stdin)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def share(outcomes: list[bool]) -> float:
+    assert outcomes
+    return sum(outcomes) / len(outcomes)
+
+
+def truth(row: Row) -> list[Box]:
+    """Return the boxes of a picture, in its pixels."""
+    with Image.open(DATA / row["image"]) as image:
+        width, height = image.size
+    return [
+        Box(
+            label=one["label"],
+            left=round(one["bbox"][0] * width),
+            top=round(one["bbox"][1] * height),
+            right=round(one["bbox"][2] * width),
+            bottom=round(one["bbox"][3] * height),
+        )
+        for one in json.loads(row["answer"])
+    ]
+
+
+def overlap(one: Box, other: Box) -> float:
+    """Intersection over union; 0 where the labels differ."""
+    width = max(0, min(one.right, other.right) - max(one.left, other.left))
+    height = max(0, min(one.bottom, other.bottom) - max(one.top, other.top))
+    areas = [(box.right - box.left) * (box.bottom - box.top) for box in (one, other)]
+    return width * height / (sum(areas) - width * height) * (one.label == other.label)
+
+
+def wanted(row: Row) -> str:
+    """Return what a question asks to detect, as `detect` takes it."""
+    return str(row["question"]).removeprefix("Detect ").removeprefix("the ").rstrip(".")
+
+
+def objects(text: str) -> Counter[tuple[str, ...]]:
+    return Counter(re.findall(r"(\w+) (circle|square|triangle|star|heart|cross)", text))
+
+
+def test_captions_name_what_is_there(tiny: Model, photo: Callable[[Row], Photo]) -> None:
+    named, there, backgrounds = 0, 0, []
+    for row in rows("describe"):
+        caption = tiny.caption(photo(row).picture)
+        found, expected = objects(caption), objects(row["answer"])
+        named += (found & expected).total()
+        there += max(found.total(), expected.total())
+        backgrounds.append(row["answer"].split()[-2] in caption)
+    assert named / there >= RIGHT
+    assert share(backgrounds) >= RIGHT
+
+
+def test_boxes_lie_on_what_they_name(tiny: Model, photo: Callable[[Row], Photo]) -> None:
+    overlaps, nothing, inside = [], [], []
+    for row in rows("detect"):
+        boxes = tiny.detect(photo(row).picture, wanted(row))
+        expected = truth(row)
+        overlaps += [max((overlap(box, one) for box in boxes), default=0.0) for one in expected]
+        points = tiny.point(photo(row).picture, wanted(row))
+        inside += [
+            any(one.left <= at.x < one.right and one.top <= at.y < one.bottom for at in points) for one in expected
+        ]
+        nothing += [] if expected else [boxes == []]
+    print(f"mean overlap {np.mean(overlaps):.2f}, pointed at {share(inside):.2f}, nothing found {share(nothing):.2f}")
+    assert np.mean(overlaps) >= OVERLAP
+    assert share(inside) >= INSIDE
+    assert share(nothing) >= 0.6
+
+
+@pytest.mark.parametrize("number", [0, 3, 6, 8])
+def test_the_command_tells_and_draws_the_same_boxes(tiny: Model, number: int, tmp_path: Path) -> None:
+    (row,) = (row for row in rows("detect") if row["id"] == f"{number}/detect")
+    picture, drawn = DATA / row["image"], tmp_path / "drawn.png"
+    boxes = tiny.detect(picture, wanted(row))
+    assert boxes
+    shown = json.loads(edge("detect", picture, wanted(row), "-m", "tiny", "--json", "--draw", drawn).stdout)
+    pixels = np.asarray(Image.open(drawn))
+    assert pixels.shape == (shown["height"], shown["width"], 3)
+    assert [Box(**box) for box in shown["boxes"]] == boxes
+    for box in boxes:  # where no label lies over it
+        assert (pixels[box.top : box.bottom, box.left] == FRAME).all(-1).mean() > 0.5
+    told = edge("detect", picture, wanted(row), "-m", "tiny").stdout
+    assert told == "".join(f"{one.left}\t{one.top}\t{one.right}\t{one.bottom}\t{one.label}\n" for one in boxes)
+    points = edge("point", picture, wanted(row), "-m", "tiny").stdout
+    assert points == "".join(f"{one.centre.x}\t{one.centre.y}\t{one.label}\n" for one in boxes)
+
+
+@pytest.mark.parametrize("orientation", [6, 8])
+def test_boxes_are_those_of_the_upright_picture(tiny: Model, orientation: int, tmp_path: Path) -> None:
+    row = rows("detect")[5]
+    turned, exif = tmp_path / "turned.png", Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(DATA / row["image"]) as upright:
+        turn = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[orientation]
+        upright.transpose(turn).save(turned, exif=exif)
+    boxes = tiny.detect(DATA / row["image"], wanted(row))
+    assert boxes
+    assert tiny.detect(turned, wanted(row)) == boxes
+
+
+def test_counts_and_numbers_are_read_off_as_integers(tiny: Model, photo: Callable[[Row], Photo]) -> None:
+    asked = [row for row in rows("count", "number") if row["answer"] == str(int(row["answer"]))]
+    found = [tiny.extract(photo(row).picture, {"type": "integer"}, row["question"]) for row in asked]
+    assert share([one == int(row["answer"]) for one, row in zip(found, asked, strict=True)]) >= RIGHT
+
+
+def test_a_choice_of_a_schema_is_the_right_one(tiny: Model, photo: Callable[[Row], Photo]) -> None:
+    choice = {"enum": ["Yes", "No"]}
+    found = [tiny.extract(photo(row).picture, choice, row["question"]) == row["answer"] for row in rows("yes/no")]
+    assert share(found) >= RIGHT
+
+
+@pytest.mark.parametrize(("group", "words"), [("color", COLORS), ("shape", SHAPES)])
+def test_a_choice_of_a_grammar_is_the_right_one(
+    photo: Callable[[Row], Photo], group: str, words: tuple[str, ...]
+) -> None:
+    grammar = "root ::= " + " | ".join(f'"{word}"' for word in (*words, "None"))
+    answers = [(row, photo(row).ask(row["question"], grammar=grammar, temperature=0.0)) for row in rows(group)]
+    assert {answer for _, answer in answers} <= {*words, "None"}
+    assert share([answer == row["answer"] for row, answer in answers]) >= RIGHT
+
+
+def test_extract_and_run_print_json_that_is_right(tmp_path: Path) -> None:
+    schema = tmp_path / "count.json"
+    schema.write_text('{"type": "integer", "minimum": 0, "maximum": 99}')
+    outcomes = []
+    for row in rows("count")[:5]:
+        asked = (DATA / row["image"], "-m", "tiny", "-p", row["question"])
+        extracted = edge("extract", *asked, "--schema", "-", stdin=schema.read_text()).stdout
+        assert extracted == edge("run", *asked, "--json-schema", schema, "--temperature", 0).stdout
+        outcomes.append(json.loads(extracted) == int(row["answer"]))
+    assert share(outcomes) >= RIGHT
+
+
+def test_caption_prints_what_python_returns(tiny: Model) -> None:
+    picture = DATA / rows("describe")[0]["image"]
+    greedy = ("-m", "tiny", "--temperature", 0)
+    assert edge("caption", picture, *greedy).stdout == tiny.caption(picture, temperature=0.0) + "\n"
+
+
+def test_a_talk_goes_from_picture_to_picture(tmp_path: Path) -> None:
+    asked = list(zip(rows("background"), rows("yes/no"), strict=True))
+    talks = [f"/image {DATA / one['image']}\n{one['question']}\n{two['question']}\n" for one, two in asked]
+    saved = tmp_path / "talk.jsonl"
+    result = edge("chat", "-m", "tiny", "--temperature", 0, stdin="/reset\n".join(talks) + f"/save {saved}\n/quit\n")
+    assert result.stderr == ""
+    said = result.stdout.splitlines()
+    assert len(said) == 2 * len(asked)
+    assert share([answer == one["answer"] for answer, (one, _) in zip(said[::2], asked, strict=True)]) >= RIGHT
+    assert share([answer == two["answer"] for answer, (_, two) in zip(said[1::2], asked, strict=True)]) >= RIGHT
+    talk = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert [message["content"] for message in talk if message["role"] == "assistant"] == said[-2:]
+    assert talk[0]["content"][0] == {"type": "image", "image": str(DATA / asked[-1][0]["image"])}
+
+
+def test_each_turn_of_a_talk_decodes_only_what_is_new(tiny: Model) -> None:
+    picture, questions = (
+        DATA / rows("count")[4]["image"],
+        [rows(group)[4]["question"] for group in ("count", "yes/no")],
+    )
+    chat = Chat(tiny, temperature=0.0)
+    stats = [list(chat.say(one, *([picture] if not index else [])))[-1].stats for index, one in enumerate(questions)]
+    first, second = stats
+    assert first is not None
+    assert second is not None
+    assert second.encoded_views == 0
+    assert second.restored_tokens >= first.image_tokens
+    assert second.prompt_tokens - second.restored_tokens < 40
+
+
+def test_a_model_without_tokens_for_calls_says_so(tiny: Model) -> None:
+    def weather(place: str) -> str:
+        """Tell the weather.
+
+        Args:
+            place: a city
+        """
+        return place
+
+    with pytest.raises(PromptError, match="it cannot call tools"):
+        tiny.turn([{"role": "user", "content": "Rain in Bergen?"}], tools=[weather])
