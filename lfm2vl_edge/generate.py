@@ -168,7 +168,8 @@ def _whole(chunks: Iterator[Chunk], options: Options, schema: Schema | None) -> 
         remedy = "raise --max-tokens (max_tokens)"
         if n_tokens < options.max_tokens:
             remedy = "the context is full: use a smaller picture or a shorter text"
-        raise AnswerCut(f"the answer was cut after {n_tokens} tokens, before it was whole; {remedy}")
+        tokens = "1 token" if n_tokens == 1 else f"{n_tokens} tokens"
+        raise AnswerCut(f"the answer was cut after {tokens}, before it was whole; {remedy}")
     if schema is not None:
         parse_answer(text, schema)
     yield replace(last, text=text)
