@@ -179,7 +179,7 @@ class Example:
 
 def example(writer: Writer, rng: random.Random, tile_plan: TilePlan, stage: recipe.Stage, room: int) -> Example:
     """Return a picture of this plan, cut, and a talk about it that takes at most `room` tokens."""
-    share = recipe.TILED_NUMBERS if tile_plan.is_tiled else stage.numbers
+    share = max(stage.numbers, recipe.TILED_NUMBERS) if tile_plan.is_tiled else stage.numbers
     kind = recipe.kind_for(tile_plan, fine=rng.random() < 0.75, number_share=share)
     kind = replace(kind, close_up=stage.close_up)
     scene = draw_scene(rng, tile_plan.height, tile_plan.width, kind)

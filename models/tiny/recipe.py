@@ -84,14 +84,19 @@ STAGES: Final = (
         weights=WEIGHTS | {"describe": 6.0},
     ),
     Stage(
-        until=1.01, tokens=(25, 64), tiled=0.27, resized=0.4, batch=30, numbers=0.5, landmarks=0.5,
+        until=0.85185, tokens=(25, 64), tiled=0.27, resized=0.4, batch=30, numbers=0.5, landmarks=0.5,
         weights=LATE_WEIGHTS,
+    ),
+    Stage(
+        until=1.01, tokens=(25, 64), tiled=0.27, resized=0.4, batch=30, numbers=0.8, landmarks=0.5,
+        weights=LATE_WEIGHTS | {"number": 8.0},
     ),
 )  # fmt: skip
 ABSENT_WEIGHT: Final = 0.1
 """What an image token with nothing to see counts for the landmarks, beside one that shows something."""
 TILED_BATCH: Final = 12
 TILED_NUMBERS: Final = 0.6
+"""Least share of these with a number."""
 LEARNING_RATE: Final = 2e-3
 WARM_UP: Final = 200
 DECAY_FROM: Final = 0.66667
