@@ -41,11 +41,22 @@ def report(error: EdgeError) -> None:
     typer.echo(f"error: {' '.join(str(error).split())}", err=True)
 
 
+def say(text: str) -> None:
+    """Write a line to stderr, above a bar if there is one: typer's own way goes round the bar, into its line."""
+    sys.stderr.write(f"{text}\n")
+
+
 def warnings_to_stderr() -> None:
     """Show what the library warns of, one line each."""
     import logging
 
-    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    class ToStderr(logging.Handler):
+        """Looks for stderr at every line, as it may be a bar's by then."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            say(self.format(record))
+
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING, handlers=[ToStderr()])
 
 
 class Interrupt:

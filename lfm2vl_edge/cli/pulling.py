@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
-from lfm2vl_edge.cli.output import bytes_bar, shows_progress, warnings_to_stderr
+from lfm2vl_edge.cli.output import bytes_bar, say, shows_progress, warnings_to_stderr
 from lfm2vl_edge.errors import DownloadError
 
 if TYPE_CHECKING:
@@ -76,7 +74,7 @@ def show_offer(offer: Offer) -> None:
     lines = [f"{offer.name}: {megabytes(offer.n_bytes)}{rest}, revision {offer.repository.commit}"]
     big = [file for file in offer.files if file.path.endswith((".gguf", ".safetensors"))]
     lines += [f"  {file.path}  {megabytes(file.n_bytes)}" for file in big]
-    typer.echo("\n".join([*lines, f"licence of the weights: {offer.licence}"]), err=True)
+    say("\n".join([*lines, f"licence of the weights: {offer.licence}"]))
 
 
 def megabytes(n_bytes: int | None) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +91,39 @@ def test_however_the_hub_behaves_the_model_is_right_in_the_end(hub: Hub, name: s
         (TINY / Path(line).name).read_bytes() for line in result.stdout.splitlines()
     ]
     assert edge("run", EXAMPLE, QUESTION, "-m", NAME).stdout == f"{ANSWER}\n"
+
+
+def on_a_terminal(*arguments: str, environment: dict[str, str]) -> str:
+    """Return what a command shows on a terminal, with the codes that move about in it."""
+    ours, theirs = os.openpty()
+    environment = {**os.environ, **environment, "TERM": "xterm", "COLUMNS": "200"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lfm2vl_edge", *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while block := os.read(ours, 4096):
+            shown += block
+    except OSError:  # Linux's way to say that the other end was closed
+        pass
+    finally:
+        os.close(ours)
+    assert process.wait() == 0, shown
+    return shown.decode()
+
+
+def test_size_and_licence_come_first_and_no_line_runs_into_the_bar(hub: Hub, hub_here: HubHere) -> None:
+    hub.fault = lambda one: Fault(status=503) if is_file(one) and one.number == 0 else None
+    shown = on_a_terminal("pull", NAME, environment=hub_here.environment)
+    clear, size = "\x1b[2K", sum(map(len, hub.repos[NAME].values())) / 1e6
+    for line in (
+        f"{NAME}: {size:.1f} MB, revision",
+        "warning: lfm2vl-tiny-Q8_0.gguf: the hub answered 503; trying again",
+    ):
+        assert f"{clear}{line}" in shown, shown
+    licence = shown.index("licence of the weights: lfm1.0")
+    assert shown.index("MB, revision") < licence < shown.index("warning: ") < shown.index("MB/s")
 
 
 def test_every_command_takes_the_name(hub: Hub) -> None:
