@@ -26,7 +26,7 @@ from tests.conftest import HubHere
 from tests.hub_server import Hub, Request
 
 NAME = "owner/LFM2-VL-tiny-GGUF"
-KILLS = int(os.environ.get("LFM2VL_TEST_KILLS", "4"))
+KILLS = int(os.environ.get("LFM2VL_TEST_KILLS", "3"))
 """How many pulls are killed."""
 FILES = {path.name: path.read_bytes() for path in TINY.glob("*.gguf")}
 COMMAND = (sys.executable, "-m", "lfm2vl_edge", "pull", NAME)
