@@ -226,12 +226,12 @@ def test_a_line_through_measured_views() -> None:
 
 
 def test_a_guess_gives_back_what_it_was_made_from() -> None:
-    """The measured row of the 450M model on two cores: 0.78 s a tile, 285 tokens of prompt in 0.39 s, 747 MB."""
+    """The measured row of the 450M model on two cores: 0.78 s a tile, 285 tokens of prompt in 0.39 s, 701 MB."""
     costs = guess(SHAPE_450M, "F16", 256, 2)
     tile = plan(512, 512, ImageConfig())
     assert costs.encode(tile) == pytest.approx(0.78, rel=0.01)
     assert costs.prefill_seconds * 285 == pytest.approx(0.39, rel=0.01)
-    assert costs.memory(tile) == pytest.approx(747e6, rel=0.05)
+    assert costs.memory(tile) == pytest.approx(701e6, rel=0.05)
     assert not costs.is_measured
     alone = guess(SHAPE_450M, "F16", 256, 1)
     assert alone.seconds(tile) == pytest.approx(2 * costs.seconds(tile))
