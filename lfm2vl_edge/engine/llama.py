@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 N_BATCH: Final = 2048
 """Most tokens of one llama_decode call."""
+_CPU_ROWS: Final = 128
+"""Rows that a processor computes at a time. As quick as llama.cpp's 512, which a GPU gets, in 9 MB less at 450M."""
 _EXACT_ATTENTION: Final = 0
 """llama.cpp's "disabled": flash attention rounds keys and values of the language tower to 16 bits."""
 _CONTEXT_STEP: Final = 256
@@ -248,7 +250,7 @@ class LlamaEngine:
 
         The number of threads does: flash attention on one token shares its sum among them.
         """
-        params = llama.llama_context_default_params()
+        params = self._context_params(_CONTEXT_STEP)
         settings = self._settings
         return (
             f"flash={self._attention} threads={settings.n_threads} gpu={settings.gpu_layers}{self._device} "
@@ -273,6 +275,8 @@ class LlamaEngine:
         params = llama.llama_context_default_params()
         params.n_ctx = min(-(-n_tokens // _CONTEXT_STEP) * _CONTEXT_STEP, self._settings.n_ctx_max)
         params.n_batch = N_BATCH
+        if not self._uses_gpu:
+            params.n_ubatch = _CPU_ROWS
         params.n_threads = params.n_threads_batch = self._settings.n_threads
         params.flash_attn_type = self._attention
         params.no_perf = True
