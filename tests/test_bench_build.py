@@ -57,6 +57,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_tool(bin_folder / "cmake", CMAKE.format(told=str(told)))
     make_tool(bin_folder / "c++", "")
     monkeypatch.setenv("PATH", str(bin_folder))
+    monkeypatch.setenv("LFM2VL_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
     return told
 
