@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lfm2vl_edge.registry import KnownModel
 
 _OVERHEAD: Final = 400_000_000
-"""Bytes besides the files: program, context of 4096 tokens, buffers; measured (docs/performance.md: 780 - 408 MB)."""
+"""Bytes besides the files: program, context, buffers; measured at 1920x1080 (docs/performance.md: 766 - 409 MB)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
