@@ -29,8 +29,7 @@ of its left, top, right and bottom edge, the first to the fourth digit of the nu
 ABSENT: Final = (len(SHAPES), len(COLORS), len(PLACES), *[UNKNOWN] * 8, *[N_DIGITS] * MAX_DIGITS)
 """The class of each label that says that there is nothing, where it has one."""
 _OBJECT: Final = 3
-_EDGES: Final = slice(_OBJECT, _OBJECT + 8)
-_DIGITS: Final = _EDGES.stop
+_DIGITS: Final = _OBJECT + 8
 _SIDE: Final = PATCH * FACTOR
 
 
@@ -42,9 +41,7 @@ def landmarks(scene: Scene, tiles: Sequence[Tile]) -> NDArray[np.int64]:
 
 def _of_view(scene: Scene, tile: Tile, grid: tuple[int, int]) -> NDArray[np.int64]:
     rows, cols = tile.view.height // _SIDE, tile.view.width // _SIDE
-    labels = np.full((rows, cols, len(CLASSES)), UNKNOWN, np.int64)
-    absent = [*range(_OBJECT), *range(_DIGITS, len(CLASSES))]
-    labels[..., absent] = np.asarray(CLASSES)[absent] - 1
+    labels = np.tile(np.asarray(ABSENT, np.int64), (rows, cols, 1))
     whole = tile.view.kind != "tile"
     window = (0.0, 0.0, 1.0, 1.0) if whole else _window(tile, grid)
     for item in scene.items:
@@ -88,7 +85,7 @@ def _mark(labels: NDArray[np.int64], corners: Box, values: Sequence[int]) -> Non
     touched = (xs + 1 > left) & (xs < right) & (ys + 1 > top) & (ys < bottom)
     middle = (xs == int((left + right) / 2)) & (ys == int((top + bottom) / 2))
     inside = (xs + 0.5 > left) & (xs + 0.5 < right) & (ys + 0.5 > top) & (ys + 0.5 < bottom)
-    free = labels[..., 0] == CLASSES[0] - 1
+    free = labels[..., 0] == ABSENT[0]
     labels[touched & free & ~inside & ~middle, :_DIGITS] = UNKNOWN
     labels[inside | middle, :_DIGITS] = values
 
