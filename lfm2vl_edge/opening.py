@@ -47,8 +47,6 @@ class Wishes:
     """Layers that a GPU takes; -1 means all."""
     device: str | None = None
     """Name of the GPU; by default the engine chooses."""
-    encoder_at_once: bool = False
-    """Whether both files are read at the same time; otherwise the encoder's when the first picture comes."""
 
     def __post_init__(self) -> None:
         check_count("n_ctx", self.n_ctx)
@@ -172,7 +170,6 @@ def engine_settings(config: ModelConfig, n_threads: int, wishes: Wishes) -> Engi
         exact=config.is_float32,
         gpu_layers=wishes.gpu_layers,
         device=wishes.device,
-        encoder_at_once=wishes.encoder_at_once,
     )
 
 

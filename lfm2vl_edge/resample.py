@@ -8,6 +8,7 @@ repeated here: first along rows, then along columns, each result rounded to 8 bi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,8 +76,29 @@ def _along_rows(pixels: Pixels, n_out: int, resample: int) -> Pixels:
     return result
 
 
+def resize_grid(grid: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.float32]:
+    """Return float32 `[height, width, n]` of `[H, W, n]`: torch's bilinear, antialiased kernel on floats."""
+    for axis, n_out in enumerate((height, width)):
+        places, weights = _weights(grid.shape[axis], n_out, BILINEAR)
+        column = (-1, 1, 1) if axis == 0 else (-1, 1)
+        taken = (
+            grid.take(rows, axis=axis) * parts.astype(np.float32).reshape(column)
+            for rows, parts in zip(places, weights, strict=True)
+        )
+        grid = functools.reduce(np.add, taken)
+    return grid
+
+
 @lru_cache(maxsize=32)
 def _taps(n_in: int, n_out: int, resample: int) -> _Taps:
+    indices, weights = _weights(n_in, n_out, resample)
+    bits = _fixed_point_bits(float(weights.max()))
+    fixed = np.trunc(weights * (1 << bits) + np.copysign(0.5, weights)).astype(np.int32)
+    return _Taps(indices=indices, weights=fixed, bits=bits)
+
+
+def _weights(n_in: int, n_out: int, resample: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """Return for each output position the input positions and their weights, both `[n_taps, n_out]`."""
     scale = n_in / n_out
     reach, kernel = _FILTERS[resample]
     support = reach * max(scale, 1.0)
@@ -86,10 +108,7 @@ def _taps(n_in: int, n_out: int, resample: int) -> _Taps:
     places = first + np.arange(int((end - first).max()))[:, None]
     weights = kernel((places - centers + 0.5) / max(scale, 1.0))
     weights[places >= end] = 0.0
-    weights /= weights.sum(axis=0)
-    bits = _fixed_point_bits(float(weights.max()))
-    fixed = np.trunc(weights * (1 << bits) + np.copysign(0.5, weights)).astype(np.int32)
-    return _Taps(indices=np.minimum(places, n_in - 1), weights=fixed, bits=bits)
+    return np.minimum(places, n_in - 1), weights / weights.sum(axis=0)
 
 
 def _triangle(distance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -23,10 +23,10 @@ from lfm2vl_convert.ggufile import read_tensors
 from lfm2vl_convert.imatrix import matrix_widths
 from lfm2vl_edge.calibrate import Calibration, Example
 from lfm2vl_edge.cli import app
-from lfm2vl_edge.engine import graph
-from lfm2vl_edge.engine.graph import InputSquares
+from lfm2vl_edge.engine import ggml
 from lfm2vl_edge.engine.llama import EngineSettings
 from lfm2vl_edge.engine.observe import ObservedEngine
+from lfm2vl_edge.engine.squares import InputSquares, _weight_name
 from lfm2vl_edge.errors import EngineError, PromptError
 from lfm2vl_edge.modelfile import find_pair
 from lfm2vl_edge.scenes import scenes
@@ -173,16 +173,16 @@ def test_what_is_no_number_is_told(name: str, folder: Path, tmp_path: Path) -> N
 
 
 def test_an_unknown_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    fields = (("surprise", ctypes.c_int64), *graph._Tensor._fields_)
-    monkeypatch.setattr(graph, "_Tensor", type("_Tensor", (ctypes.Structure,), {"_fields_": fields}))
-    graph._product.cache_clear()
+    fields = (("surprise", ctypes.c_int64), *ggml.TensorFields._fields_)
+    monkeypatch.setattr(ggml, "TensorFields", type("TensorFields", (ctypes.Structure,), {"_fields_": fields}))
+    ggml.product_op.cache_clear()
     with pytest.raises(EngineError, match="lays its tensors out in another way"):
         InputSquares({})
 
 
 def test_names_on_devices_are_those_of_the_file() -> None:
-    assert graph._weight_name(b"CUDA0#blk.0.attn_k.weight#0") == "blk.0.attn_k.weight"
-    assert graph._weight_name(b"blk.0.attn_k.weight") == "blk.0.attn_k.weight"
+    assert _weight_name(b"CUDA0#blk.0.attn_k.weight#0") == "blk.0.attn_k.weight"
+    assert _weight_name(b"blk.0.attn_k.weight") == "blk.0.attn_k.weight"
 
 
 def test_an_example_that_does_not_fit(folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,6 @@ from PIL import Image
 
 from lfm2vl_edge import ConfigError, EngineError, ImageError, Model, PromptError, plan
 from lfm2vl_edge.hardware import available_cpus, physical_cores
-from lfm2vl_edge.modelfile import find_model, find_pair
-from lfm2vl_edge.opening import Wishes, open_pair
 from tests.conftest import PICTURES, Pair, talks
 
 SMALL = PICTURES / "small.png"
@@ -271,25 +268,3 @@ def test_physical_cores_are_counted_once(tmp_path: Any) -> None:
         (topology / "thread_siblings_list").write_text(f"{index // 2}\n")
     assert physical_cores(tmp_path) == (len(cpus) + 1) // 2
     assert physical_cores(tmp_path / "nothing") == len(cpus)
-
-
-def test_both_files_read_at_once_are_the_same_model(pair: Pair) -> None:
-    folder = pair("a", "F16")
-    with Model.of(open_pair(folder, Wishes(encoder_at_once=True)), None, 0) as model, Model.open(folder) as later:
-        np.testing.assert_array_equal(model.embed_image(SMALL), later.embed_image(SMALL))
-        assert model.ask(SMALL, "what?", **GREEDY) == later.ask(SMALL, "what?", **GREEDY)
-
-
-def test_a_file_that_is_refused_while_the_other_is_read_is_named(pair: Pair, tmp_path: Path) -> None:
-    from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
-
-    files = find_pair(find_model(pair("a", "F16")))
-    cut = tmp_path / "mmproj-cut.gguf"
-    cut.write_bytes(files.mmproj.read_bytes()[:100_000])
-    settings = EngineSettings(n_threads=1, n_ctx=256, n_ctx_max=256, max_view_tokens=256, encoder_at_once=True)
-    with pytest.raises(EngineError, match="mtmd_init_from_file failed on .*mmproj-cut.gguf"):
-        LlamaEngine(files.model, cut, settings)
-    short = tmp_path / "short.gguf"
-    short.write_bytes(files.model.read_bytes()[:50_000])
-    with pytest.raises(EngineError, match=r"llama_model_load_from_file failed on .*short\.gguf"):
-        LlamaEngine(short, files.mmproj, settings)

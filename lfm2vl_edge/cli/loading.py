@@ -116,8 +116,7 @@ def opening(
         return _model_of(files.result(), remember, folder)
 
     with ThreadPoolExecutor(1) as pool:
-        at_once = folder is None  # else the picture may be known, and the encoder not needed
-        files = pool.submit(_open_files, located, options, image, verbose, encoder_at_once=at_once)
+        files = pool.submit(_open_files, located, options, image, verbose)
         try:
             yield opened
         finally:
@@ -125,16 +124,13 @@ def opening(
                 files.result().engine.close()
 
 
-def _open_files(
-    located: Located, options: ModelOptions, image: ImageOptions, verbose: int, *, encoder_at_once: bool = False
-) -> Loaded:
+def _open_files(located: Located, options: ModelOptions, image: ImageOptions, verbose: int) -> Loaded:
     from lfm2vl_edge.opening import Wishes, open_pair
 
     warnings_to_stderr()
     wishes = Wishes(
         mmproj=located.mmproj,
         image_settings=image.changes(),
-        encoder_at_once=encoder_at_once,
         **image.wishes(),
         **options.machine(),
     )

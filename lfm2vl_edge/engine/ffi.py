@@ -34,6 +34,7 @@ __all__ = [
     "libraries",
     "llama",
     "mtmd",
+    "native_function",
     "require",
     "sequence_bytes",
     "set_sequence_bytes",
@@ -110,6 +111,28 @@ def libraries() -> tuple[Path, ...]:
     folder = Path(llama.__file__).parent / "lib"
     found = (path.resolve() for path in folder.iterdir() if path.is_file() and _NATIVE.search(path.name))
     return tuple(sorted(set(found)))
+
+
+def native_function(name: str, prototype: Any) -> Any:
+    """Return a function of llama.cpp's libraries that llama_cpp has no binding for.
+
+    Args:
+        name: of the function.
+        prototype: its types, made by `ctypes.CFUNCTYPE`.
+
+    Raises:
+        EngineError: there is none.
+    """
+    loaded = llama._lib  # noqa: SLF001  # by its path another copy of the library could be loaded
+    library = next((one for one in (loaded, *_other_libraries()) if hasattr(one, name)), None)
+    if library is None:
+        raise EngineError(f"the installed llama.cpp has no function {name}; install llama-cpp-python 0.3.36")
+    return prototype((name, library))
+
+
+def _other_libraries() -> list[Any]:
+    """Return what must be searched beside libllama. Elsewhere its dependencies are searched with it."""
+    return [ctypes.CDLL(str(path)) for path in libraries() if sys.platform == "win32" and "ggml" in path.name]
 
 
 def sequence_bytes(context: Any) -> npt.NDArray[np.uint8]:

@@ -1,20 +1,18 @@
-"""The engine on llama.cpp: the language tower through libllama, the encoder through libmtmd."""
+"""The engine on llama.cpp: the language tower through libllama, the encoder on ggml, or through libmtmd on a GPU."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
 from lfm2vl_edge.config import Sampling
 from lfm2vl_edge.engine import EngineInfo, Floats, State
-from lfm2vl_edge.engine.encoder import FLASH_ATTENTION, Encoder, EncoderSettings
 from lfm2vl_edge.engine.ffi import (
     ABORTED,
     LOG,
@@ -30,7 +28,10 @@ from lfm2vl_edge.engine.ffi import (
 )
 from lfm2vl_edge.engine.gpu import Gpu, find_gpu
 from lfm2vl_edge.engine.grammar import Rules, TokenIds, check_grammar, grammar_sampler, text_tokens
+from lfm2vl_edge.engine.graph import graphs_work
+from lfm2vl_edge.engine.mtmd import FLASH_ATTENTION, MtmdEncoder, MtmdSettings
 from lfm2vl_edge.engine.sampling import sampler_chain
+from lfm2vl_edge.engine.vision import VERSION, GraphEncoder
 from lfm2vl_edge.errors import ContextFull, EngineError
 
 if TYPE_CHECKING:
@@ -57,15 +58,23 @@ class EngineSettings:
     n_ctx_max: int
     """Longest context that the model allows, tokens."""
     max_view_tokens: int
-    """Image tokens of the largest view that is expected; a larger one makes the encoder reopen its file."""
+    """Image tokens of the largest view that is expected; a larger one makes an encoder on a GPU reopen its file."""
     exact: bool = False
     """Whether exactness counts more than speed: attention without 16-bit shortcuts, a fifth slower to prefill."""
     gpu_layers: int = 0
     """Layers that a GPU takes, where the installed llama.cpp has one; -1 means all."""
     device: str | None = None
     """Name of that GPU; None leaves the choice to llama.cpp."""
-    encoder_at_once: bool = False
-    """Whether both files are read at the same time; otherwise the encoder's when the first view comes."""
+
+
+class Encoder(Protocol):
+    """Makes image tokens of views."""
+
+    def encode(self, pixels: Pixels, n_tokens: int, n_embd: int) -> Floats:
+        """Return the embeddings of one view, float32 `[n_tokens, n_embd]`."""
+
+    def close(self) -> None:
+        """Free the native memory; a second call does nothing."""
 
 
 class LlamaEngine:
@@ -89,7 +98,9 @@ class LlamaEngine:
         llama.llama_backend_init()
         self._gpu = find_gpu(settings.gpu_layers, settings.device)
         try:
-            self._load(model)
+            if self._uses_graph:
+                self._encoder_for(0)  # costs no time, finds a wrong file at once, and begins to read it
+            self._model = _load_model(model, settings.gpu_layers, self._gpu)
             self._vocab = llama.llama_model_get_vocab(self._model)
             self._n_embd = llama.llama_model_n_embd(self._model)
             self._n_vocab = llama.llama_vocab_n_tokens(self._vocab)
@@ -108,7 +119,7 @@ class LlamaEngine:
             n_threads=self._settings.n_threads,
             system=llama.llama_print_system_info().decode("utf-8", "replace").strip(),
             libraries=libraries(),
-            encoder_settings=f"flash={FLASH_ATTENTION} gpu={self._uses_gpu}{self._device}",
+            encoder_settings=self._encoder_settings(),
             language_settings=self._language_settings(),
         )
 
@@ -282,29 +293,33 @@ class LlamaEngine:
         params.no_perf = True
         return params
 
-    def _load(self, model: Path) -> None:
-        """Load the language file; beside it, in another thread, the encoder's, if that is wished."""
-        if not self._settings.encoder_at_once:
-            self._model = _load_model(model, self._settings.gpu_layers, self._gpu)
-            return
-        with ThreadPoolExecutor(1) as pool:
-            encoder = pool.submit(Encoder, self._mmproj, self._encoder_settings())
-            try:
-                self._model = _load_model(model, self._settings.gpu_layers, self._gpu)
-            finally:
-                self._encoder = encoder.result()
-
     def _encoder_for(self, n_tokens: int) -> Encoder:
-        """Return the encoder, opened at first use, and again when a view is larger than it was opened for."""
-        if self._encoder is None or n_tokens > self._encoder.settings.view_tokens:
+        """Return the encoder, opened at first use; mtmd's again when a view is larger than it was opened for."""
+        if self._encoder and n_tokens > self._view_tokens and isinstance(self._encoder, MtmdEncoder):
             self._close_encoder()
+        if self._encoder is None:
             self._view_tokens = max(n_tokens, self._view_tokens)
-            self._encoder = Encoder(self._mmproj, self._encoder_settings())
+            self._encoder = self._new_encoder()
         return self._encoder
 
-    def _encoder_settings(self) -> EncoderSettings:
-        """Return how the encoder is opened for views of up to `_view_tokens` tokens."""
-        return EncoderSettings(
+    def _new_encoder(self) -> Encoder:
+        if self._uses_graph:
+            return GraphEncoder(self._mmproj, self._settings.n_threads)
+        return MtmdEncoder(self._mmproj, self._mtmd_settings())
+
+    @property
+    def _uses_graph(self) -> bool:
+        return not self._uses_gpu and graphs_work()
+
+    def _encoder_settings(self) -> str:
+        """Name what decides how views are computed; the number of threads changes no bit."""
+        if self._uses_graph:
+            return f"graph={VERSION}"
+        return f"flash={FLASH_ATTENTION} gpu={self._uses_gpu}{self._device}"
+
+    def _mtmd_settings(self) -> MtmdSettings:
+        """Return how mtmd is opened for views of up to `_view_tokens` tokens."""
+        return MtmdSettings(
             n_threads=self._settings.n_threads,
             view_tokens=self._view_tokens,
             use_gpu=self._uses_gpu,

@@ -10,9 +10,9 @@ from typing import Any, Final
 import numpy as np
 
 from lfm2vl_edge.engine import Floats
-from lfm2vl_edge.engine.encoder import EncoderSettings
-from lfm2vl_edge.engine.graph import InputSquares
-from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
+from lfm2vl_edge.engine.llama import Encoder, EngineSettings, LlamaEngine
+from lfm2vl_edge.engine.mtmd import MtmdEncoder
+from lfm2vl_edge.engine.squares import InputSquares
 from lfm2vl_edge.image import Pixels
 
 _ROWS: Final = 256
@@ -57,8 +57,8 @@ class ObservedEngine(LlamaEngine):
         params.cb_eval = self.squares.callback
         return params
 
-    def _encoder_settings(self) -> EncoderSettings:
-        return replace(super()._encoder_settings(), observer=self.squares.callback)
+    def _new_encoder(self) -> Encoder:
+        return MtmdEncoder(self._mmproj, replace(self._mtmd_settings(), observer=self.squares.callback))
 
     def _decode(self, batch: Any) -> None:
         batch.logits = self._wanted.ctypes.data_as(type(batch.logits))

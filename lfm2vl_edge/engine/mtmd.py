@@ -1,4 +1,4 @@
-"""The vision encoder with its projector: one mtmd context, which encodes one finished view at a time.
+"""The vision encoder with its projector in an mtmd context: for GPUs, and to observe what goes into its matrices.
 
 mtmd puts begin and end markers round every view and asks the vocabulary of a language model for their ids. The prompt
 has markers of its own, so those are passed over, and any vocabulary that has them will do: the built-in model's is
@@ -25,7 +25,7 @@ FLASH_ATTENTION: Final = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncoderSettings:
+class MtmdSettings:
     """How the encoder's file is opened."""
 
     n_threads: int
@@ -40,14 +40,14 @@ class EncoderSettings:
     """A ggml callback that is shown every result of the encoder's graph; None for none."""
 
 
-class Encoder:
+class MtmdEncoder:
     """Owns an mtmd context; `close` frees it.
 
     Raises:
         EngineError: mtmd refuses the file, and the message has its last log line.
     """
 
-    def __init__(self, mmproj: Path, settings: EncoderSettings) -> None:
+    def __init__(self, mmproj: Path, settings: MtmdSettings) -> None:
         self.settings = settings
         self._context: Any = None
         LOG.forget()
@@ -95,7 +95,7 @@ def _load_vocabulary() -> Any:
     return require("llama_model_load_from_file", model, f" on {_VOCABULARY}")
 
 
-def _params(settings: EncoderSettings) -> Any:
+def _params(settings: MtmdSettings) -> Any:
     params = mtmd.mtmd_context_params_default()
     params.use_gpu = settings.use_gpu
     params.device = settings.gpu.handle if settings.gpu else None
