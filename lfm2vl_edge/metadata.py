@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, overload
 
@@ -126,9 +127,26 @@ def read_metadata(path: Path) -> dict[str, Any]:
         ModelNotFound: there is no file at `path`.
         ConfigError: the file is no GGUF file or is damaged.
     """
+    with _opened(path) as header:
+        return dict(_pairs(header))
+
+
+def read_architecture(path: Path) -> Any:
+    """Return what a GGUF file says that it is, without a walk over its vocabulary; None if it does not say.
+
+    Raises:
+        ModelNotFound: there is no file at `path`.
+        ConfigError: the file is no GGUF file or is damaged.
+    """
+    with _opened(path) as header:
+        return next((value for key, value in _pairs(header) if key == "general.architecture"), None)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Header]:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-            return dict(_pairs(_Header(buffer, path)))
+            yield _Header(buffer, path)
     except FileNotFoundError:
         raise ModelNotFound(f"no model file at {path}; check the path") from None
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped

@@ -36,6 +36,8 @@ _MARKER_KEYS: Final[Mapping[str, str]] = {
 }
 IMAGE, IMAGE_START, IMAGE_END, THUMBNAIL = _MARKER_KEYS
 """Texts of the image markers; their ids differ from vocabulary to vocabulary."""
+LANGUAGE_ARCHITECTURE: Final = "lfm2"
+"""llama.cpp's name of the language tower."""
 CALL_START: Final = "<|tool_call_start|>"
 CALL_END: Final = "<|tool_call_end|>"
 _TOOL_MARKERS: Final = (
@@ -280,7 +282,7 @@ def _need(metadata: Mapping[str, Any], key: str, path: Path) -> Any:
 
 def _check_kinds(pair: Pair, language: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
     kind = language.get("general.architecture")
-    if kind != "lfm2":
+    if kind != LANGUAGE_ARCHITECTURE:
         raise ConfigError(f"{pair.model} is a {kind!r} model, not the language tower of an LFM2-VL model")
     kind = vision.get("general.architecture")
     if kind != "clip":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,20 @@ from lfm2vl_edge.device import Profile, load_profile, place_of
 from lfm2vl_edge.engine import Engine
 from lfm2vl_edge.errors import ConfigError
 from lfm2vl_edge.hardware import big_cores
-from lfm2vl_edge.identity import Source
-from lfm2vl_edge.modelfile import ModelConfig, Pair, find_model, find_pair, mmproj_type, read_config
+from lfm2vl_edge.identity import Source, stamp
+from lfm2vl_edge.metadata import read_architecture
+from lfm2vl_edge.modelfile import (
+    LANGUAGE_ARCHITECTURE,
+    ModelConfig,
+    Pair,
+    find_model,
+    find_pair,
+    mmproj_type,
+    read_config,
+)
 
 if TYPE_CHECKING:
+    from lfm2vl_edge.engine.language import LanguageFile
     from lfm2vl_edge.engine.llama import EngineSettings
 
 
@@ -140,14 +151,29 @@ def open_pair(path: Path, wishes: Wishes) -> Loaded:
         EngineError: llama.cpp refuses a file, or has no such GPU.
     """
     begin = time.perf_counter()
-    opening = decide(path, wishes)
-    source = Source.of(opening.pair)
-    engine = load(opening, wishes)
+    pair = find_pair(find_model(path), wishes.mmproj)
+    stamp_before = stamp(pair.model)
+    with _reading(pair.model, wishes) as language:
+        opening = decide(pair.model, wishes)
+        source = Source(pair=opening.pair, stamps=(stamp_before, stamp(opening.pair.mmproj)))
+        engine = load(opening, wishes, language)
     return Loaded(engine=engine, config=opening.config, source=source, seconds=time.perf_counter() - begin)
 
 
-def load(opening: Opening, wishes: Wishes) -> Engine:
-    """Return the engine with both files; llama.cpp itself is imported only here.
+@contextmanager
+def _reading(model: Path, wishes: Wishes) -> Iterator[LanguageFile | None]:
+    """Let the language file be read while it is decided how it is opened; nothing, if it will be refused."""
+    if read_architecture(model) != LANGUAGE_ARCHITECTURE:
+        yield None
+        return
+    from lfm2vl_edge.engine.language import LanguageFile
+
+    with closing(LanguageFile(model, wishes.gpu_layers, wishes.device)) as language:
+        yield language
+
+
+def load(opening: Opening, wishes: Wishes, language: LanguageFile | None = None) -> Engine:
+    """Return the engine with both files, of which the language file may be read already.
 
     Raises:
         EngineError: llama.cpp refuses a file, or has no such GPU.
@@ -155,7 +181,7 @@ def load(opening: Opening, wishes: Wishes) -> Engine:
     from lfm2vl_edge.engine.llama import LlamaEngine
 
     settings = engine_settings(opening.config, opening.n_threads, wishes)
-    return LlamaEngine(opening.pair.model, opening.pair.mmproj, settings)
+    return LlamaEngine(language or opening.pair.model, opening.pair.mmproj, settings)
 
 
 def engine_settings(config: ModelConfig, n_threads: int, wishes: Wishes) -> EngineSettings:

@@ -26,9 +26,9 @@ from lfm2vl_edge.engine.ffi import (
     sequence_bytes,
     set_sequence_bytes,
 )
-from lfm2vl_edge.engine.gpu import Gpu, find_gpu
 from lfm2vl_edge.engine.grammar import Rules, TokenIds, check_grammar, grammar_sampler, text_tokens
 from lfm2vl_edge.engine.graph import graphs_work
+from lfm2vl_edge.engine.language import LanguageFile
 from lfm2vl_edge.engine.mtmd import FLASH_ATTENTION, MtmdEncoder, MtmdSettings
 from lfm2vl_edge.engine.sampling import sampler_chain
 from lfm2vl_edge.engine.vision import VERSION, GraphEncoder
@@ -84,7 +84,7 @@ class LlamaEngine:
         EngineError: llama.cpp refuses a file, and the message has its last log line; or it has no such GPU.
     """
 
-    def __init__(self, model: Path, mmproj: Path, settings: EngineSettings) -> None:
+    def __init__(self, model: Path | LanguageFile, mmproj: Path, settings: EngineSettings) -> None:
         self._model: Any = None
         self._context: Any = None
         self._encoder: Encoder | None = None
@@ -94,18 +94,19 @@ class LlamaEngine:
         self._settings = settings
         self._view_tokens = settings.max_view_tokens
         self._abort = AbortFlag()
-        LOG.forget()
-        llama.llama_backend_init()
-        self._gpu = find_gpu(settings.gpu_layers, settings.device)
+        if isinstance(model, Path):
+            model = LanguageFile(model, settings.gpu_layers, settings.device)
+        self._gpu = model.gpu
         try:
             if self._uses_graph:
                 self._encoder_for(0)  # costs no time, finds a wrong file at once, and begins to read it
-            self._model = _load_model(model, settings.gpu_layers, self._gpu)
+            self._model = model.take()
             self._vocab = llama.llama_model_get_vocab(self._model)
             self._n_embd = llama.llama_model_n_embd(self._model)
             self._n_vocab = llama.llama_vocab_n_tokens(self._vocab)
             self._open_context(settings.n_ctx)
         except BaseException:
+            model.close()
             self.close()
             raise
 
@@ -334,13 +335,3 @@ class LlamaEngine:
         if code == NO_MEMORY_SLOT:
             raise ContextFull(f"the context of {self._n_ctx} tokens is full")
         check("llama_decode", code)
-
-
-def _load_model(path: Path, n_gpu_layers: int, gpu: Gpu | None) -> Any:
-    params = llama.llama_model_default_params()
-    params.n_gpu_layers = n_gpu_layers
-    devices = (ctypes.c_void_p * 2)(gpu.handle if gpu else None, None)
-    if gpu:
-        params.devices = ctypes.addressof(devices)  # ends with a null; read while loading only
-    model = llama.llama_model_load_from_file(str(path).encode(), params)
-    return require("llama_model_load_from_file", model, f" on {path}")
