@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from importlib import import_module
@@ -80,5 +81,6 @@ def _common(
 
 def main() -> None:
     """Run the command line; of the commands, only the one that is named first is imported."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads would only keep llama.cpp's waiting
     named = [word for word in sys.argv[1:2] if word in COMMANDS]
     build(named or COMMANDS)()
