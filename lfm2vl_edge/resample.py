@@ -41,6 +41,11 @@ class _Taps:
     bits: int
     """Of the fixed point."""
 
+    @property
+    def half(self) -> int:
+        """One half, with which sums are begun so that cutting rounds them."""
+        return 1 << (self.bits - 1)
+
 
 def resize(pixels: Pixels, height: int, width: int, resample: int) -> Pixels:
     """Return the picture resized with antialiasing.
@@ -57,7 +62,7 @@ def resize(pixels: Pixels, height: int, width: int, resample: int) -> Pixels:
     if pixels.shape[1] != width:
         pixels = _along_rows(pixels, width, resample)
     if pixels.shape[0] != height:
-        pixels = _along_rows(pixels.transpose(1, 0, 2), height, resample).transpose(1, 0, 2)
+        pixels = _along_columns(pixels, height, resample)
     return np.ascontiguousarray(pixels)
 
 
@@ -68,12 +73,32 @@ def _along_rows(pixels: Pixels, n_out: int, resample: int) -> Pixels:
     n_rows = max(1, _STRIP_VALUES // (n_out * pixels.shape[2]))
     for first in range(0, pixels.shape[0], n_rows):
         strip = np.ascontiguousarray(pixels[first : first + n_rows])
-        total = np.full((len(strip), n_out, strip.shape[2]), 1 << (taps.bits - 1), np.int32)
+        total = np.full((len(strip), n_out, strip.shape[2]), taps.half, np.int32)
         for indices, weights in zip(taps.indices, taps.weights, strict=True):
             total += strip.take(indices, axis=1) * weights[:, None]
-        total >>= taps.bits
-        result[first : first + n_rows] = np.clip(total, 0, 255, out=total)
+        result[first : first + n_rows] = _rounded(total, taps)
     return result
+
+
+def _along_columns(pixels: Pixels, n_out: int, resample: int) -> Pixels:
+    """Return uint8 `[n_out, W, 3]`, a strip of rows at a time."""
+    taps = _taps(pixels.shape[0], n_out, resample)
+    rows = np.ascontiguousarray(pixels).reshape(pixels.shape[0], -1)
+    result = np.empty((n_out, rows.shape[1]), np.uint8)
+    n_rows = max(1, _STRIP_VALUES // rows.shape[1])
+    for first in range(0, n_out, n_rows):
+        part = slice(first, first + n_rows)
+        total = np.full(result[part].shape, taps.half, np.int32)
+        for indices, weights in zip(taps.indices[:, part], taps.weights[:, part], strict=True):
+            total += rows[indices] * weights[:, None]
+        result[part] = _rounded(total, taps)
+    return result.reshape(n_out, *pixels.shape[1:])
+
+
+def _rounded(total: npt.NDArray[np.int32], taps: _Taps) -> npt.NDArray[np.int32]:
+    """Return fixed-point sums, which are overwritten, as 0 to 255."""
+    total >>= taps.bits
+    return np.clip(total, 0, 255, out=total)
 
 
 def resize_grid(grid: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.float32]:

@@ -95,14 +95,18 @@ def test_what_does_not_fit_is_told(encoder: GraphEncoder) -> None:
         encoder.encode(view(1, 1), 1, 64)
 
 
-def rewritten(source: Path, path: Path, change: Callable[[str, Any], Any]) -> Path:
-    """Copy a GGUF file with its tensors changed: `change` gets a name and an array, and gives an array or None."""
+def rewritten(source: Path, path: Path, change: Callable[[str, Any], Any], **stated: Any) -> Path:
+    """Copy a GGUF file with its tensors changed: `change` gets a name and an array, and gives an array or None.
+
+    Metadata of the vision encoder are replaced by `stated`.
+    """
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(path, "clip")
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name != "general.architecture":
             kind = field.types[0]
-            writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None)
+            value = stated.get(field.name.rpartition(".")[2], field.contents())
+            writer.add_key_value(field.name, value, kind, field.types[-1] if len(field.types) > 1 else None)
     for tensor in reader.tensors:
         kept = change(tensor.name, np.array(tensor.data))
         if kept is not None:
@@ -197,3 +201,16 @@ def test_another_llama_cpp_leaves_the_encoder_to_mtmd(pair: Pair, monkeypatch: p
     finally:
         ggml.ggml_cpu.cache_clear()
         graph.graphs_work.cache_clear()
+
+
+@pytest.mark.parametrize("size", [1, 3, 64, 2**20, 2**31 - 1, 2**32 - 1])
+@pytest.mark.parametrize("key", ["embedding_length", "head_count", "block_count", "patch_size", "scale_factor"])
+def test_sizes_that_the_tensors_contradict_are_refused(
+    mmproj: Callable[[str, str], Path], tmp_path: Path, key: str, size: int
+) -> None:
+    path = rewritten(mmproj("a", "F32"), tmp_path / "mmproj.gguf", lambda _, data: data, **{key: size})
+    if (key, size) in {("head_count", 1), ("head_count", 3), ("block_count", 1), ("block_count", 3)}:
+        GraphEncoder(path, 1).close()  # those fit, though the answers are others
+        return
+    with pytest.raises(EngineError, match=r"has the shape|has no tensor|no sizes of a vision encoder"):
+        GraphEncoder(path, 1)

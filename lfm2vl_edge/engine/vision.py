@@ -106,6 +106,7 @@ class GraphEncoder:
         self._weights = Weights(mmproj)
         self._view: _View | None = None
         try:
+            _check_ends(self._tower, self._weights)
             _View(self._tower, self._weights, 1, 1).close()  # looks at every tensor
         except BaseException:
             self.close()
@@ -238,6 +239,17 @@ class _View:
         op, weights = self._graph.op, self._weights
         product = op("mul_mat", weights.matrix(f"{name}.weight", width, height), x)
         return op("add", product, weights.vector(f"{name}.bias", height))
+
+
+def _check_ends(tower: Tower, weights: Weights) -> None:
+    """Refuse a file whose sizes and tensors contradict each other, before such sizes reach ggml.
+
+    Raises:
+        EngineError: they do.
+    """
+    weights.matrix("v.patch_embd.weight", tower.patch, tower.patch, _CHANNELS, tower.width)
+    weights.vector(f"v.blk.{tower.n_blocks - 1}.ln1.weight", tower.width)
+    weights.matrix("mm.1.weight", tower.width * tower.merge**2, weights.height("mm.1.weight"))
 
 
 def _position_grid(weights: Weights, width: int) -> Floats:

@@ -33,6 +33,7 @@ class Weights:
         self._file: Any = None
         self._context = ctypes.c_void_p()
         self._buffer: Any = None
+        self._mapping: mmap.mmap | None = None
         self._tensors: dict[str, int] = {}
         LOG.forget()
         params = FileParams(True, ctypes.pointer(self._context))
@@ -88,7 +89,7 @@ class Weights:
             ggml().ggml_free(self._context)
         if self._file:
             ggml().gguf_free(self._file)
-        self._file = self._buffer = None
+        self._file = self._buffer = self._mapping = None
         self._context = ctypes.c_void_p()
         self._tensors = {}
 
