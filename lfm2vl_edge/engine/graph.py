@@ -1,8 +1,8 @@
 """A graph of ggml's operations: collected once, then computed as often as wished.
 
-Two things are ours here that ggml leaves to its caller: the work memory begins on a cache line, without which a
-processor with 512-bit registers takes an eighth longer, because every load from it would touch two lines; and the
-memory of all results is planned by ggml's own allocator.
+ggml's allocator plans the memory of all results. The work memory for what happens within an operation is the caller's
+affair: here it begins on a cache line. A processor with 512-bit registers takes a sixth longer where it does not,
+because every load from there touches two lines (`docs/performance.md`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lfm2vl_edge.engine.ggml import F32, InitParams, ggml, ggml_cpu
 from lfm2vl_edge.errors import EngineError
 
 _CACHE_LINE: Final = 64
-"""Bytes; of all processors that ggml knows but Apple's, whose 128 bring nothing here."""
+"""Bytes, as many as the widest registers have."""
 
 
 @functools.cache
