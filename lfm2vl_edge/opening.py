@@ -15,7 +15,7 @@ from lfm2vl_edge.device import Profile, load_profile, place_of
 from lfm2vl_edge.engine import Engine
 from lfm2vl_edge.errors import ConfigError
 from lfm2vl_edge.hardware import big_cores
-from lfm2vl_edge.identity import Source, stamp
+from lfm2vl_edge.identity import Source
 from lfm2vl_edge.metadata import read_architecture
 from lfm2vl_edge.modelfile import (
     LANGUAGE_ARCHITECTURE,
@@ -95,9 +95,7 @@ def decide(path: Path, wishes: Wishes, *, use_profile: bool = True) -> Opening:
         ModelNotFound: a file is missing.
         ConfigError: the files do not fit together, or the wishes contradict each other.
     """
-    model = find_model(path)
-    profile = load_profile(place_of(model, wishes.gpu_layers, wishes.device)) if use_profile else None
-    pair = find_pair(model, wishes.mmproj, _seconds(profile))
+    pair, profile = _choose(path, wishes, use_profile)
     threads = wishes.n_threads or (profile.threads if profile else big_cores())
     changes = wishes.image_settings or {}
     check_detail(wishes.detail, changes)
@@ -110,6 +108,13 @@ def decide(path: Path, wishes: Wishes, *, use_profile: bool = True) -> Opening:
         costs=costs,
     )
     return Opening(pair=pair, config=replace(config, sight=sight), n_threads=threads, profile=profile, costs=costs)
+
+
+def _choose(path: Path, wishes: Wishes, use_profile: bool = True) -> tuple[Pair, Profile | None]:
+    """Return the files of a model, and what `tune` measured of it here."""
+    model = find_model(path)
+    profile = load_profile(place_of(model, wishes.gpu_layers, wishes.device)) if use_profile else None
+    return find_pair(model, wishes.mmproj, _seconds(profile)), profile
 
 
 def _seconds(profile: Profile | None) -> dict[str, float]:
@@ -151,11 +156,10 @@ def open_pair(path: Path, wishes: Wishes) -> Loaded:
         EngineError: llama.cpp refuses a file, or has no such GPU.
     """
     begin = time.perf_counter()
-    pair = find_pair(find_model(path), wishes.mmproj)
-    stamp_before = stamp(pair.model)
+    pair, _ = _choose(path, wishes)
+    source = Source.of(pair)
     with _reading(pair.model, wishes) as language:
-        opening = decide(pair.model, wishes)
-        source = Source(pair=opening.pair, stamps=(stamp_before, stamp(opening.pair.mmproj)))
+        opening = decide(pair.model, replace(wishes, mmproj=pair.mmproj))
         engine = load(opening, wishes, language)
     return Loaded(engine=engine, config=opening.config, source=source, seconds=time.perf_counter() - begin)
 

@@ -214,3 +214,26 @@ def test_sizes_that_the_tensors_contradict_are_refused(
         return
     with pytest.raises(EngineError, match=r"has the shape|has no tensor|no sizes of a vision encoder"):
         GraphEncoder(path, 1)
+
+
+def test_a_view_that_finds_no_memory_leaves_nothing_behind(
+    encoder: GraphEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = encoder.encode(view(3, 3), 9, 128)
+    with monkeypatch.context() as patch:
+        patch.setattr(ggml.ggml(), "ggml_gallocr_alloc_graph", lambda *_: False)
+        for _ in range(2):
+            with pytest.raises(EngineError, match="not enough memory to encode a view"):
+                encoder.encode(view(4, 4), 16, 128)
+    assert encoder.encode(view(4, 4), 16, 128).shape == (16, 128)
+    np.testing.assert_array_equal(encoder.encode(view(3, 3), 9, 128), expected)
+
+
+def test_an_unknown_layout_of_tensors_leaves_the_encoder_to_mtmd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise EngineError("unknown")
+
+    monkeypatch.setattr(graph, "product_op", refuse)
+    graph.graphs_work.cache_clear()
+    assert not graph.graphs_work()
+    graph.graphs_work.cache_clear()

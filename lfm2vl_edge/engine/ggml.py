@@ -70,10 +70,8 @@ class Plan(ctypes.Structure):
     )
 
 
-_pointer, _int, _number, _size, _float = (
-    *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64),
-    *(ctypes.c_size_t, ctypes.c_float),
-)
+_pointer, _int, _number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_size, _float = ctypes.c_size_t, ctypes.c_float
 _BASE: Final[Mapping[str, tuple[Any, list[Any]]]] = {
     "ggml_init": (_pointer, [InitParams]),
     "ggml_free": (None, [_pointer]),

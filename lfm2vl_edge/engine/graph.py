@@ -16,7 +16,7 @@ import numpy as np
 
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.engine.ffi import check, require
-from lfm2vl_edge.engine.ggml import F32, InitParams, ggml, ggml_cpu
+from lfm2vl_edge.engine.ggml import F32, InitParams, ggml, ggml_cpu, product_op
 from lfm2vl_edge.errors import EngineError
 
 _CACHE_LINE: Final = 64
@@ -28,6 +28,7 @@ def graphs_work() -> bool:
     """Tell whether the installed llama.cpp computes graphs in the way that this version knows, by a trial."""
     rows = np.arange(6, dtype=np.float32).reshape(3, 2)
     try:
+        product_op()  # or the shapes of weights would be misread
         with closing(Graph(16)) as graph:
             given = graph.input(2, 3)
             product = graph.op("mul_mat", given, given)

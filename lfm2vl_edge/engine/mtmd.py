@@ -2,7 +2,7 @@
 
 mtmd puts begin and end markers round every view and asks the vocabulary of a language model for their ids. The prompt
 has markers of its own, so those are passed over, and any vocabulary that has them will do: the built-in model's is
-read in 2 ms. So the encoder needs nothing of the language tower, and both can be opened at the same time.
+read in 2 ms. So the encoder needs nothing of the language tower.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ class MtmdEncoder:
     """
 
     def __init__(self, mmproj: Path, settings: MtmdSettings) -> None:
-        self.settings = settings
         self._context: Any = None
         LOG.forget()
         self._vocabulary = _load_vocabulary()

@@ -144,12 +144,19 @@ class GraphEncoder:
 
     def _view_of(self, rows: int, columns: int) -> _View:
         """Return the graph for a view of so many image tokens; most views have the shape of the one before."""
-        if self._view is None or self._view.tokens != (rows, columns):
-            if self._view:
-                self._view.close()
-            self._view = _View(self._tower, self._weights, rows, columns)
-            self._view.ready(self._n_threads)
-        return self._view
+        if self._view and self._view.tokens == (rows, columns):
+            return self._view
+        if self._view:
+            self._view.close()
+            self._view = None
+        view = _View(self._tower, self._weights, rows, columns)
+        try:
+            view.ready(self._n_threads)
+        except BaseException:
+            view.close()
+            raise
+        self._view = view
+        return view
 
 
 class _View:
@@ -193,7 +200,6 @@ class _View:
         kernel = weights.matrix("v.patch_embd.weight", tower.patch, tower.patch, _CHANNELS, width)
         x = op("mul_mat", op("reshape_2d", kernel, taps, width), self._patches)
         x = op("add", op("add", x, weights.vector("v.patch_embd.bias", width)), self._positions)
-        _position_grid(weights, width)
         for index in range(tower.n_blocks):
             x = self._block(x, f"v.blk.{index}")
         self._output = self._projected(self._norm(x, "v.post_ln", width, tower.epsilon))
@@ -249,6 +255,7 @@ def _check_ends(tower: Tower, weights: Weights) -> None:
     """
     weights.matrix("v.patch_embd.weight", tower.patch, tower.patch, _CHANNELS, tower.width)
     weights.vector(f"v.blk.{tower.n_blocks - 1}.ln1.weight", tower.width)
+    _position_grid(weights, tower.width)
     weights.matrix("mm.1.weight", tower.width * tower.merge**2, weights.height("mm.1.weight"))
 
 
