@@ -14,7 +14,6 @@ from lfm2vl_edge.generate import Chunk
 from lfm2vl_edge.image import ImageInput
 from lfm2vl_edge.modelfile import ModelConfig
 from lfm2vl_edge.prompt import Message, Picture, user_message
-from lfm2vl_edge.schema.classes import instance_of, schema_of
 
 EXACT: Final[Mapping[str, Any]] = {"temperature": 0.0, "repetition_penalty": 1.0}
 """Options of boxes and JSON unless others are given: the likeliest answer, and no penalty for signs that recur."""
@@ -97,6 +96,8 @@ class TypedAnswers(ABC):
             AnswerError: the answer breaks a rule that is checked afterwards, or the class refuses it.
             EdgeError: see `Model.stream`.
         """
+        from lfm2vl_edge.schema.classes import instance_of, schema_of
+
         described = schema_of(schema)
         shown = json.dumps(described, ensure_ascii=False, default=str)
         question = f"Extract from the image, as JSON with this schema: {shown}" if prompt is None else prompt

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lfm2vl_edge.cache import Key, Memory, Piece, chain
 from lfm2vl_edge.config import Options
@@ -16,11 +16,13 @@ from lfm2vl_edge.errors import AnswerCut, ConfigError, ContextFull, ToolError
 from lfm2vl_edge.modelfile import ModelConfig
 from lfm2vl_edge.prepare import Prompt, n_tokens, prepare, split
 from lfm2vl_edge.prompt import Message, images_of
-from lfm2vl_edge.schema import Schema, grammar_of, parse_answer, read_schema
 from lfm2vl_edge.stats import Stats, Stopwatch
 from lfm2vl_edge.stream import TextStream
 from lfm2vl_edge.tiling import Tile
 from lfm2vl_edge.tools import CallReader, Tool, ToolCall
+
+if TYPE_CHECKING:
+    from lfm2vl_edge.schema import Schema
 
 Finish = Literal["stop", "length"]
 """`stop`: the model ended its turn or a stop string came; `length`: max_tokens or the context was full."""
@@ -111,14 +113,23 @@ def stream(
         AnswerCut: max_tokens or the context was full before an answer was whole that is held to a grammar or schema.
         AnswerError: the answer breaks a rule of the schema that no grammar expresses.
     """
-    schema = None if options.schema is None else read_schema(options.schema)
-    grammar = options.grammar if schema is None else grammar_of(schema)
+    schema, grammar = _held_to(options)
     if tools and grammar is not None:
         raise ConfigError("an answer that is held to a grammar or a schema can call no tool; give one or the other")
     if options.grammar is not None:
         engine.check_grammar(options.grammar)
     chunks = _stream(engine, config, messages, options, memory, grammar, tools)
     yield from chunks if grammar is None else _whole(chunks, options, schema)
+
+
+def _held_to(options: Options) -> tuple[Schema | None, str | None]:
+    """Return what the answer is held to; schemas are imported only where there is one."""
+    if options.schema is None:
+        return None, options.grammar
+    from lfm2vl_edge.schema import grammar_of, read_schema
+
+    schema = read_schema(options.schema)
+    return schema, grammar_of(schema)
 
 
 def _stream(
@@ -171,6 +182,8 @@ def _whole(chunks: Iterator[Chunk], options: Options, schema: Schema | None) -> 
         tokens = "1 token" if n_tokens == 1 else f"{n_tokens} tokens"
         raise AnswerCut(f"the answer was cut after {tokens}, before it was whole; {remedy}")
     if schema is not None:
+        from lfm2vl_edge.schema import parse_answer
+
         parse_answer(text, schema)
     yield replace(last, text=text)
 
