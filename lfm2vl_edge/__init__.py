@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lfm2vl_edge.geometry import TilePlan, View, plan
     from lfm2vl_edge.image import load_image
     from lfm2vl_edge.model import Model
-    from lfm2vl_edge.modelfile import Pair
+    from lfm2vl_edge.pair import Pair
     from lfm2vl_edge.session import Photo
     from lfm2vl_edge.stats import Stats
     from lfm2vl_edge.tiling import Tile, preprocess
@@ -97,7 +97,7 @@ _MODULES = {
     "geometry": "TilePlan View plan",
     "image": "load_image",
     "model": "Model",
-    "modelfile": "Pair",
+    "pair": "Pair",
     "session": "Photo",
     "stats": "Stats",
     "tiling": "Tile preprocess",

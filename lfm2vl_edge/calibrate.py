@@ -13,8 +13,9 @@ import numpy.typing as npt
 from lfm2vl_edge.costs import CONTEXT_TOKENS
 from lfm2vl_edge.hardware import big_cores
 from lfm2vl_edge.image import ImageInput
-from lfm2vl_edge.modelfile import ModelConfig, Pair, read_config
+from lfm2vl_edge.modelfile import ModelConfig, read_config
 from lfm2vl_edge.opening import Wishes, engine_settings
+from lfm2vl_edge.pair import Pair
 from lfm2vl_edge.prepare import n_tokens, prepare, split
 from lfm2vl_edge.prompt import user_message
 from lfm2vl_edge.tiling import Tile

@@ -13,7 +13,8 @@ from lfm2vl_edge import blobs, hub
 from lfm2vl_edge.errors import DownloadError, ModelNotPulled
 from lfm2vl_edge.files import data_folder
 from lfm2vl_edge.hub import RemoteFile, Repository
-from lfm2vl_edge.modelfile import Pair, read_config
+from lfm2vl_edge.modelfile import read_config
+from lfm2vl_edge.pair import Pair
 from lfm2vl_edge.pulled import Pulled, PulledFile, find_checkpoint, find_pulled, read_pulled, write_pulled
 from lfm2vl_edge.registry import Reference, display_name, quant_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lfm2vl_edge import download
 from lfm2vl_edge.download import Progress, Show
-from lfm2vl_edge.modelfile import Pair
+from lfm2vl_edge.pair import Pair
 from lfm2vl_edge.registry import reference_of
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -31,7 +30,7 @@ def write_beside(path: Path, blocks: Iterable[bytes | memoryview], *, mode: int 
         OSError: the folder cannot be written or the disk is full; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}{PARTIAL}")
     try:
         partial.touch(mode, exist_ok=False)
         with partial.open("wb") as file:

@@ -11,19 +11,17 @@ import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 from lfm2vl_edge.budget import Sight
 from lfm2vl_edge.config import ImageConfig
 from lfm2vl_edge.engine import EngineInfo
 from lfm2vl_edge.errors import ModelNotFound
 from lfm2vl_edge.files import write_beside
-from lfm2vl_edge.modelfile import Pair
+from lfm2vl_edge.pair import Pair, Stamp, stamp
 
 _BLOCK: Final = 1 << 20
 _HEX_DIGITS: Final = 64
-Stamp: TypeAlias = tuple[int, int, int]
-"""Size, time of the last change in nanoseconds, and number of a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,19 +110,6 @@ def state_digest(source: Source, info: EngineInfo, memo: Path | None) -> str:
 def engine_digest(info: EngineInfo, memo: Path | None) -> str:
     """Return the digest of the engine's native code and of the processor features that it uses."""
     return _digest(info.system, *(file_digest(path, memo) for path in info.libraries))
-
-
-def stamp(path: Path) -> Stamp:
-    """Return size, time of the last change in nanoseconds, and number of a file.
-
-    Raises:
-        ModelNotFound: the file is gone.
-    """
-    try:
-        facts = path.stat()
-    except OSError as error:
-        raise ModelNotFound(f"cannot read {path}: {error.strerror or error}; check the path") from error
-    return facts.st_size, facts.st_mtime_ns, facts.st_ino
 
 
 def file_digest(path: Path, memo: Path | None = None, then: Stamp | None = None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from lfm2vl_edge.errors import ModelNotFound, ModelNotPulled
-from lfm2vl_edge.modelfile import Pair, find_pair
+from lfm2vl_edge.pair import Pair, find_pair
 from lfm2vl_edge.pulled import Pulled, find_pulled, read_pulled
 from lfm2vl_edge.registry import BUILT_IN, RECOMMENDED, known_models, parse_name
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import mmap
 import struct
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, overload
-
-import numpy as np
 
 from lfm2vl_edge.errors import ConfigError, ModelNotFound
 
@@ -58,6 +57,16 @@ class Strings(Sequence[str]):
         index %= len(self)
         return self._buffer[self._starts[index] + 8 : self._starts[index + 1]].decode("utf-8", "replace")
 
+    def find(self, text: str) -> int | None:
+        """Return where a text stands first, without decoding the others; None if it is not here."""
+        data = text.encode()
+        entry, at = struct.pack("<Q", len(data)) + data, -1
+        while (at := self._buffer.find(entry, at + 1)) >= 0:
+            index = bisect_left(self._starts, at)
+            if self._starts[index] == at:  # and not within another text
+                return index
+        return None
+
 
 class _Header:
     """A cursor over the header; a read beyond the file's end is a ConfigError."""
@@ -100,6 +109,8 @@ class _Header:
             return self._strings(count)
         if kind not in _SCALARS:
             raise self.damaged(f"it has an array of unknown type {kind}")
+        import numpy as np
+
         dtype = np.dtype(_SCALARS[kind])
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 

@@ -1,9 +1,8 @@
-"""The two files of a model: found, checked against each other, and read into a ModelConfig, without the engine."""
+"""The two files of a model, checked against each other and read into a ModelConfig, without the engine."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,15 +18,16 @@ from lfm2vl_edge.config import (
     states_tiling,
 )
 from lfm2vl_edge.costs import SHAPE_450M, Shape, shape_of
-from lfm2vl_edge.errors import ConfigError, ModelNotFound
-from lfm2vl_edge.hardware import has_fast_bf16
-from lfm2vl_edge.metadata import read_metadata
+from lfm2vl_edge.errors import ConfigError
+from lfm2vl_edge.metadata import Strings, read_metadata
+from lfm2vl_edge.pair import LANGUAGE_ARCHITECTURE, Pair
 from lfm2vl_edge.published import Published, find_by_shape, find_published
 
 _ALL_F32: Final = 0
 """llama.cpp's file type of files without 16-bit or quantized matrices."""
 _CONTROL: Final = 3
-"""llama.cpp's token type of control tokens."""
+_NORMAL: Final = 1
+"""llama.cpp's token types of control tokens and of ordinary text."""
 _MARKER_KEYS: Final[Mapping[str, str]] = {
     "<image>": "lfm2vl.image_token_id",
     "<|image_start|>": "lfm2vl.image_start_token_id",
@@ -36,8 +36,6 @@ _MARKER_KEYS: Final[Mapping[str, str]] = {
 }
 IMAGE, IMAGE_START, IMAGE_END, THUMBNAIL = _MARKER_KEYS
 """Texts of the image markers; their ids differ from vocabulary to vocabulary."""
-LANGUAGE_ARCHITECTURE: Final = "lfm2"
-"""llama.cpp's name of the language tower."""
 CALL_START: Final = "<|tool_call_start|>"
 CALL_END: Final = "<|tool_call_end|>"
 _TOOL_MARKERS: Final = (
@@ -52,21 +50,6 @@ _SAMPLING_KEYS: Final[Mapping[str, str]] = {
     "top_k": "general.sampling.top_k",
     "top_p": "general.sampling.top_p",
 }
-_EXACT_TYPES: Final = ("F16", "F32", "Q8_0", "BF16")
-"""Types of mmproj files whose embeddings err by 3 % at most, the fastest first on processors without bfloat16. Ones
-that err more (Q4_0: 24 %) are taken only where there is nothing else."""
-_BF16_FIRST: Final = ("BF16", "F16", "F32", "Q8_0")
-"""The same on processors that multiply bfloat16 themselves, where it is a quarter faster than F16."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """The two files of a model."""
-
-    model: Path
-    """The language tower."""
-    mmproj: Path
-    """The vision encoder and the projector."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,108 +86,6 @@ class ModelConfig:
     """What its costs are guessed from where nothing was measured."""
     boxes: BoxForm = FRACTIONS
     """How it is asked for boxes, and writes them."""
-
-
-def find_pair(path: Path, mmproj: Path | None = None, seconds: Mapping[str, float] | None = None) -> Pair:
-    """Return the files of a model, given its language GGUF or the folder that holds it.
-
-    Args:
-        path: the file or folder.
-        mmproj: the vision file; by default the one beside the language file. Of several, the fastest is taken.
-        seconds: what a view takes by type of mmproj file, where that was measured. Types that were not come after
-            those that were, in an order that depends on whether the processor knows bfloat16.
-
-    Raises:
-        ModelNotFound: there is no such file, the folder holds none or several, or no mmproj lies beside it.
-    """
-    model = find_model(path)
-    if mmproj is not None and not mmproj.is_file():
-        raise ModelNotFound(f"no mmproj at {str(mmproj)!r}; check the path")
-    return Pair(model=model, mmproj=mmproj or _fastest(mmprojs_beside(model), seconds or {}))
-
-
-def find_model(path: Path) -> Path:
-    """Return the language GGUF, given itself or the folder that holds it.
-
-    Raises:
-        ModelNotFound: there is no such file, or the folder holds none or several.
-    """
-    model = _only_model(path) if path.is_dir() else path
-    if not model.is_file():
-        raise ModelNotFound(f"no model {str(path)!r}; {_what_exists(Path())}; give the path of a .gguf file")
-    if _is_mmproj(model):
-        raise ModelNotFound(f"{model.name} is the mmproj of a model; give the language file beside it")
-    return model
-
-
-def _is_mmproj(path: Path) -> bool:
-    return "mmproj" in path.name.lower()
-
-
-def _ggufs(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.gguf") if path.is_file())
-
-
-def _only_model(folder: Path) -> Path:
-    models = [path for path in _ggufs(folder) if not _is_mmproj(path)]
-    if len(models) == 1:
-        return models[0]
-    if not models:
-        raise ModelNotFound(f"no language model in {folder}; {_what_exists(folder)}")
-    raise ModelNotFound(f"{len(models)} models in {folder}: {_names(models)}; give the path of one")
-
-
-def _what_exists(folder: Path) -> str:
-    found = _ggufs(folder)
-    where = "the current folder" if folder == Path() else str(folder)
-    return f"{where} holds {_names(found)}" if found else f"{where} holds no .gguf file"
-
-
-def _names(paths: list[Path]) -> str:
-    return ", ".join(path.name for path in paths)
-
-
-def mmprojs_beside(model: Path) -> list[Path]:
-    """Return the mmproj files beside a language file: those of its name, or all if none has its name.
-
-    Raises:
-        ModelNotFound: there is none.
-    """
-    found = [path for path in _ggufs(model.parent) if _is_mmproj(path)]
-    if not found:
-        raise ModelNotFound(
-            f"no mmproj beside {model}: the model would be blind; put its mmproj-*.gguf there or name it (--mmproj)"
-        )
-    return [path for path in found if _family(path) == _family(model)] or found
-
-
-def mmproj_type(path: Path) -> str:
-    """Return the type that an mmproj file's name states at its end, such as F16."""
-    return path.stem.upper().rpartition("-")[2]
-
-
-def is_exact(kind: str) -> bool:
-    """Tell whether a type of mmproj file may be chosen for its speed."""
-    return kind in _EXACT_TYPES
-
-
-def _family(path: Path) -> str:
-    """Return the name without the mmproj prefix and without the quantization type at its end."""
-    stem = path.stem.lower().replace("mmproj-", "").replace("-mmproj", "")
-    return stem.rpartition("-")[0] or stem
-
-
-def _fastest(paths: Sequence[Path], seconds: Mapping[str, float]) -> Path:
-    if len(paths) == 1:
-        return paths[0]
-    order = _BF16_FIRST if has_fast_bf16() else _EXACT_TYPES
-
-    def rank(path: Path) -> tuple[bool, float, int, str]:
-        kind = mmproj_type(path)
-        place = order.index(kind) if kind in order else len(order)
-        return not is_exact(kind), seconds.get(kind, math.inf), place, path.name
-
-    return min(paths, key=rank)
 
 
 def read_config(pair: Pair) -> ModelConfig:
@@ -312,8 +193,11 @@ def _check_fit(
             )
 
 
-def _token_table(path: Path, language: Mapping[str, Any]) -> Any:
-    return _need(language, "tokenizer.ggml.tokens", path)
+def _token_table(path: Path, language: Mapping[str, Any]) -> Strings:
+    tokens = _need(language, "tokenizer.ggml.tokens", path)
+    if not isinstance(tokens, Strings):
+        raise ConfigError(f"{path} has no texts as tokens; it is no complete model: convert it again")
+    return tokens
 
 
 def _control_tokens(path: Path, language: Mapping[str, Any]) -> dict[str, int]:
@@ -323,12 +207,12 @@ def _control_tokens(path: Path, language: Mapping[str, Any]) -> dict[str, int]:
     if len(types) != len(tokens):
         raise ConfigError(f"{path} has {len(tokens)} tokens and {len(types)} token types; convert it again")
     controls = {tokens[int(index)]: int(index) for index in np.flatnonzero(types == _CONTROL)}
-    ordinary = {tokens[int(index)]: int(index) for index in np.flatnonzero((types != _CONTROL) & (types != 1))}
-    return controls | {text: ordinary[text] for text in (*_MARKER_KEYS, *_TOOL_MARKERS) if text in ordinary}
+    others = {text: tokens.find(text) for text in (*_MARKER_KEYS, *_TOOL_MARKERS) if text not in controls}
+    return controls | {text: index for text, index in others.items() if index is not None and types[index] != _NORMAL}
 
 
-def _token_text(tokens: Any, token: object) -> str:
-    return str(tokens[token]) if isinstance(token, int) and 0 <= token < len(tokens) else ""
+def _token_text(tokens: Strings, token: object) -> str:
+    return tokens[token] if isinstance(token, int) and 0 <= token < len(tokens) else ""
 
 
 def _sampling(language: Mapping[str, Any], published: Published | None) -> Sampling:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +16,8 @@ from lfm2vl_edge.engine import Engine
 from lfm2vl_edge.errors import ConfigError
 from lfm2vl_edge.hardware import big_cores
 from lfm2vl_edge.identity import Source
-from lfm2vl_edge.metadata import read_architecture
-from lfm2vl_edge.modelfile import (
-    LANGUAGE_ARCHITECTURE,
-    ModelConfig,
-    Pair,
-    find_model,
-    find_pair,
-    mmproj_type,
-    read_config,
-)
+from lfm2vl_edge.modelfile import ModelConfig, read_config
+from lfm2vl_edge.pair import Pair, find_model, find_pair, mmproj_type
 
 if TYPE_CHECKING:
     from lfm2vl_edge.engine.language import LanguageFile
@@ -143,12 +135,13 @@ class Loaded:
     """Time that it took."""
 
 
-def open_pair(path: Path, wishes: Wishes) -> Loaded:
+def open_pair(path: Path, wishes: Wishes, language: LanguageFile | None = None) -> Loaded:
     """Decide how a model is opened, and open it.
 
     Args:
         path: the language GGUF, or the folder that holds it.
         wishes: what the caller asked for.
+        language: the language file, where it is being read already.
 
     Raises:
         ModelNotFound: a file is missing.
@@ -158,22 +151,21 @@ def open_pair(path: Path, wishes: Wishes) -> Loaded:
     begin = time.perf_counter()
     pair, _ = _choose(path, wishes)
     source = Source.of(pair)
-    with _reading(pair.model, wishes) as language:
+    with _reading(source, wishes, language) as file:
         opening = decide(pair.model, replace(wishes, mmproj=pair.mmproj))
-        engine = load(opening, wishes, language)
+        engine = load(opening, wishes, file)
     return Loaded(engine=engine, config=opening.config, source=source, seconds=time.perf_counter() - begin)
 
 
-@contextmanager
-def _reading(model: Path, wishes: Wishes) -> Iterator[LanguageFile | None]:
-    """Let the language file be read while it is decided how it is opened; nothing, if it will be refused."""
-    if read_architecture(model) != LANGUAGE_ARCHITECTURE:
-        yield None
-        return
-    from lfm2vl_edge.engine.language import LanguageFile
+def _reading(
+    source: Source, wishes: Wishes, begun: LanguageFile | None
+) -> AbstractContextManager[LanguageFile | None]:
+    """Let the language file be read while it is decided how it is opened; what was begun will do, unless replaced."""
+    from lfm2vl_edge.engine.language import reading
 
-    with closing(LanguageFile(model, wishes.gpu_layers, wishes.device)) as language:
-        yield language
+    if begun is not None and begun.stamp == source.stamps[0]:
+        return nullcontext(begun)  # its owner closes it
+    return reading(source.pair.model, wishes.gpu_layers, wishes.device)
 
 
 def load(opening: Opening, wishes: Wishes, language: LanguageFile | None = None) -> Engine:

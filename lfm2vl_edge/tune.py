@@ -20,8 +20,8 @@ from lfm2vl_edge.engine import Engine, Floats
 from lfm2vl_edge.errors import ConfigError
 from lfm2vl_edge.hardware import available_cpus, thread_counts
 from lfm2vl_edge.image import Pixels
-from lfm2vl_edge.modelfile import find_model, is_exact, mmproj_type, mmprojs_beside
 from lfm2vl_edge.opening import Opening, Wishes, check_count, decide, load
+from lfm2vl_edge.pair import find_model, is_exact, mmproj_type, mmprojs_beside
 from lfm2vl_edge.stats import peak_memory
 
 RUNS: Final = 3

@@ -11,7 +11,8 @@ from lfm2vl_edge import EngineError, ImageConfig, Model, Sampling
 from lfm2vl_edge.engine import EngineInfo, Floats, State
 from lfm2vl_edge.identity import Source
 from lfm2vl_edge.image import Pixels
-from lfm2vl_edge.modelfile import IMAGE, IMAGE_END, IMAGE_START, THUMBNAIL, ModelConfig, Pair
+from lfm2vl_edge.modelfile import IMAGE, IMAGE_END, IMAGE_START, THUMBNAIL, ModelConfig
+from lfm2vl_edge.pair import Pair
 
 END = 299
 CONTROLS = {IMAGE: 256, IMAGE_START: 257, IMAGE_END: 258, THUMBNAIL: 259}

@@ -28,7 +28,7 @@ from lfm2vl_edge.engine.llama import EngineSettings
 from lfm2vl_edge.engine.observe import ObservedEngine
 from lfm2vl_edge.engine.squares import InputSquares, _weight_name
 from lfm2vl_edge.errors import EngineError, PromptError
-from lfm2vl_edge.modelfile import find_pair
+from lfm2vl_edge.pair import find_pair
 from lfm2vl_edge.scenes import scenes
 from tests.conftest import PICTURES, Pair
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from lfm2vl_edge import ConfigError, EngineError, Model, ModelNotFound, SessionError, modelfile
+from lfm2vl_edge import ConfigError, EngineError, Model, ModelNotFound, SessionError
 from lfm2vl_edge import device as device_module
 from lfm2vl_edge.device import Place, Profile, load_profile, place_of, save_profile
 from lfm2vl_edge.engine.gpu import find_gpu, gpus
 from lfm2vl_edge.hardware import available_cpus, big_cores, cpu_name, has_fast_bf16, physical_cores, thread_counts
-from lfm2vl_edge.modelfile import find_pair
 from lfm2vl_edge.opening import Wishes, decide
+from lfm2vl_edge.pair import find_pair
 from tests.conftest import PICTURES, Pair
 
 PROFILE = Profile(
@@ -164,7 +164,7 @@ def test_of_several_mmproj_types_the_fastest_exact_one_is_taken(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(modelfile, "has_fast_bf16", lambda: bf16)
+    monkeypatch.setattr("lfm2vl_edge.pair.has_fast_bf16", lambda: bf16)
     for name in ("x-Q4_0", *(f"mmproj-x-{kind}" for kind in there)):
         (tmp_path / f"{name}.gguf").touch()
     assert find_pair(tmp_path, seconds=seconds).mmproj.name == f"mmproj-x-{chosen}.gguf"

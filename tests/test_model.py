@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lfm2vl_edge import ConfigError, EngineError, ImageError, Model, ModelNotFound, PromptError, opening, plan
+from lfm2vl_edge import ConfigError, EngineError, ImageError, Model, PromptError, plan
 from lfm2vl_edge.hardware import available_cpus, physical_cores
-from lfm2vl_edge.modelfile import find_model, find_pair
-from lfm2vl_edge.opening import Opening, Wishes, decide, open_pair
 from tests.conftest import PICTURES, Pair, talks
 
 SMALL = PICTURES / "small.png"
@@ -271,47 +268,3 @@ def test_physical_cores_are_counted_once(tmp_path: Any) -> None:
         (topology / "thread_siblings_list").write_text(f"{index // 2}\n")
     assert physical_cores(tmp_path) == (len(cpus) + 1) // 2
     assert physical_cores(tmp_path / "nothing") == len(cpus)
-
-
-def test_a_language_file_that_nobody_takes_is_freed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lfm2vl_edge.engine.ffi import llama
-    from lfm2vl_edge.engine.language import LanguageFile
-
-    freed: list[Any] = []
-    free = llama.llama_model_free
-
-    def noted(model: Any) -> None:
-        freed.append(model)
-        free(model)
-
-    monkeypatch.setattr(llama, "llama_model_free", noted)
-    folder = pair("a", "F16")
-    with pytest.raises(ConfigError, match="tile_size"):
-        open_pair(folder, Wishes(image_settings={"tile_size": -1}))
-    assert len(freed) == 1
-    unused = LanguageFile(find_model(folder), 0, None)
-    unused.close()
-    unused.close()
-    assert len(freed) == 2
-    with Model.open(folder):
-        pass
-    assert len(freed) == 3  # by the engine that took it, once
-
-
-def test_a_file_that_is_replaced_while_it_is_opened_is_noticed(
-    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = find_pair(pair("a", "F16"))
-    for path in (files.model, files.mmproj):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-
-    def replaced_meanwhile(path: Path, wishes: Wishes) -> Opening:
-        found = decide(path, wishes)
-        (tmp_path / "new").write_bytes(path.read_bytes())
-        (tmp_path / "new").replace(path)
-        return found
-
-    monkeypatch.setattr(opening, "decide", replaced_meanwhile)
-    loaded = open_pair(tmp_path / files.model.name, Wishes())
-    with Model.of(loaded, None, 0), pytest.raises(ModelNotFound, match="was replaced after the model was opened"):
-        loaded.source.digests(None)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import shutil
 import struct
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lfm2vl_edge import ConfigError, ImageConfig, Model, ModelNotFound, Sampling
 from lfm2vl_edge.config import image_metadata, stated_image_settings
-from lfm2vl_edge.metadata import read_metadata
-from lfm2vl_edge.modelfile import find_pair, image_settings, read_config
+from lfm2vl_edge.metadata import Strings, read_metadata
+from lfm2vl_edge.modelfile import image_settings, read_config
+from lfm2vl_edge.pair import find_pair
 from lfm2vl_edge.published import find_published
 from tests.conftest import Pair
 
@@ -51,6 +55,30 @@ def test_metadata_equals_what_gguf_reads(folder: Path) -> None:
         for name, value in theirs.items():
             mine = ours[name] if np.isscalar(ours[name]) else list(ours[name])
             assert mine == value, name
+
+
+def strings(texts: list[str]) -> Strings:
+    """Return texts as they lie in a GGUF file."""
+    entries = [struct.pack("<Q", len(text.encode())) + text.encode() for text in texts]
+    return Strings(b"".join(entries), list(accumulate(map(len, entries), initial=0)))
+
+
+@given(st.lists(st.text("ab\0\x01", max_size=3), max_size=30), st.text("ab\0\x01", max_size=3))
+def test_a_text_is_found_where_it_stands_first(texts: list[str], wanted: str) -> None:
+    assert strings(texts).find(wanted) == (texts.index(wanted) if wanted in texts else None)
+
+
+def test_a_text_within_another_one_is_not_found() -> None:
+    inside = struct.pack("<Q", 1).decode() + "a"
+    assert strings(["x", f"x{inside}x", "a"]).find("a") == 2
+    assert strings(["x", f"x{inside}x"]).find("a") is None
+
+
+def test_tokens_that_are_no_texts_are_refused(folder: Path, tmp_path: Path) -> None:
+    model = written(tmp_path / "numbers-F16.gguf", "lfm2", tokenizer__ggml__tokens=[1, 2], lfm2__embedding_length=8)
+    mmproj = shutil.copy(files(folder)[1], tmp_path)
+    with pytest.raises(ConfigError, match="no texts as tokens"):
+        read_config(find_pair(model, Path(mmproj)))
 
 
 def test_a_folder_and_a_file_give_the_same_pair(folder: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from lfm2vl_edge.boxes import FRACTIONS, THOUSANDTHS, BoxForm
 from lfm2vl_edge.config import BICUBIC, ImageConfig, Sampling
-from lfm2vl_edge.modelfile import Pair, read_config
+from lfm2vl_edge.modelfile import read_config
+from lfm2vl_edge.pair import Pair
 
 MARKERS = ["<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"]
 CARD = Sampling(temperature=0.2, min_p=0.0, top_k=50, repetition_penalty=1.0)

@@ -19,7 +19,8 @@ from lfm2vl_edge import AnswerCut, AnswerError, ConfigError, Model
 from lfm2vl_edge.cache import Embeddings, Memory, States
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
-from lfm2vl_edge.modelfile import find_pair, read_config
+from lfm2vl_edge.modelfile import read_config
+from lfm2vl_edge.pair import find_pair
 from lfm2vl_edge.schema import grammar_of, parse_answer, read_schema
 from lfm2vl_edge.schema.gbnf import magnitudes
 from tests.conftest import Pair

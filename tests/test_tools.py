@@ -20,6 +20,7 @@ from lfm2vl_edge.modelfile import ModelConfig
 from lfm2vl_edge.prompt import Control, Text, render
 from lfm2vl_edge.tools import ToolInput, as_tools, parse_calls, write_calls
 from tests.fake_engine import CONFIG, CONTROLS, END, FakeEngine
+from tests.test_modelfile import strings
 
 LISTS = ("<|tool_list_start|>", "<|tool_list_end|>")
 CALLS = ("<|tool_call_start|>", "<|tool_call_end|>")
@@ -165,7 +166,7 @@ def test_a_model_that_knows_no_tools_says_so() -> None:
 
 def test_markers_are_control_tokens_whatever_the_vocabulary_calls_them() -> None:
     names = ["a", *MARKERS, "<image>"]
-    metadata = {"tokenizer.ggml.tokens": names, "tokenizer.ggml.token_type": [1, *[4] * len(MARKERS), 3]}
+    metadata = {"tokenizer.ggml.tokens": strings(names), "tokenizer.ggml.token_type": [1, *[4] * len(MARKERS), 3]}
     found = modelfile._control_tokens(Path("x"), metadata)
     assert set(found) == {*LISTS, *CALLS, *RESULTS, "<image>"}
     assert all(names[token] == name for name, token in found.items())

@@ -13,8 +13,8 @@ import pytest
 from lfm2vl_edge import ConfigError, EngineError, ModelNotFound, Sampling
 from lfm2vl_edge.engine import EngineInfo, Floats, State
 from lfm2vl_edge.image import Pixels
-from lfm2vl_edge.modelfile import mmproj_type
 from lfm2vl_edge.opening import Opening, Wishes
+from lfm2vl_edge.pair import mmproj_type
 from lfm2vl_edge.tune import Gauge, Trial, tune
 from tests.conftest import Pair
 

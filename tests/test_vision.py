@@ -16,7 +16,7 @@ from lfm2vl_edge.engine import Floats, ffi, ggml, graph
 from lfm2vl_edge.engine.mtmd import MtmdEncoder, MtmdSettings
 from lfm2vl_edge.engine.vision import GraphEncoder, read_tower
 from lfm2vl_edge.errors import ConfigError, EngineError
-from lfm2vl_edge.modelfile import find_pair
+from lfm2vl_edge.pair import find_pair
 from tests.conftest import Pair
 from tests.test_reference import relative_error
 

@@ -13,7 +13,7 @@ from lfm2vl_edge.bench.pictures import ANSWER_TOKENS, PROMPT, Drawing
 from lfm2vl_edge.bench.processes import Spend, Spent
 from lfm2vl_edge.bench.rows import Figures, process_figures
 from lfm2vl_edge.errors import ConfigError, EngineError
-from lfm2vl_edge.modelfile import Pair
+from lfm2vl_edge.pair import Pair
 
 ASK: Final = "llama-mtmd-cli"
 SPEED: Final = "llama-bench"

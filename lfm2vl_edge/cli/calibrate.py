@@ -15,7 +15,7 @@ from lfm2vl_edge.cli.output import at_once, refuse_overwrite, refuse_unwritable,
 
 if TYPE_CHECKING:
     from lfm2vl_edge.calibrate import Example
-    from lfm2vl_edge.modelfile import Pair
+    from lfm2vl_edge.pair import Pair
 
 
 @opt.takes_groups

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lfm2vl_convert import ConvertResult
     from lfm2vl_convert.promote import Promotion
     from lfm2vl_convert.recipes import Overrides
-    from lfm2vl_edge.modelfile import Pair
+    from lfm2vl_edge.pair import Pair
     from lfm2vl_edge.verify import Behaviour
 
 _MOST_ROUNDS: Final = 100
@@ -91,7 +91,7 @@ def _reference(checkpoint: Path) -> Iterator[Pair]:
     """Give the checkpoint as a pair: the language tower in its own type, the encoder in F32."""
     from lfm2vl_convert import checkpoint_folder, convert_checkpoint, read_checkpoint
     from lfm2vl_convert.convert import lossless_type
-    from lfm2vl_edge.modelfile import find_pair
+    from lfm2vl_edge.pair import find_pair
 
     with tempfile.TemporaryDirectory(prefix="lfm2vl-check-") as folder:
         quant = lossless_type(read_checkpoint(checkpoint_folder(checkpoint)))

@@ -19,6 +19,7 @@ from lfm2vl_edge.errors import ConfigError, ModelNotPulled
 from lfm2vl_edge.files import CACHE_VARIABLE, cache_folder
 
 if TYPE_CHECKING:
+    from lfm2vl_edge.engine.language import LanguageFile
     from lfm2vl_edge.image import ImageInput, Pixels
     from lfm2vl_edge.locate import Located
     from lfm2vl_edge.model import Model
@@ -93,7 +94,8 @@ def open_model(
     the next process. The cache on disk holds what can be seen in pictures, so it is used only where that was asked
     for, here or by LFM2VL_CACHE.
     """
-    return _model_of(_open_files(chosen_model(options), options, image, verbose), remember, _cache(cache))
+    with _reading(options, verbose) as (located, language):
+        return _model_of(_open_files(located, language, options, image), remember, _cache(cache))
 
 
 @contextmanager
@@ -107,16 +109,15 @@ def opening(
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    located = chosen_model(options)
-    import_module("lfm2vl_edge.engine.llama")  # here, since two threads that import only wait for each other
     folder = _cache(cache)
 
     def opened() -> Model:
         import_module("lfm2vl_edge.model")  # while the files are still being read
         return _model_of(files.result(), remember, folder)
 
-    with ThreadPoolExecutor(1) as pool:
-        files = pool.submit(_open_files, located, options, image, verbose)
+    with _reading(options, verbose) as (located, language), ThreadPoolExecutor(1) as pool:
+        import_module("lfm2vl_edge.engine.llama")  # here, since two threads that import only wait for each other
+        files = pool.submit(_open_files, located, language, options, image)
         try:
             yield opened
         finally:
@@ -124,21 +125,34 @@ def opening(
                 files.result().engine.close()
 
 
-def _open_files(located: Located, options: ModelOptions, image: ImageOptions, verbose: int) -> Loaded:
-    from lfm2vl_edge.opening import Wishes, open_pair
+@contextmanager
+def _reading(options: ModelOptions, verbose: int) -> Iterator[tuple[Located, LanguageFile | None]]:
+    """Find the model, and let its language file be read before anything else is imported."""
+    from lfm2vl_edge.engine.language import reading
+    from lfm2vl_edge.pair import find_model as find_language_file
 
     warnings_to_stderr()
+    is_heard = verbose > 1
+    if is_heard:
+        from lfm2vl_edge.engine.ffi import LOG
+
+        LOG.verbose = True
+    located = chosen_model(options)
+    file = find_language_file(located.model)
+    with reading(file, options.gpu_layers, options.device, is_heard=is_heard) as language:
+        yield located, language
+
+
+def _open_files(located: Located, language: LanguageFile | None, options: ModelOptions, image: ImageOptions) -> Loaded:
+    from lfm2vl_edge.opening import Wishes, open_pair
+
     wishes = Wishes(
         mmproj=located.mmproj,
         image_settings=image.changes(),
         **image.wishes(),
         **options.machine(),
     )
-    if verbose > 1:
-        from lfm2vl_edge.engine.ffi import LOG
-
-        LOG.verbose = True
-    return open_pair(located.model, wishes)
+    return open_pair(located.model, wishes, language)
 
 
 def _cache(wanted: bool | None) -> Path | None:

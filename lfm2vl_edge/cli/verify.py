@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lfm2vl_convert.report import Rows
     from lfm2vl_convert.verify import TensorError
     from lfm2vl_edge.evaluate import Row, Tally
-    from lfm2vl_edge.modelfile import Pair
+    from lfm2vl_edge.pair import Pair
     from lfm2vl_edge.verify import Behaviour
 
 _SHOWN_TENSORS = 5
@@ -132,7 +132,7 @@ def _reference(pair: Pair, against: Path | Pair) -> Iterator[tuple[Pair, list[Ro
     from lfm2vl_convert import checkpoint_folder, convert_checkpoint, read_checkpoint
     from lfm2vl_convert.convert import lossless_type
     from lfm2vl_convert.verify import reference_rows
-    from lfm2vl_edge.modelfile import find_pair
+    from lfm2vl_edge.pair import find_pair
 
     with tempfile.TemporaryDirectory(prefix="lfm2vl-verify-") as folder:
         if isinstance(against, Path):

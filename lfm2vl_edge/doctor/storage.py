@@ -14,8 +14,8 @@ from lfm2vl_edge import locate
 from lfm2vl_edge.device import ProfileState, place_of, profile_state
 from lfm2vl_edge.errors import EdgeError
 from lfm2vl_edge.files import cache_folder, data_folder
-from lfm2vl_edge.modelfile import Pair
 from lfm2vl_edge.opening import Wishes, decide
+from lfm2vl_edge.pair import Pair
 from lfm2vl_edge.pulled import Pulled, read_pulled
 from lfm2vl_edge.registry import BUILT_IN, display_name
 

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
-from lfm2vl_edge.config import Sampling
-
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from lfm2vl_edge.config import Sampling
     from lfm2vl_edge.image import Pixels
 
-Floats = npt.NDArray[np.float32]
-State: TypeAlias = npt.NDArray[np.uint8]
+Floats: TypeAlias = "npt.NDArray[np.float32]"
+State: TypeAlias = "npt.NDArray[np.uint8]"
 """uint8 `[n_bytes]`: the engine's sequence as bytes that only the engine reads."""
 
 

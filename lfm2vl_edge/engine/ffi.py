@@ -7,9 +7,9 @@ Every native object is handed out by a context manager or freed by its owner's `
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from llama_cpp import llama_cpp as llama
 from llama_cpp import mtmd_cpp as mtmd
 
+from lfm2vl_edge.engine.library import NATIVE_LOG
 from lfm2vl_edge.errors import EngineError
 
 __all__ = [
@@ -44,14 +45,15 @@ ABORTED: Final = 2
 """llama_decode's code after the abort callback said yes."""
 NO_MEMORY_SLOT: Final = 1
 """llama_decode's code when the context is full."""
-_WARNING: Final = 2
+_WARNING: Final = 3
+_ERROR: Final = 4
 _CONTINUATION: Final = 5
-_LAST_LINES: Final = 20
+"""ggml.h's GGML_LOG_LEVEL_WARN, _ERROR and _CONT."""
 _NATIVE: Final = re.compile(r"\.(so|dylib|dll)(\.|$)")
 
 
 class NativeLog:
-    """Keeps the last lines of llama.cpp's log, and prints them when asked to.
+    """Keeps what llama.cpp's log says of a failure, and prints the log when asked to.
 
     llama.cpp has one log for the process, so there is one of these, made when the library is loaded.
     """
@@ -60,10 +62,10 @@ class NativeLog:
         self.verbose = False
         self.listener: Callable[[str], None] | None = None
         """Called with every line, for what llama.cpp tells in no other way."""
-        self._lines: deque[str] = deque(maxlen=_LAST_LINES)
+        self._warning = self._error = ""
         self._level = 0
         self._callback = llama.llama_log_callback(self._take)
-        llama.llama_log_set(self._callback, ctypes.c_void_p(0))
+        NATIVE_LOG.let_hear(self._callback)
         mtmd.mtmd_helper_log_set(self._callback, ctypes.c_void_p(0))
 
     def _take(self, level: int, text: bytes, _: ctypes.c_void_p) -> None:
@@ -73,16 +75,22 @@ class NativeLog:
             sys.stderr.write(line)
         if self.listener:
             self.listener(line)
-        if self._level >= _WARNING and line.strip(" .\n"):
-            self._lines.append(line.strip())
+        if self._level >= _ERROR and not self._error:
+            self._error = line.strip()
+        elif self._level == _WARNING and line.strip(" .\n"):
+            self._warning = line.strip()
 
     def forget(self) -> None:
-        """Drop what was logged, so that the next error names its own line."""
-        self._lines.clear()
+        """Drop what was logged, so that the next error tells its own reason."""
+        self._warning = self._error = ""
 
-    def last(self) -> str:
-        """Return the last warning or error as an addition to a message, or nothing."""
-        return f" ({self._lines[-1]})" if self._lines else ""
+    def reason(self) -> str:
+        """Return the first error, else the last warning, as an addition to a message, or nothing.
+
+        The first, because those that follow only say that what needed it failed too.
+        """
+        said = self._error or self._warning
+        return f" ({said})" if said else ""
 
 
 LOG: Final = NativeLog()
@@ -91,13 +99,13 @@ LOG: Final = NativeLog()
 def check(function: str, code: int) -> None:
     """Raise an EngineError that names the function, unless its return code is 0."""
     if code != 0:
-        raise EngineError(f"{function} failed with code {code}{LOG.last()}")
+        raise EngineError(f"{function} failed with code {code}{LOG.reason()}")
 
 
 def require(function: str, handle: Any, hint: str = "") -> Any:
     """Return a native pointer, or raise an EngineError that names the function which gave none."""
     if not handle:
-        raise EngineError(f"{function} failed{hint}{LOG.last()}")
+        raise EngineError(f"{function} failed{hint}{LOG.reason()}")
     return handle
 
 
@@ -130,9 +138,10 @@ def native_function(name: str, prototype: Any) -> Any:
     return prototype((name, library))
 
 
-def _other_libraries() -> list[Any]:
+@functools.cache
+def _other_libraries() -> tuple[Any, ...]:
     """Return what must be searched beside libllama. Elsewhere its dependencies are searched with it."""
-    return [ctypes.CDLL(str(path)) for path in libraries() if sys.platform == "win32" and "ggml" in path.name]
+    return tuple(ctypes.CDLL(str(path)) for path in libraries() if sys.platform == "win32" and "ggml" in path.name)
 
 
 def sequence_bytes(context: Any) -> npt.NDArray[np.uint8]:
@@ -145,7 +154,7 @@ def sequence_bytes(context: Any) -> npt.NDArray[np.uint8]:
     state = np.empty(size, np.uint8)
     written = llama.llama_state_seq_get_data(context, _bytes_at(state), size, 0)
     if not size or written != size:
-        raise EngineError(f"llama_state_seq_get_data wrote {written} of {size} bytes{LOG.last()}")
+        raise EngineError(f"llama_state_seq_get_data wrote {written} of {size} bytes{LOG.reason()}")
     return state
 
 
@@ -161,7 +170,7 @@ def set_sequence_bytes(context: Any, state: npt.NDArray[np.uint8]) -> None:
     read = llama.llama_state_seq_set_data(context, _bytes_at(whole), whole.size, 0)
     if not whole.size or read != whole.size:
         llama.llama_memory_clear(memory, False)
-        raise EngineError(f"llama_state_seq_set_data read {read} of {whole.size} bytes{LOG.last()}")
+        raise EngineError(f"llama_state_seq_set_data read {read} of {whole.size} bytes{LOG.reason()}")
 
 
 def _bytes_at(array: npt.NDArray[np.uint8]) -> Any:

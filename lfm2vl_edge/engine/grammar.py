@@ -148,7 +148,7 @@ def work() -> None:
     """Read a grammar from stdin, and exit with 0 if llama.cpp understands it: the child's side of `check_grammar`."""
     _limit_itself(int(sys.argv[1]))
     sampler = llama.llama_sampler_init_grammar(None, sys.stdin.buffer.read(), _ROOT)
-    sys.stdout.write(LOG.last())
+    sys.stdout.write(LOG.reason())
     sys.stdout.flush()
     sys.exit(0 if sampler else 1)
 

@@ -3,29 +3,62 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lfm2vl_edge.engine.ffi import LOG, llama, require
-from lfm2vl_edge.engine.gpu import Gpu, find_gpu
+from lfm2vl_edge.engine.library import NATIVE_LOG, libllama
+from lfm2vl_edge.metadata import read_architecture
+from lfm2vl_edge.pair import LANGUAGE_ARCHITECTURE, stamp
+
+if TYPE_CHECKING:
+    from lfm2vl_edge.engine.gpu import Gpu
+
+
+@contextmanager
+def reading(
+    path: Path, gpu_layers: int, device: str | None, *, is_heard: bool = False
+) -> Iterator[LanguageFile | None]:
+    """Let a language file be read while other things are done; nothing, if it is another kind of file.
+
+    Raises:
+        ModelNotFound, ConfigError: there is no such file, or it is no GGUF file.
+        EngineError: the installed llama.cpp has no such GPU.
+    """
+    if read_architecture(path) != LANGUAGE_ARCHITECTURE:
+        yield None  # whoever reads its settings says why not
+        return
+    with closing(LanguageFile(path, gpu_layers, device, is_heard=is_heard)) as language:
+        yield language
 
 
 class LanguageFile:
     """Being read from the moment it is made; `close` frees what nobody took.
 
+    Args:
+        path: of the file.
+        gpu_layers: layers that a GPU takes; -1 means all.
+        device: name of that GPU; None leaves the choice to llama.cpp.
+        is_heard: whether what llama.cpp logs meanwhile is wanted, which makes it slower.
+
     Raises:
+        ModelNotFound: there is no such file.
         EngineError: the installed llama.cpp has no such GPU.
     """
 
-    def __init__(self, path: Path, gpu_layers: int, device: str | None) -> None:
-        LOG.forget()
-        llama.llama_backend_init()
-        self.gpu = find_gpu(gpu_layers, device)
+    def __init__(self, path: Path, gpu_layers: int, device: str | None, *, is_heard: bool = False) -> None:
+        libllama().llama_backend_init()
+        self._path, self._gpu_layers = path, gpu_layers
+        self.stamp = stamp(path)
+        """What the file system says of the file, before it is read."""
+        self.gpu = _find_gpu(gpu_layers, device)
         """The GPU that takes layers, if one was named."""
         self._is_taken = False
         reader = ThreadPoolExecutor(1)
-        self._reading = reader.submit(_load, path, gpu_layers, self.gpu)
+        self._reading = reader.submit(self._load, is_heard)
         reader.shutdown(wait=False)
 
     def take(self) -> Any:
@@ -34,21 +67,48 @@ class LanguageFile:
         Raises:
             EngineError: llama.cpp refuses the file.
         """
-        model = self._reading.result()
+        model = self._reading.result() or self._load_or_say_why()
         self._is_taken = True
         return model
 
     def close(self) -> None:
         """Wait for the file and free it, unless it was taken; a second call does nothing."""
-        if not self._is_taken and self._reading.exception() is None:
-            llama.llama_model_free(self.take())
+        if not self._is_taken and self._reading.exception() is None and self._reading.result():
+            libllama().llama_model_free(self.take())
+
+    def _load_or_say_why(self) -> Any:
+        """Try again, and this time hear the log."""
+        from lfm2vl_edge.engine.ffi import LOG, require
+
+        LOG.forget()
+        return require("llama_model_load_from_file", self._load(is_heard=True), f" on {self._path}")
+
+    def _load(self, is_heard: bool) -> int | None:
+        """Return llama.cpp's model, or None where it refuses the file."""
+        name = os.fsencode(self._path)
+        with nullcontext() if is_heard else NATIVE_LOG.silence():
+            if libllama().llama_supports_gpu_offload():
+                return _load_with_gpu(name, self._gpu_layers, self.gpu)
+            found: int | None = libllama().llama_model_load_from_file(name, libllama().llama_model_default_params())
+            return found
 
 
-def _load(path: Path, gpu_layers: int, gpu: Gpu | None) -> Any:
+def _find_gpu(gpu_layers: int, device: str | None) -> Gpu | None:
+    if gpu_layers == 0:
+        return None
+    from lfm2vl_edge.engine.gpu import find_gpu
+
+    return find_gpu(gpu_layers, device)
+
+
+def _load_with_gpu(name: bytes, gpu_layers: int, gpu: Gpu | None) -> int | None:
+    """Return the same from a llama.cpp that would use a GPU of its own accord."""
+    from lfm2vl_edge.engine.ffi import llama
+
     params = llama.llama_model_default_params()
     params.n_gpu_layers = gpu_layers
     devices = (ctypes.c_void_p * 2)(gpu.handle if gpu else None, None)
     if gpu:
         params.devices = ctypes.addressof(devices)  # ends with a null; read while loading only
-    model = llama.llama_model_load_from_file(str(path).encode(), params)
-    return require("llama_model_load_from_file", model, f" on {path}")
+    found: int | None = llama.llama_model_load_from_file(name, params)
+    return found

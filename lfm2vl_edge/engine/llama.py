@@ -81,7 +81,7 @@ class LlamaEngine:
     """See `lfm2vl_edge.engine.Engine`. Not safe for several threads at a time, but for `cancel`.
 
     Raises:
-        EngineError: llama.cpp refuses a file, and the message has its last log line; or it has no such GPU.
+        EngineError: llama.cpp refuses a file, and the message has its reason; or it has no such GPU.
     """
 
     def __init__(self, model: Path | LanguageFile, mmproj: Path, settings: EngineSettings) -> None:
@@ -131,7 +131,7 @@ class LlamaEngine:
         tokens = (llama.llama_token * room)()
         count = llama.llama_tokenize(self._vocab, raw, len(raw), tokens, room, False, False)
         if count < 0:
-            raise EngineError(f"llama_tokenize failed with code {count}{LOG.last()}")
+            raise EngineError(f"llama_tokenize failed with code {count}{LOG.reason()}")
         return list(tokens[:count])
 
     def piece(self, token: int) -> bytes:

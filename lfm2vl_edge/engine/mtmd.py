@@ -44,7 +44,7 @@ class MtmdEncoder:
     """Owns an mtmd context; `close` frees it.
 
     Raises:
-        EngineError: mtmd refuses the file, and the message has its last log line.
+        EngineError: mtmd refuses the file, and the message has its reason.
     """
 
     def __init__(self, mmproj: Path, settings: MtmdSettings) -> None:

@@ -80,7 +80,7 @@ def quantize_file(
         importance: what errors are weighed with; without it each column counts alike.
 
     Raises:
-        EngineError: llama.cpp refuses; the message has its last log line.
+        EngineError: llama.cpp refuses; the message has its reason.
     """
     job: dict[str, Any] = {"source": str(source), "target": str(target), "kind": kind, "requantize": requantize}
     code = f"import sys; sys.path[:] = {sys.path!r}; from lfm2vl_edge.engine.quantize import work; work()"
@@ -221,7 +221,7 @@ def _quantize(job: dict[str, Any], weights: Mapping[str, Floats], listen: Callab
     LOG.listener = listen
     LOG.forget()
     code = llama.llama_model_quantize(os.fsencode(job["source"]), os.fsencode(job["target"]), ctypes.byref(params))
-    return LOG.last() or f" with code {code}" if code else ""
+    return LOG.reason() or f" with code {code}" if code else ""
 
 
 def _native_overrides(overrides: Sequence[tuple[str, str]]) -> Any:

@@ -1,0 +1,154 @@
+"""The language file: read early, quietly and by libllama alone, freed once, and noticed when it is replaced."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lfm2vl_edge import ConfigError, EngineError, Model, ModelNotFound, opening
+from lfm2vl_edge.engine import library
+from lfm2vl_edge.engine.ffi import LOG, llama
+from lfm2vl_edge.engine.language import LanguageFile, reading
+from lfm2vl_edge.engine.library import NATIVE_LOG, libllama
+from lfm2vl_edge.opening import Opening, Wishes, decide, open_pair
+from lfm2vl_edge.pair import find_model, find_pair
+from tests.conftest import Pair
+
+
+def test_it_is_read_before_anything_heavy_is_imported(pair: Pair) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from lfm2vl_edge.engine.language import reading\n"
+        "with reading(Path(sys.argv[1]), 0, None) as language:\n"
+        "    assert language.take()\n"
+        "heavy = {'llama_cpp', 'numpy', 'jinja2', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(find_model(pair("a", "F16")))], capture_output=True, check=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_the_library_is_the_one_that_llama_cpp_uses() -> None:
+    ours, theirs = (ctypes.cast(one.llama_decode, ctypes.c_void_p).value for one in (libllama(), llama._lib))
+    assert ours == theirs
+
+
+def test_a_library_in_another_place_is_found_through_llama_cpp(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert library._path() == Path(llama._lib._name)
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
+    assert library._path() is None
+    assert libllama.__wrapped__()._handle == llama._lib._handle
+
+
+def test_nobody_hears_the_log_of_a_reading_unless_asked_to(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(LOG, "listener", heard.append)
+    path = find_model(pair("a", "F16"))
+    theirs = logging.getLogger("llama-cpp-python")
+    level = theirs.level
+    for is_heard in (False, True, False):
+        heard.clear()
+        with reading(path, 0, None, is_heard=is_heard) as language:
+            assert language is not None
+            libllama().llama_model_free(language.take())
+        assert bool(heard) == is_heard
+        assert theirs.level == level
+
+
+def test_the_log_is_heard_again_after_the_last_of_several_silences(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(LOG, "listener", heard.append)
+
+    def speak() -> bool:
+        heard.clear()
+        llama.llama_model_load_from_file(b"nothing.gguf", llama.llama_model_default_params())
+        return bool(heard)
+
+    with NATIVE_LOG.silence():
+        with NATIVE_LOG.silence():
+            assert not speak()
+        assert not speak()
+        NATIVE_LOG.let_hear(LOG._callback)
+        assert not speak()
+    assert speak()
+
+
+def test_a_refused_file_is_named_with_the_reason(pair: Pair, tmp_path: Path) -> None:
+    cut = tmp_path / "cut-F16.gguf"
+    cut.write_bytes(find_model(pair("a", "F16")).read_bytes()[:-4096])
+    with reading(cut, 0, None) as language:
+        assert language is not None
+        with pytest.raises(EngineError, match=r"llama_model_load_from_file failed on .*cut-F16\.gguf \(.*tensor"):
+            language.take()
+
+
+def test_another_kind_of_file_is_not_read(pair: Pair) -> None:
+    with reading(find_pair(pair("a", "F16")).mmproj, 0, None) as language:
+        assert language is None
+
+
+def test_a_language_file_that_nobody_takes_is_freed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[Any] = []
+    free = llama.llama_model_free
+
+    def noted(model: Any) -> None:
+        freed.append(model)
+        free(model)
+
+    monkeypatch.setattr(llama, "llama_model_free", noted)
+    monkeypatch.setattr(libllama(), "llama_model_free", noted)
+    folder = pair("a", "F16")
+    with pytest.raises(ConfigError, match="tile_size"):
+        open_pair(folder, Wishes(image_settings={"tile_size": -1}))
+    assert len(freed) == 1
+    unused = LanguageFile(find_model(folder), 0, None)
+    unused.close()
+    unused.close()
+    assert len(freed) == 2
+    with Model.open(folder):
+        pass
+    assert len(freed) == 3  # by the engine that took it, once
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_noticed(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = find_pair(pair("a", "F16"))
+    for path in (files.model, files.mmproj):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def replaced_meanwhile(path: Path, wishes: Wishes) -> Opening:
+        found = decide(path, wishes)
+        (tmp_path / "new").write_bytes(path.read_bytes())
+        (tmp_path / "new").replace(path)
+        return found
+
+    monkeypatch.setattr(opening, "decide", replaced_meanwhile)
+    loaded = open_pair(tmp_path / files.model.name, Wishes())
+    with Model.of(loaded, None, 0), pytest.raises(ModelNotFound, match="was replaced after the model was opened"):
+        loaded.source.digests(None)
+
+
+def test_a_file_that_is_replaced_after_its_reading_began_is_read_anew(pair: Pair, tmp_path: Path) -> None:
+    files, others = find_pair(pair("a", "F16")), find_pair(pair("b", "F16"))
+    for path in (files.model, files.mmproj):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    model = tmp_path / files.model.name
+    with reading(model, 0, None) as language:
+        (tmp_path / "new").write_bytes(others.model.read_bytes())
+        (tmp_path / "new").replace(model)
+        loaded = open_pair(model, Wishes(mmproj=others.mmproj), language)
+        with Model.of(loaded, None, 0) as opened, Model.open(others.model) as expected:
+            assert opened.engine.info.n_embd == expected.engine.info.n_embd
+            assert loaded.config.name == expected.config.name
