@@ -354,7 +354,8 @@ def test_json_is_one_object_with_stable_keys(home: Path, files: tuple[Path, Path
 
 def test_an_engine_that_cannot_be_imported_is_told_with_its_cure(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = home / "broken"
-    root_of(broken, **{"llama_cpp/__init__.py": "raise ImportError('libllama.so: no such file')\n"})
+    fails = "raise ImportError('libllama.so: no such file')\n"
+    root_of(broken, **{"llama_cpp/__init__.py": "", "llama_cpp/llama_cpp.py": fails})
     monkeypatch.syspath_prepend(str(broken))
     monkeypatch.setattr(doctor_module, "ask_engine", ask_engine)
     result = run()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -55,15 +54,12 @@ def test_nobody_hears_the_log_of_a_reading_unless_asked_to(pair: Pair, monkeypat
     heard: list[str] = []
     monkeypatch.setattr(LOG, "listener", heard.append)
     path = find_model(pair("a", "F16"))
-    theirs = logging.getLogger("llama-cpp-python")
-    level = theirs.level
     for is_heard in (False, True, False):
         heard.clear()
         with reading(path, 0, None, is_heard=is_heard) as language:
             assert language is not None
             libllama().llama_model_free(language.take())
         assert bool(heard) == is_heard
-        assert theirs.level == level
 
 
 def test_the_log_is_heard_again_after_the_last_of_several_silences(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +75,7 @@ def test_the_log_is_heard_again_after_the_last_of_several_silences(monkeypatch: 
         with NATIVE_LOG.silence():
             assert not speak()
         assert not speak()
-        NATIVE_LOG.let_hear(LOG._callback)
+        NATIVE_LOG.let_hear(LOG.callback)
         assert not speak()
     assert speak()
 
@@ -152,3 +148,21 @@ def test_a_file_that_is_replaced_after_its_reading_began_is_read_anew(pair: Pair
         with Model.of(loaded, None, 0) as opened, Model.open(others.model) as expected:
             assert opened.engine.info.n_embd == expected.engine.info.n_embd
             assert loaded.config.name == expected.config.name
+
+
+def test_the_rest_of_llama_cpp_is_imported_for_those_who_ask_for_it() -> None:
+    code = (
+        "import sys\n"
+        "from lfm2vl_edge.engine.llama import LlamaEngine\n"
+        "from lfm2vl_edge.engine.ffi import llama as ours\n"
+        "assert 'llama_cpp.llama' not in sys.modules and 'llama_cpp.mtmd_cpp' not in sys.modules\n"
+        "import llama_cpp, llama_cpp.llama_cpp\n"
+        "from llama_cpp import Llama, mtmd_cpp\n"
+        "assert llama_cpp.llama_cpp is ours and llama_cpp.__version__ and callable(Llama)\n"
+        "from llama_cpp import *\n"
+        "assert llama_decode is ours.llama_decode\n"
+        "try: llama_cpp.nothing\n"
+        "except AttributeError: pass\n"
+        "else: raise SystemExit('llama_cpp has everything')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

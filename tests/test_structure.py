@@ -24,7 +24,7 @@ LAYERS = [
     {"modelfile", "resample", "draw", "scenes"},
     {"tiling", "engine", "locate", "download"},
     {"tools", "template", "fetch"},
-    {"prompt", "cache", "shelf", "identity", "engine.library"},
+    {"prompt", "cache", "shelf", "identity", "engine.library", "engine.bindings"},
     {"engine.ffi"},
     {"engine.ggml"},
     {"engine.graph", "engine.weights", "engine.squares"},
@@ -65,10 +65,11 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_one_file_imports_the_native_library(path: Path) -> None:
-    native = any(name.split(".")[0] == "llama_cpp" for name in imports(path))
-    assert native == (path == ROOT / "lfm2vl_edge" / "engine" / "ffi.py")
+def test_the_native_library_is_reached_through_its_bindings_only() -> None:
+    names = {path.name: set(imports(path)) for path in FILES}
+    assert not [name for name, used in names.items() if any(one.split(".")[0] == "llama_cpp" for one in used)]
+    users = [name for name, used in names.items() if "lfm2vl_edge.engine.bindings" in used]
+    assert sorted(users) == ["ffi.py", "mtmd.py"]
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if "lfm2vl_edge" in path.parts[-3:-1]], ids=module_name)

@@ -1,4 +1,4 @@
-"""The only file that imports llama_cpp: libllama and libmtmd through ctypes, with owners and checked codes.
+"""libllama through llama_cpp's bindings, with owners and checked codes.
 
 Every native object is handed out by a context manager or freed by its owner's `close`; every return code goes through
 `check` or `require`. Nothing of ctypes leaves the engine package.
@@ -10,37 +10,39 @@ import ctypes
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import numpy.typing as npt
-from llama_cpp import llama_cpp as llama
-from llama_cpp import mtmd_cpp as mtmd
 
+from lfm2vl_edge.engine.bindings import bindings
 from lfm2vl_edge.engine.library import NATIVE_LOG
 from lfm2vl_edge.errors import EngineError
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 __all__ = [
     "ABORTED",
+    "FLASH_ATTENTION",
     "LOG",
     "NO_MEMORY_SLOT",
     "AbortFlag",
-    "bitmap",
     "check",
     "floats",
-    "image_chunk",
     "libraries",
     "llama",
-    "mtmd",
     "native_function",
     "require",
     "sequence_bytes",
     "set_sequence_bytes",
 ]
 
+llama: Final = bindings("llama_cpp")
+"""llama.h, by llama_cpp."""
+FLASH_ATTENTION: Final = 1
+"""llama.h's LLAMA_FLASH_ATTN_TYPE_ENABLED; "auto" costs a trial run."""
 ABORTED: Final = 2
 """llama_decode's code after the abort callback said yes."""
 NO_MEMORY_SLOT: Final = 1
@@ -64,9 +66,9 @@ class NativeLog:
         """Called with every line, for what llama.cpp tells in no other way."""
         self._warning = self._error = ""
         self._level = 0
-        self._callback = llama.llama_log_callback(self._take)
-        NATIVE_LOG.let_hear(self._callback)
-        mtmd.mtmd_helper_log_set(self._callback, ctypes.c_void_p(0))
+        self.callback = llama.llama_log_callback(self._take)
+        """What hears the log, as C calls it."""
+        NATIVE_LOG.let_hear(self.callback)
 
     def _take(self, level: int, text: bytes, _: ctypes.c_void_p) -> None:
         self._level = self._level if level == _CONTINUATION else level
@@ -175,39 +177,6 @@ def set_sequence_bytes(context: Any, state: npt.NDArray[np.uint8]) -> None:
 
 def _bytes_at(array: npt.NDArray[np.uint8]) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-
-
-@contextmanager
-def bitmap(pixels: npt.NDArray[np.uint8]) -> Iterator[Any]:
-    """Own an mtmd bitmap of uint8 `[height, width, 3]` pixels, which are copied."""
-    height, width = pixels.shape[:2]
-    data = np.ascontiguousarray(pixels).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    handle = require("mtmd_bitmap_init", mtmd.mtmd_bitmap_init(width, height, data))
-    try:
-        yield handle
-    finally:
-        mtmd.mtmd_bitmap_free(handle)
-
-
-@contextmanager
-def image_chunk(context: Any, picture: Any) -> Iterator[Any]:
-    """Own mtmd's chunks of one finished view and give the one that is an image.
-
-    mtmd puts its own begin and end markers around it; the prompt has ours, so they are passed over.
-    """
-    chunks = require("mtmd_input_chunks_init", mtmd.mtmd_input_chunks_init())
-    try:
-        part = mtmd.mtmd_input_part(text=None, bitmap=picture)
-        parts = (ctypes.POINTER(mtmd.mtmd_input_part) * 1)(ctypes.pointer(part))
-        check("mtmd_tokenize_from_parts", mtmd.mtmd_tokenize_from_parts(context, chunks, parts, 1, False))
-        count = mtmd.mtmd_input_chunks_size(chunks)
-        every = [mtmd.mtmd_input_chunks_get(chunks, index) for index in range(count)]
-        images = [one for one in every if mtmd.mtmd_input_chunk_get_type(one) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE]
-        if len(images) != 1:
-            raise EngineError(f"mtmd cut one finished view into {len(images)} images; it must stay one")
-        yield images[0]
-    finally:
-        mtmd.mtmd_input_chunks_free(chunks)
 
 
 class AbortFlag:

@@ -15,16 +15,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.engine.ffi import LOG, llama, require
 from lfm2vl_edge.errors import ConfigError, EngineError
 
-TokenIds: TypeAlias = npt.NDArray[np.int32]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+TokenIds: TypeAlias = "npt.NDArray[np.int32]"
 _ROOT: Final = b"root"
 _MOST_BYTES: Final = 1 << 18
 _CPU_SECONDS: Final = 10

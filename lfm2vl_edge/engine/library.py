@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -21,8 +20,6 @@ _FOLDER_VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
 """With which llama_cpp's users name another folder."""
 _NAMES: Final = ("libllama.so", "libllama.dylib")
 """In the order in which llama_cpp looks for them."""
-_THEIR_LOGGER: Final = logging.getLogger("llama-cpp-python")
-_NOTHING: Final = logging.CRITICAL + 1
 _PARAMETER_BYTES: Final = 512
 """More than llama.h's llama_model_params has: what is passed by value may be longer than what is read of it."""
 
@@ -70,7 +67,6 @@ class Log:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._silences = 0
-        self._level = logging.NOTSET
         self._nobody = ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p)
         self._hearer: Any = self._nobody
 
@@ -95,10 +91,7 @@ class Log:
 
     def _silence(self, more: int) -> None:
         with self._lock:
-            if self._silences == 0:
-                self._level = _THEIR_LOGGER.level
             self._silences += more
-            _THEIR_LOGGER.setLevel(_NOTHING if self._silences else self._level)
             self._set()
 
     def _set(self) -> None:

@@ -15,6 +15,7 @@ from lfm2vl_edge.config import Sampling
 from lfm2vl_edge.engine import EngineInfo, Floats, State
 from lfm2vl_edge.engine.ffi import (
     ABORTED,
+    FLASH_ATTENTION,
     LOG,
     NO_MEMORY_SLOT,
     AbortFlag,
@@ -29,12 +30,12 @@ from lfm2vl_edge.engine.ffi import (
 from lfm2vl_edge.engine.grammar import Rules, TokenIds, check_grammar, grammar_sampler, text_tokens
 from lfm2vl_edge.engine.graph import graphs_work
 from lfm2vl_edge.engine.language import LanguageFile
-from lfm2vl_edge.engine.mtmd import FLASH_ATTENTION, MtmdEncoder, MtmdSettings
 from lfm2vl_edge.engine.sampling import sampler_chain
 from lfm2vl_edge.engine.vision import VERSION, GraphEncoder
 from lfm2vl_edge.errors import ContextFull, EngineError
 
 if TYPE_CHECKING:
+    from lfm2vl_edge.engine.mtmd import MtmdSettings
     from lfm2vl_edge.image import Pixels
 
 N_BATCH: Final = 2048
@@ -296,7 +297,7 @@ class LlamaEngine:
 
     def _encoder_for(self, n_tokens: int) -> Encoder:
         """Return the encoder, opened at first use; mtmd's again when a view is larger than it was opened for."""
-        if self._encoder and n_tokens > self._view_tokens and isinstance(self._encoder, MtmdEncoder):
+        if self._encoder and n_tokens > self._view_tokens and not isinstance(self._encoder, GraphEncoder):
             self._close_encoder()
         if self._encoder is None:
             self._view_tokens = max(n_tokens, self._view_tokens)
@@ -306,6 +307,8 @@ class LlamaEngine:
     def _new_encoder(self) -> Encoder:
         if self._uses_graph:
             return GraphEncoder(self._mmproj, self._settings.n_threads)
+        from lfm2vl_edge.engine.mtmd import MtmdEncoder  # processors do without libmtmd
+
         return MtmdEncoder(self._mmproj, self._mtmd_settings())
 
     @property
@@ -320,6 +323,8 @@ class LlamaEngine:
 
     def _mtmd_settings(self) -> MtmdSettings:
         """Return how mtmd is opened for views of up to `_view_tokens` tokens."""
+        from lfm2vl_edge.engine.mtmd import MtmdSettings
+
         return MtmdSettings(
             n_threads=self._settings.n_threads,
             view_tokens=self._view_tokens,
