@@ -53,6 +53,35 @@ def failed(result: subprocess.CompletedProcess[bytes], message: str, code: int =
 GREEDY = ("--temperature", 0, "-n", 12)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_cannot_be_written_is_no_success(unbuffered: str) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "lfm2vl_edge", "models", "--json"]
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment)
+    assert result.returncode == 1
+    assert result.stderr.decode() == "error: stdout: No space left on device; make room, or check the path\n"
+
+
+def test_the_process_ends_at_once_unless_something_would_be_lost() -> None:
+    code = (
+        "import os, sys, threading\n"
+        "from lfm2vl_edge import cli\n"
+        "left = []\n"
+        "os._exit = left.append\n"
+        "go = threading.Event()\n"
+        "thread = threading.Thread(target=go.wait)\n"
+        "cli._leave(None), cli._leave(0), cli._leave(3)\n"
+        "assert left == [0, 0, 3], left\n"
+        "thread.start(); cli._leave(0); go.set(); thread.join()\n"
+        "sys.setprofile(lambda *_: None); cli._leave(0); sys.setprofile(None)\n"
+        "cli._leave('a reason')\n"
+        "assert left == [0, 0, 3], left\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_run_prints_the_answer_and_nothing_else(run: Run, pair: Pair, model: Model) -> None:
     result = run("run", SMALL, "What is this?", "-m", pair("a", "F32"), *GREEDY)
     assert result.returncode == 0

@@ -106,8 +106,9 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
-        "import sys; sys.argv = ['lfm2vl-edge', *sys.argv[1:]]\n"
+        "import os, sys; sys.argv = ['lfm2vl-edge', *sys.argv[1:]]\n"
         "from lfm2vl_edge.cli import main\n"
+        "os._exit = lambda status: None\n"
         "try: main()\n"
         "except SystemExit as exit: assert not exit.code, exit.code\n"
         "heavy = {'llama_cpp', 'gguf', 'safetensors', 'lfm2vl_convert', 'huggingface_hub'} & set(sys.modules)\n"

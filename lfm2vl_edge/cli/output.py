@@ -23,7 +23,7 @@ _GRACE_SECONDS = 0.5
 
 @contextmanager
 def reporting() -> Iterator[None]:
-    """Turn our errors into one line on stderr and exit code 1, and Ctrl-C into 130."""
+    """Turn our errors, and those of the system, into one line on stderr and exit code 1, and Ctrl-C into 130."""
     try:
         yield
     except EdgeError as error:
@@ -32,8 +32,17 @@ def reporting() -> Iterator[None]:
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:  # the reader of our stdout left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         raise typer.Exit(EXIT_FAILED) from None
+    except OSError as error:  # such as a full disk behind our stdout
+        _drop_output()
+        report(EdgeError(f"{error.filename or 'stdout'}: {error.strerror or error}; make room, or check the path"))
+        raise typer.Exit(EXIT_FAILED) from None
+
+
+def _drop_output() -> None:
+    """Let what is still to be written to stdout go nowhere, instead of failing once more at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report(error: EdgeError) -> None:
