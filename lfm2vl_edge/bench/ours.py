@@ -20,6 +20,8 @@ from lfm2vl_edge.opening import Opening, Wishes
 from lfm2vl_edge.prompt import Message, user_message
 from lfm2vl_edge.stats import Stats
 
+_AS_INSTALLED: Final = {"PYTHONDONTWRITEBYTECODE": ""}
+"""pip or the first run compiles a package; an environment that forbids it has that done at every start."""
 _GREEDY: Final[dict[str, Any]] = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": ANSWER_TOKENS}
 
 
@@ -97,7 +99,7 @@ def _ask(model: Model, messages: Sequence[Message]) -> tuple[Turn, Stats]:
 
 def cold(opening: Opening, wishes: Wishes, drawing: Drawing, run: Spend) -> Figures:
     """Measure a new process that knows nothing."""
-    spent = run(own_command(opening, wishes, drawing.path, "--no-cache"), {})
+    spent = run(own_command(opening, wishes, drawing.path, "--no-cache"), _AS_INSTALLED)
     return process_figures(drawing.name, spent) | {(_cold_token(drawing), "s"): _first_token(spent)}
 
 
@@ -112,7 +114,8 @@ def kept(opening: Opening, wishes: Wishes, drawing: Drawing, cache: Path, run: S
         run: runs a process.
         cold: what `cold` measured of the picture.
     """
-    command, environment = own_command(opening, wishes, drawing.path, "--cache"), {CACHE_VARIABLE: str(cache)}
+    command = own_command(opening, wishes, drawing.path, "--cache")
+    environment = {**_AS_INSTALLED, CACHE_VARIABLE: str(cache)}
     run(command, environment)
     again = run(command, environment)
     name = f"new process, embeddings on disk, {drawing.name}"

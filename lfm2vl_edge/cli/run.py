@@ -74,6 +74,8 @@ def run(
             for each in questions:
                 messages = _messages(pictures, each, system)
                 told.append(show_answer(opened.chat(messages, **options), quiet=as_json))
+                if told[-1].last.finish == "length" and not as_json:
+                    typer.echo("note: cut off here; --max-tokens allows more", err=True)
                 if verbose:
                     typer.echo("\n".join(figures(told[-1].last, opened)), err=True)
             if as_json:

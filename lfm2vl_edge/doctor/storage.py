@@ -112,8 +112,9 @@ def read_models() -> tuple[list[ModelState], str | None]:
 
 
 def _named() -> Iterator[ModelState]:
-    """Yield what LFM2VL_MODEL names, where it names something."""
-    if name := os.environ.get(locate.MODEL_VARIABLE):
+    """Yield what LFM2VL_MODEL names, where it names something beside the built-in model."""
+    name = os.environ.get(locate.MODEL_VARIABLE, "")
+    if name and name.lower() != BUILT_IN:
         yield _located(name, "variable")
 
 
