@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from lfm2vl_edge.geometry import TilePlan
+from lfm2vl_edge.hardware import has_avx512
 
 CONTEXT_TOKENS: Final = 1024
 """Tokens of context that a model begins with: room for one view and an answer; it grows when more is needed."""
@@ -22,15 +23,35 @@ _PROGRAM_BYTES: Final = 120_000_000
 """Python, llama.cpp and its buffers: what remained of the peak of a 450M F16 pair beside its files and context."""
 _REPACKED: Final[Mapping[int, float]] = {2: 0.75, 14: 0.75, 15: 0.75, 25: 0.75}
 """llama.cpp's file type -> share of a 4-bit language file that is held a second time, rearranged for the processor."""
-_TILE_SECONDS: Final[Mapping[str, float]] = {"F32": 0.89, "F16": 0.78, "BF16": 0.60, "Q8_0": 1.00}
-"""One 512x512 tile in the 450M encoder, by type, on two x86-64 cores with AVX-512 BF16."""
 _TILE_OPERATIONS: Final = 2.13e11
-"""Of that tile: 2 x weights x patches, and 4 x layers x width x patches^2 of attention."""
-_PREFILL_OPERATIONS: Final = 2.14e11
-"""A second, on one of those cores, in the Q4_0 language tower."""
-_DECODE_BYTES: Final = 3.3e10
-"""A second: how fast those cores went through the language file, once for each token of an answer."""
+"""Of a 512x512 tile in the 450M encoder: 2 x weights x patches, and 4 x layers x width x patches^2 of attention."""
 _MEASURED_CORES: Final = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cores:
+    """What two cores of a kind took for the 450M model."""
+
+    tile_seconds: Mapping[str, float]
+    """One 512x512 tile in the encoder, by type of mmproj file."""
+    prefill_operations: float
+    """A second, on one of the cores, in the Q4_0 language tower."""
+    decode_bytes: float
+    """A second: how fast they went through the language file, once for each token of an answer."""
+
+
+AVX512: Final = Cores(
+    tile_seconds={"F32": 0.89, "F16": 0.78, "BF16": 0.56, "Q8_0": 1.00},
+    prefill_operations=2.14e11,
+    decode_bytes=3.3e10,
+)
+"""x86-64 with AVX-512 BF16."""
+AVX2: Final = Cores(
+    tile_seconds={"F32": 2.5, "F16": 1.9, "BF16": 2.5, "Q8_0": 2.6, "Q6_K": 2.1, "Q4_0": 2.9},
+    prefill_operations=6.4e10,
+    decode_bytes=1.6e10,
+)
+"""x86-64 with AVX2 only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +178,8 @@ def _number(metadata: Mapping[str, Any], key: str) -> int:
     return int(value.max()) if value.size and np.issubdtype(value.dtype, np.number) else 0
 
 
-def guess(shape: Shape, mmproj_type: str, tile_tokens: int, n_threads: int) -> Costs:
-    """Return what a model may cost on an unknown machine: as much, for its size, as on the cores named above.
+def guess(shape: Shape, mmproj_type: str, tile_tokens: int, n_threads: int, cores: Cores | None = None) -> Costs:
+    """Return what a model may cost on an unknown machine: as much, for its size, as on cores that were measured.
 
     A core of another kind may be five times slower.
 
@@ -167,18 +188,21 @@ def guess(shape: Shape, mmproj_type: str, tile_tokens: int, n_threads: int) -> C
         mmproj_type: type of the mmproj file, such as F16.
         tile_tokens: image tokens of one tile; a view counts by its tokens.
         n_threads: threads that compute.
+        cores: what they are compared with; by default those with AVX-512 if the processor has it, else with AVX2.
     """
+    cores = cores or (AVX512 if has_avx512() else AVX2)
     patches = tile_tokens * shape.patches_per_token
     weights = shape.n_layers * shape.width * (4 * shape.width + 2 * shape.feed_forward)
     operations = 2 * weights * patches + 4 * shape.n_layers * shape.width * patches**2
-    seconds = _TILE_SECONDS.get(mmproj_type, max(_TILE_SECONDS.values())) * operations / _TILE_OPERATIONS
+    tile_seconds = cores.tile_seconds.get(mmproj_type, max(cores.tile_seconds.values()))
+    seconds = tile_seconds * operations / _TILE_OPERATIONS
     copied = shape.language_bytes * _REPACKED.get(shape.language_type, 0.0)
     files = shape.language_bytes + shape.mmproj_bytes + copied
     return Costs(
         view_seconds=0.0,
         token_seconds=seconds * _MEASURED_CORES / n_threads / tile_tokens,
-        prefill_seconds=2 * shape.language_weights / _PREFILL_OPERATIONS / n_threads,
-        decode_seconds=shape.language_bytes / _DECODE_BYTES,
+        prefill_seconds=2 * shape.language_weights / cores.prefill_operations / n_threads,
+        decode_seconds=shape.language_bytes / cores.decode_bytes,
         memory_bytes=files + _PROGRAM_BYTES + CONTEXT_TOKENS * shape.context_bytes,
         context_bytes=shape.context_bytes,
         is_measured=False,

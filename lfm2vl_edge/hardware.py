@@ -87,8 +87,18 @@ def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
 
 def has_fast_bf16(cpuinfo: Path = _CPUINFO) -> bool:
     """Tell whether the processor multiplies bfloat16 itself; where the system does not say, it does not."""
+    return not _BF16_FEATURES.isdisjoint(_features(cpuinfo))
+
+
+def has_avx512(cpuinfo: Path = _CPUINFO) -> bool:
+    """Tell whether the processor has 512-bit registers; where the system does not say, it has not."""
+    return "avx512f" in _features(cpuinfo)
+
+
+def _features(cpuinfo: Path) -> list[str]:
+    """Return what Linux says that the processor can do, nothing elsewhere."""
     lines = re.findall(r"^(?:flags|Features)\s*:\s*(.+)$", _text(cpuinfo), re.MULTILINE)
-    return bool(lines) and not _BF16_FEATURES.isdisjoint(lines[0].split())
+    return lines[0].split() if lines else []
 
 
 def _text(path: Path) -> str:

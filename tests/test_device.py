@@ -16,7 +16,15 @@ from lfm2vl_edge import ConfigError, EngineError, Model, ModelNotFound, SessionE
 from lfm2vl_edge import device as device_module
 from lfm2vl_edge.device import Place, Profile, load_profile, place_of, save_profile
 from lfm2vl_edge.engine.gpu import find_gpu, gpus
-from lfm2vl_edge.hardware import available_cpus, big_cores, cpu_name, has_fast_bf16, physical_cores, thread_counts
+from lfm2vl_edge.hardware import (
+    available_cpus,
+    big_cores,
+    cpu_name,
+    has_avx512,
+    has_fast_bf16,
+    physical_cores,
+    thread_counts,
+)
 from lfm2vl_edge.opening import Wishes, decide
 from lfm2vl_edge.pair import find_pair
 from tests.conftest import PICTURES, Pair
@@ -181,6 +189,7 @@ def test_processor_features_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ):
         info.write_text(text)
         assert has_fast_bf16(info) == fast
+        assert has_avx512(info) == ("avx512f" in text)
     assert not has_fast_bf16(tmp_path / "none")
     info.write_text("Features\t: fp\nModel\t\t: Raspberry Pi 7\n")
     assert cpu_name(info).startswith("Raspberry Pi 7 (")

@@ -136,9 +136,7 @@ def test_what_is_quantized_already_is_refused(checkpoint: Path, tmp_path: Path) 
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"nothing")
-    with pytest.raises(
-        EngineError, match=r"llama_model_quantize failed on .*x.gguf \(llama_model_quantize: .*failed to load"
-    ):
+    with pytest.raises(EngineError, match=r"llama_model_quantize failed on .*x.gguf \(.*invalid magic"):
         quantize_file(tmp_path / "x.gguf", tmp_path / "out.gguf", "Q4_0", (), lambda n_bytes: None)
 
 
