@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,11 +161,12 @@ def _reading(
     source: Source, wishes: Wishes, begun: LanguageFile | None
 ) -> AbstractContextManager[LanguageFile | None]:
     """Let the language file be read while it is decided how it is opened; what was begun will do, unless replaced."""
-    from lfm2vl_edge.engine.language import reading
+    from lfm2vl_edge.engine.language import begin_reading
 
     if begun is not None and begun.stamp == source.stamps[0]:
         return nullcontext(begun)  # its owner closes it
-    return reading(source.pair.model, wishes.gpu_layers, wishes.device)
+    language = begin_reading(source.pair.model, wishes.gpu_layers, wishes.device)
+    return nullcontext() if language is None else closing(language)
 
 
 def load(opening: Opening, wishes: Wishes, language: LanguageFile | None = None) -> Engine:

@@ -72,6 +72,7 @@ def test_the_process_ends_at_once_unless_something_would_be_lost() -> None:
         "os._exit = left.append\n"
         "go = threading.Event()\n"
         "thread = threading.Thread(target=go.wait)\n"
+        "threading.Thread(target=go.wait, daemon=True).start()\n"
         "cli._leave(None), cli._leave(0), cli._leave(3)\n"
         "assert left == [0, 0, 3], left\n"
         "thread.start(); cli._leave(0); go.set(); thread.join()\n"
@@ -80,6 +81,19 @@ def test_the_process_ends_at_once_unless_something_would_be_lost() -> None:
         "assert left == [0, 0, 3], left\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_error_does_not_wait_for_the_reading_of_the_model(pair: Pair) -> None:
+    code = (
+        "import sys, time\n"
+        "from lfm2vl_edge.engine.language import LanguageFile\n"
+        "LanguageFile._load = lambda self, is_heard: time.sleep(60)\n"
+        "from lfm2vl_edge.cli import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", code, "run", "nothing.png", "-m", str(pair("a", "F16"))]
+    result = subprocess.run(command, capture_output=True, timeout=30)
+    assert failed(result, "no picture at 'nothing.png'")
 
 
 def test_run_prints_the_answer_and_nothing_else(run: Run, pair: Pair, model: Model) -> None:

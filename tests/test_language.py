@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from lfm2vl_edge import ConfigError, EngineError, Model, ModelNotFound, opening
 from lfm2vl_edge.engine import library
 from lfm2vl_edge.engine.ffi import LOG, llama
-from lfm2vl_edge.engine.language import LanguageFile, reading
+from lfm2vl_edge.engine.language import LanguageFile, begin_reading
 from lfm2vl_edge.engine.library import NATIVE_LOG, libllama
 from lfm2vl_edge.opening import Opening, Wishes, decide, open_pair
 from lfm2vl_edge.pair import find_model, find_pair
@@ -24,9 +25,8 @@ def test_it_is_read_before_anything_heavy_is_imported(pair: Pair) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from lfm2vl_edge.engine.language import reading\n"
-        "with reading(Path(sys.argv[1]), 0, None) as language:\n"
-        "    assert language.take()\n"
+        "from lfm2vl_edge.engine.language import begin_reading\n"
+        "assert begin_reading(Path(sys.argv[1]), 0, None).take()\n"
         "heavy = {'llama_cpp', 'numpy', 'jinja2', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
@@ -56,8 +56,7 @@ def test_nobody_hears_the_log_of_a_reading_unless_asked_to(pair: Pair, monkeypat
     path = find_model(pair("a", "F16"))
     for is_heard in (False, True, False):
         heard.clear()
-        with reading(path, 0, None, is_heard=is_heard) as language:
-            assert language is not None
+        with closing(LanguageFile(path, 0, None, is_heard=is_heard)) as language:
             libllama().llama_model_free(language.take())
         assert bool(heard) == is_heard
 
@@ -83,15 +82,15 @@ def test_the_log_is_heard_again_after_the_last_of_several_silences(monkeypatch: 
 def test_a_refused_file_is_named_with_the_reason(pair: Pair, tmp_path: Path) -> None:
     cut = tmp_path / "cut-F16.gguf"
     cut.write_bytes(find_model(pair("a", "F16")).read_bytes()[:-4096])
-    with reading(cut, 0, None) as language:
-        assert language is not None
-        with pytest.raises(EngineError, match=r"llama_model_load_from_file failed on .*cut-F16\.gguf \(.*tensor"):
-            language.take()
+    with (
+        closing(LanguageFile(cut, 0, None)) as language,
+        pytest.raises(EngineError, match=r"llama_model_load_from_file failed on .*cut-F16\.gguf \(.*tensor"),
+    ):
+        language.take()
 
 
 def test_another_kind_of_file_is_not_read(pair: Pair) -> None:
-    with reading(find_pair(pair("a", "F16")).mmproj, 0, None) as language:
-        assert language is None
+    assert begin_reading(find_pair(pair("a", "F16")).mmproj, 0, None) is None
 
 
 def test_a_language_file_that_nobody_takes_is_freed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +140,7 @@ def test_a_file_that_is_replaced_after_its_reading_began_is_read_anew(pair: Pair
     for path in (files.model, files.mmproj):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     model = tmp_path / files.model.name
-    with reading(model, 0, None) as language:
+    with closing(LanguageFile(model, 0, None)) as language:
         (tmp_path / "new").write_bytes(others.model.read_bytes())
         (tmp_path / "new").replace(model)
         loaded = open_pair(model, Wishes(mmproj=others.mmproj), language)

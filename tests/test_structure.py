@@ -15,7 +15,7 @@ import lfm2vl_edge
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "lfm2vl_edge").rglob("*.py"), *(ROOT / "convert").rglob("*.py")])
 LAYERS = [
-    {"errors", "files"},
+    {"errors", "files", "background"},
     {"config", "metadata", "web", "schema", "boxes"},
     {"published", "geometry", "image", "stats", "hardware", "stream", "registry", "pulled", "blobs"},
     {"toolschema"},

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from lfm2vl_edge.cli.output import ENDS_WITH_COMMAND
+
 COMMANDS: Final = (
     "run",
     "chat",
@@ -83,6 +85,7 @@ def _common(
 def main() -> None:
     """Run the command line; of the commands, only the one that is named first is imported."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads would only keep llama.cpp's waiting
+    ENDS_WITH_COMMAND.set()
     named = [word for word in sys.argv[1:2] if word in COMMANDS]
     try:
         build(named or COMMANDS)()
@@ -98,7 +101,8 @@ def _leave(code: object) -> None:
     traces or profiles the program, or its last words cannot be delivered.
     """
     status = 0 if code is None else code
-    if not isinstance(status, int) or threading.active_count() > 1 or sys.gettrace() or sys.getprofile():
+    works = any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+    if not isinstance(status, int) or works or sys.gettrace() or sys.getprofile():
         return
     try:
         sys.stdout.flush()

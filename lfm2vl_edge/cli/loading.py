@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
+from lfm2vl_edge.background import begin
 from lfm2vl_edge.cli.options import ImageOptions, ModelOptions
-from lfm2vl_edge.cli.output import warnings_to_stderr
+from lfm2vl_edge.cli.output import ENDS_WITH_COMMAND, warnings_to_stderr
 from lfm2vl_edge.errors import ConfigError, ModelNotPulled
 from lfm2vl_edge.files import CACHE_VARIABLE, cache_folder
 
@@ -107,28 +108,26 @@ def opening(
     Reading the files keeps one core busy; another one meanwhile imports the rest of the program and reads pictures.
     The model is closed with the block.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     folder = _cache(cache)
 
     def opened() -> Model:
         import_module("lfm2vl_edge.model")  # while the files are still being read
         return _model_of(files.result(), remember, folder)
 
-    with _reading(options, verbose) as (located, language), ThreadPoolExecutor(1) as pool:
+    with _reading(options, verbose) as (located, language):
         import_module("lfm2vl_edge.engine.llama")  # here, since two threads that import only wait for each other
-        files = pool.submit(_open_files, located, language, options, image)
+        files = begin(_open_files, located, language, options, image)
         try:
             yield opened
         finally:
-            if files.exception() is None:
+            if not ENDS_WITH_COMMAND.is_set() and files.exception() is None:
                 files.result().engine.close()
 
 
 @contextmanager
 def _reading(options: ModelOptions, verbose: int) -> Iterator[tuple[Located, LanguageFile | None]]:
     """Find the model, and let its language file be read before anything else is imported."""
-    from lfm2vl_edge.engine.language import reading
+    from lfm2vl_edge.engine.language import begin_reading
     from lfm2vl_edge.pair import find_model as find_language_file
 
     warnings_to_stderr()
@@ -139,8 +138,12 @@ def _reading(options: ModelOptions, verbose: int) -> Iterator[tuple[Located, Lan
         LOG.verbose = True
     located = chosen_model(options)
     file = find_language_file(located.model)
-    with reading(file, options.gpu_layers, options.device, is_heard=is_heard) as language:
+    language = begin_reading(file, options.gpu_layers, options.device, is_heard=is_heard)
+    try:
         yield located, language
+    finally:
+        if language is not None and not ENDS_WITH_COMMAND.is_set():
+            language.close()
 
 
 def _open_files(located: Located, language: LanguageFile | None, options: ModelOptions, image: ImageOptions) -> Loaded:

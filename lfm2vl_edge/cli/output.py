@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import typer
 
@@ -17,6 +18,8 @@ from lfm2vl_edge.errors import EdgeError
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+ENDS_WITH_COMMAND: Final = threading.Event()
+"""Set where the process ends with the command: what it holds is then left to the system, which waits for nobody."""
 _GRACE_SECONDS = 0.5
 """How long a native call may take to notice Ctrl-C; encoding a view cannot be stopped from inside."""
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lfm2vl_edge.background import begin
 from lfm2vl_edge.engine.library import NATIVE_LOG, libllama
 from lfm2vl_edge.metadata import read_architecture
 from lfm2vl_edge.pair import LANGUAGE_ARCHITECTURE, stamp
@@ -18,10 +17,7 @@ if TYPE_CHECKING:
     from lfm2vl_edge.engine.gpu import Gpu
 
 
-@contextmanager
-def reading(
-    path: Path, gpu_layers: int, device: str | None, *, is_heard: bool = False
-) -> Iterator[LanguageFile | None]:
+def begin_reading(path: Path, gpu_layers: int, device: str | None, *, is_heard: bool = False) -> LanguageFile | None:
     """Let a language file be read while other things are done; nothing, if it is another kind of file.
 
     Raises:
@@ -29,10 +25,8 @@ def reading(
         EngineError: the installed llama.cpp has no such GPU.
     """
     if read_architecture(path) != LANGUAGE_ARCHITECTURE:
-        yield None  # whoever reads its settings says why not
-        return
-    with closing(LanguageFile(path, gpu_layers, device, is_heard=is_heard)) as language:
-        yield language
+        return None  # whoever reads its settings says why not
+    return LanguageFile(path, gpu_layers, device, is_heard=is_heard)
 
 
 class LanguageFile:
@@ -57,9 +51,7 @@ class LanguageFile:
         self.gpu = _find_gpu(gpu_layers, device)
         """The GPU that takes layers, if one was named."""
         self._is_taken = False
-        reader = ThreadPoolExecutor(1)
-        self._reading = reader.submit(self._load, is_heard)
-        reader.shutdown(wait=False)
+        self._reading = begin(self._load, is_heard)
 
     def take(self) -> Any:
         """Wait for the file and return llama.cpp's model, which the caller frees.
