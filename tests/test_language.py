@@ -165,3 +165,19 @@ def test_the_rest_of_llama_cpp_is_imported_for_those_who_ask_for_it() -> None:
         "else: raise SystemExit('llama_cpp has everything')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_broken_llama_cpp_leaves_nothing_half_imported(tmp_path: Path) -> None:
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp" / "__init__.py").touch()
+    (tmp_path / "llama_cpp" / "llama_cpp.py").write_text("raise ImportError('no such library')")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from lfm2vl_edge.engine.bindings import bindings\n"
+        "for _ in range(2):\n"
+        "    try: bindings('llama_cpp')\n"
+        "    except ImportError as error: assert 'no such library' in str(error)\n"
+        "    else: raise SystemExit('it was imported')\n"
+        "    assert 'llama_cpp' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -32,8 +32,12 @@ def bindings(name: str) -> Any:
         ImportError: llama_cpp is not installed.
     """
     spec = find_spec(_PACKAGE) if _PACKAGE not in sys.modules else None
-    if spec is not None:
-        package = module_from_spec(spec)
-        package.__class__ = _Postponed
-        sys.modules[_PACKAGE] = package
-    return import_module(f"{_PACKAGE}.{name}")
+    if spec is None:
+        return import_module(f"{_PACKAGE}.{name}")
+    sys.modules[_PACKAGE] = package = module_from_spec(spec)
+    package.__class__ = _Postponed
+    try:
+        return import_module(f"{_PACKAGE}.{name}")
+    except BaseException:
+        del sys.modules[_PACKAGE]  # the next one to import it shall see what is wrong with it
+        raise

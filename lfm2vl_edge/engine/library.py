@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from lfm2vl_edge.engine.bindings import bindings
+
 _FOLDER_VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
 """With which llama_cpp's users name another folder."""
 _NAMES: Final = ("libllama.so", "libllama.dylib")
@@ -37,12 +39,8 @@ def libllama() -> Any:
     Raises:
         ImportError: llama_cpp is not installed.
     """
-    path = _path()
-    if path is None:
-        from lfm2vl_edge.engine.ffi import llama
-
-        path = Path(llama._lib._name)  # noqa: SLF001  # a new object for it: the types below are ours alone
-    library = ctypes.CDLL(str(path))
+    path = _path() or bindings("llama_cpp")._lib._name  # noqa: SLF001
+    library = ctypes.CDLL(str(path))  # an object of our own: the types below are not llama_cpp's
     library.llama_model_default_params.restype = ModelParams
     library.llama_model_load_from_file.argtypes = [ctypes.c_char_p, ModelParams]
     library.llama_model_load_from_file.restype = ctypes.c_void_p
