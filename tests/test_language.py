@@ -41,6 +41,17 @@ def test_the_library_is_the_one_that_llama_cpp_uses() -> None:
     assert ours == theirs
 
 
+def test_parameters_are_passed_on_as_llama_cpp_has_them() -> None:
+    passed, known = library.ModelParams, llama.llama_model_params
+    assert ctypes.alignment(passed) == ctypes.alignment(known)
+    assert ctypes.sizeof(passed) > ctypes.sizeof(known)
+    ours = known.from_buffer_copy(libllama().llama_model_default_params())
+    theirs = llama.llama_model_default_params()
+    for name, _ in known._fields_:
+        one, other = getattr(ours, name), getattr(theirs, name)
+        assert (bool(one), bool(other)) == (False, False) or one == other, name
+
+
 def test_a_library_in_another_place_is_found_through_llama_cpp(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

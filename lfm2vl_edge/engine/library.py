@@ -22,14 +22,14 @@ _FOLDER_VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
 """With which llama_cpp's users name another folder."""
 _NAMES: Final = ("libllama.so", "libllama.dylib")
 """In the order in which llama_cpp looks for them."""
-_PARAMETER_BYTES: Final = 512
+_PARAMETER_WORDS: Final = 64
 """More than llama.h's llama_model_params has: what is passed by value may be longer than what is read of it."""
 
 
 class ModelParams(ctypes.Structure):
-    """llama.h's llama_model_params, as it is returned and passed on unread."""
+    """llama.h's llama_model_params, as it is returned and passed on unread; like that, aligned as pointers are."""
 
-    _fields_ = (("unread", ctypes.c_char * _PARAMETER_BYTES),)
+    _fields_ = (("unread", ctypes.c_void_p * _PARAMETER_WORDS),)
 
 
 @functools.cache
