@@ -212,7 +212,7 @@ def prefill(engine: Engine, pieces: Sequence[Piece], memory: Memory, watch: Stop
     watch.restored_tokens = sum(map(n_tokens, pieces[:done]))
     views = [index for index, piece in enumerate(pieces) if isinstance(piece, Tile)]
     for index in range(done, len(pieces)):
-        _decode(engine, pieces[index], memory, watch)
+        _decode(engine, pieces[index], memory, watch, more=index < len(pieces) - 1)
         if index in (*views[-1:], len(pieces) - 1):
             with watch.phase("prefill"):
                 memory.states.put(keys[index], engine.snapshot, lasting=index in views[-1:])
@@ -228,10 +228,10 @@ def _restore(engine: Engine, keys: Sequence[Key], memory: Memory) -> int:
     return length
 
 
-def _decode(engine: Engine, piece: Piece, memory: Memory, watch: Stopwatch) -> None:
+def _decode(engine: Engine, piece: Piece, memory: Memory, watch: Stopwatch, *, more: bool) -> None:
     if isinstance(piece, tuple):
         with watch.phase("prefill"):
-            engine.decode_tokens(piece)
+            engine.decode_tokens(piece, more=more)
         return
 
     def encode() -> Floats:
@@ -241,7 +241,7 @@ def _decode(engine: Engine, piece: Piece, memory: Memory, watch: Stopwatch) -> N
     with watch.phase("encode"):
         embeddings = memory.embeddings.of(piece, encode)
     with watch.phase("prefill"):
-        engine.decode_embeddings(embeddings)
+        engine.decode_embeddings(embeddings, more=more)
 
 
 def _stats(prompt: Prompt, messages: Sequence[Message], n_drawn: int, watch: Stopwatch) -> Stats:

@@ -78,10 +78,10 @@ class FakeEngine:
     def reserve(self, n_tokens: int) -> None:
         self._sequence = []
 
-    def decode_tokens(self, tokens: Sequence[int]) -> None:
+    def decode_tokens(self, tokens: Sequence[int], *, more: bool = False) -> None:
         self._sequence += tokens
 
-    def decode_embeddings(self, embeddings: Floats) -> None:
+    def decode_embeddings(self, embeddings: Floats, *, more: bool = False) -> None:
         self._sequence += [CONTROLS[IMAGE]] * len(embeddings)
 
     def logits(self) -> Floats:

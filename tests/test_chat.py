@@ -36,13 +36,13 @@ class CountingEngine(FakeEngine):
         self.stopped = False
         super().reserve(n_tokens)
 
-    def decode_tokens(self, tokens: Sequence[int]) -> None:
+    def decode_tokens(self, tokens: Sequence[int], *, more: bool = False) -> None:
         self.decoded += len(tokens)
-        super().decode_tokens(tokens)
+        super().decode_tokens(tokens, more=more)
 
-    def decode_embeddings(self, embeddings: Floats) -> None:
+    def decode_embeddings(self, embeddings: Floats, *, more: bool = False) -> None:
         self.decoded += len(embeddings)
-        super().decode_embeddings(embeddings)
+        super().decode_embeddings(embeddings, more=more)
 
     def sample(self, *arguments: Any) -> Iterator[int]:
         for token in super().sample(*arguments):

@@ -37,9 +37,9 @@ class Noise(LlamaEngine):
     rng = np.random.default_rng(6)
 
     def logits(self) -> Floats:
-        return np.asarray(self.rng.normal(0, 4, self._n_vocab), np.float32)
+        return np.asarray(self.rng.normal(0, 4, self.info.n_vocab), np.float32)
 
-    def _decode(self, batch: Any) -> None:
+    def _decode(self, batch: Any, more: bool = False) -> None:
         pass
 
 

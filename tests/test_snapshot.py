@@ -7,6 +7,7 @@ import pytest
 
 from lfm2vl_edge import EngineError, Model
 from lfm2vl_edge.engine import Floats
+from lfm2vl_edge.locate import TINY
 from tests.conftest import Pair
 
 
@@ -39,6 +40,27 @@ def test_a_restored_sequence_goes_on_as_the_first_one_did(pair: Pair, quant: str
         assert np.array_equal(expected[0], after(model, more))
         engine.reserve(200)
         assert not np.array_equal(expected[0], after(model, more))
+
+
+@pytest.mark.parametrize("quant", ["F32", "F16", "Q8_0"])
+def test_logits_that_nobody_wants_change_no_bit(pair: Pair, quant: str) -> None:
+    with Model.open(TINY if quant == "Q8_0" else pair("a", quant), n_threads=2) as model:
+        engine = model.engine
+        words, last = engine.tokenize("what colours are there?"), engine.tokenize("and where?")
+        embeddings = engine.encode(pixels(0), 4)
+        found = []
+        for more in (False, True):
+            engine.reserve(200)
+            engine.decode_tokens(words, more=more)
+            engine.decode_embeddings(embeddings, more=more)
+            engine.decode_tokens(words[:1], more=more)
+            if more:
+                with pytest.raises(EngineError, match="llama_get_logits_ith"):
+                    engine.logits()
+            found.append((engine.snapshot(), after(model, last)))
+        (state, logits), (other_state, other_logits) = found
+        assert np.array_equal(state, other_state)
+        assert np.array_equal(logits, other_logits)
 
 
 def test_bytes_that_are_no_snapshot_are_refused_and_leave_the_engine_usable(model: Model) -> None:

@@ -28,7 +28,7 @@ LAYERS = [
     {"engine.library"},
     {"engine.ffi"},
     {"engine.ggml"},
-    {"engine.graph", "engine.weights", "engine.squares"},
+    {"engine.graph", "engine.weights", "engine.squares", "engine.vocabulary"},
     {"engine.gpu", "engine.mtmd", "engine.vision", "engine.grammar", "engine.sampling", "engine.quantize"},
     {"engine.llama"},
     {"engine.observe", "prepare"},

@@ -55,7 +55,7 @@ class SlowEngine:
         self.room = n_tokens
         self.clock.now += 50.0  # must not be counted
 
-    def decode_embeddings(self, embeddings: Floats) -> None:
+    def decode_embeddings(self, embeddings: Floats, *, more: bool = False) -> None:
         assert len(embeddings) <= self.room
         self.clock.now += len(embeddings) / 1000
 
@@ -81,7 +81,7 @@ class SlowEngine:
     def is_end(self, token: int) -> bool:
         raise NotImplementedError
 
-    def decode_tokens(self, tokens: Sequence[int]) -> None:
+    def decode_tokens(self, tokens: Sequence[int], *, more: bool = False) -> None:
         raise NotImplementedError
 
     def logits(self) -> Floats:

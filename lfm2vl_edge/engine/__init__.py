@@ -81,11 +81,16 @@ class Engine(Protocol):
             ContextFull: the model has no context that long.
         """
 
-    def decode_tokens(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the sequence."""
+    def decode_tokens(self, tokens: Sequence[int], *, more: bool = False) -> None:
+        """Append tokens to the sequence.
 
-    def decode_embeddings(self, embeddings: Floats) -> None:
-        """Append float32 `[n, n_embd]` embeddings to the sequence."""
+        Args:
+            tokens: their ids.
+            more: whether more is appended before logits are asked for, so that none need be computed now.
+        """
+
+    def decode_embeddings(self, embeddings: Floats, *, more: bool = False) -> None:
+        """Append float32 `[n, n_embd]` embeddings to the sequence; `more` as above."""
 
     def logits(self) -> Floats:
         """Return float32 `[n_vocab]`: the scores of what follows the sequence."""

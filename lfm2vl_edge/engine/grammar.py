@@ -15,18 +15,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.engine.ffi import LOG, llama, require
+from lfm2vl_edge.engine.vocabulary import TokenIds
 from lfm2vl_edge.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-TokenIds: TypeAlias = "npt.NDArray[np.int32]"
 _ROOT: Final = b"root"
 _MOST_BYTES: Final = 1 << 18
 _CPU_SECONDS: Final = 10
@@ -104,20 +104,6 @@ def grammar_sampler(vocab: Any, grammar: str) -> Iterator[Any]:
         yield sampler
     finally:
         llama.llama_sampler_free(sampler)
-
-
-def text_tokens(vocab: Any) -> TokenIds:
-    """Return the ids that stand for text, and those that end the turn.
-
-    The others are control tokens: a grammar would take them for their names, which no answer shows.
-    """
-    silent = llama.LLAMA_TOKEN_ATTR_UNKNOWN | llama.LLAMA_TOKEN_ATTR_CONTROL
-    ids = (
-        token
-        for token in range(llama.llama_vocab_n_tokens(vocab))
-        if not llama.llama_vocab_get_attr(vocab, token) & silent or llama.llama_vocab_is_eog(vocab, token)
-    )
-    return np.fromiter(ids, np.int32)
 
 
 @functools.lru_cache(maxsize=64)

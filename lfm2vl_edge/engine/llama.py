@@ -27,23 +27,25 @@ from lfm2vl_edge.engine.ffi import (
     sequence_bytes,
     set_sequence_bytes,
 )
-from lfm2vl_edge.engine.grammar import Rules, TokenIds, check_grammar, grammar_sampler, text_tokens
+from lfm2vl_edge.engine.grammar import Rules, check_grammar, grammar_sampler
 from lfm2vl_edge.engine.graph import graphs_work
 from lfm2vl_edge.engine.language import LanguageFile
 from lfm2vl_edge.engine.sampling import sampler_chain
 from lfm2vl_edge.engine.vision import VERSION, GraphEncoder
+from lfm2vl_edge.engine.vocabulary import Vocabulary
 from lfm2vl_edge.errors import ContextFull, EngineError
 
 if TYPE_CHECKING:
     from lfm2vl_edge.engine.mtmd import MtmdSettings
     from lfm2vl_edge.image import Pixels
 
-N_BATCH: Final = 2048
+_N_BATCH: Final = 2048
 """Most tokens of one llama_decode call."""
 _CPU_ROWS: Final = 128
 """Rows that a processor computes at a time. As quick as llama.cpp's 512, which a GPU gets, in 9 MB less at 450M."""
 _EXACT_ATTENTION: Final = 0
 """llama.cpp's "disabled": flash attention rounds keys and values of the language tower to 16 bits."""
+_NO_LOGITS: Final = ctypes.cast((ctypes.c_int8 * _N_BATCH)(), ctypes.POINTER(ctypes.c_int8))
 _CONTEXT_STEP: Final = 256
 """llama.cpp rounds contexts up to this many tokens."""
 
@@ -85,12 +87,14 @@ class LlamaEngine:
         EngineError: llama.cpp refuses a file, and the message has its reason; or it has no such GPU.
     """
 
+    n_batch = _N_BATCH
+    """Most tokens of one decode."""
+
     def __init__(self, model: Path | LanguageFile, mmproj: Path, settings: EngineSettings) -> None:
         self._model: Any = None
         self._context: Any = None
         self._encoder: Encoder | None = None
         self._n_ctx = 0
-        self._text_tokens: TokenIds | None = None
         self._mmproj = mmproj
         self._settings = settings
         self._view_tokens = settings.max_view_tokens
@@ -102,9 +106,8 @@ class LlamaEngine:
             if self._uses_graph:
                 self._encoder_for(0)  # costs no time, finds a wrong file at once, and begins to read it
             self._model = model.take()
-            self._vocab = llama.llama_model_get_vocab(self._model)
+            self._vocabulary = Vocabulary(self._model)
             self._n_embd = llama.llama_model_n_embd(self._model)
-            self._n_vocab = llama.llama_vocab_n_tokens(self._vocab)
             self._open_context(settings.n_ctx)
         except BaseException:
             model.close()
@@ -116,7 +119,7 @@ class LlamaEngine:
         """Facts about the engine."""
         return EngineInfo(
             n_embd=self._n_embd,
-            n_vocab=self._n_vocab,
+            n_vocab=self._vocabulary.size,
             n_ctx=self._n_ctx,
             n_threads=self._settings.n_threads,
             system=llama.llama_print_system_info().decode("utf-8", "replace").strip(),
@@ -127,27 +130,15 @@ class LlamaEngine:
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of plain text; see the protocol."""
-        raw = text.encode("utf-8", "replace")
-        room = len(raw) + 8  # no token stands for less than a byte
-        tokens = (llama.llama_token * room)()
-        count = llama.llama_tokenize(self._vocab, raw, len(raw), tokens, room, False, False)
-        if count < 0:
-            raise EngineError(f"llama_tokenize failed with code {count}{LOG.reason()}")
-        return list(tokens[:count])
+        return self._vocabulary.tokenize(text)
 
     def piece(self, token: int) -> bytes:
         """Return the bytes that a token stands for; see the protocol."""
-        room = 64
-        while True:
-            buffer = ctypes.create_string_buffer(room)
-            count = llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
-            if count >= 0:
-                return buffer.raw[:count]
-            room = -count
+        return self._vocabulary.piece(token)
 
     def is_end(self, token: int) -> bool:
         """Tell whether a token ends the model's turn."""
-        return bool(llama.llama_vocab_is_eog(self._vocab, token))
+        return self._vocabulary.is_end(token)
 
     def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
         """Return the embeddings of one view; see the protocol."""
@@ -166,26 +157,24 @@ class LlamaEngine:
         else:
             llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
 
-    def decode_tokens(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the sequence."""
-        for begin in range(0, len(tokens), N_BATCH):
-            part = tokens[begin : begin + N_BATCH]
+    def decode_tokens(self, tokens: Sequence[int], *, more: bool = False) -> None:
+        """Append tokens to the sequence; see the protocol."""
+        for part, last in _parts(tokens, self.n_batch):
             array = (llama.llama_token * len(part))(*part)
-            self._decode(llama.llama_batch(n_tokens=len(part), token=array))
+            self._decode(llama.llama_batch(n_tokens=len(part), token=array), more or not last)
 
-    def decode_embeddings(self, embeddings: Floats) -> None:
-        """Append float32 `[n, n_embd]` embeddings to the sequence."""
+    def decode_embeddings(self, embeddings: Floats, *, more: bool = False) -> None:
+        """Append float32 `[n, n_embd]` embeddings to the sequence; see the protocol."""
         if embeddings.ndim != 2 or embeddings.shape[1] != self._n_embd:
             raise EngineError(f"embeddings of shape {embeddings.shape} do not fit width {self._n_embd}")
-        for begin in range(0, len(embeddings), N_BATCH):
-            part = np.ascontiguousarray(embeddings[begin : begin + N_BATCH], np.float32)
+        for part, last in _parts(np.ascontiguousarray(embeddings, np.float32), self.n_batch):
             pointer = part.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-            self._decode(llama.llama_batch(n_tokens=len(part), embd=pointer))
+            self._decode(llama.llama_batch(n_tokens=len(part), embd=pointer), more or not last)
 
     def logits(self) -> Floats:
         """Return float32 `[n_vocab]`; see the protocol."""
         pointer = require("llama_get_logits_ith", llama.llama_get_logits_ith(self._context, -1))
-        return floats(pointer, (self._n_vocab,))
+        return floats(pointer, (self._vocabulary.size,))
 
     def snapshot(self) -> State:
         """Return a copy of the sequence; see the protocol."""
@@ -205,7 +194,7 @@ class LlamaEngine:
         self, sampling: Sampling, seed: int | None, seen: Sequence[int], grammar: str | None = None
     ) -> Iterator[int]:
         """Yield tokens without end; see the protocol."""
-        with sampler_chain(sampling, seed, self._n_vocab, self._n_ctx) as chain:
+        with sampler_chain(sampling, seed, self._vocabulary.size, self._n_ctx) as chain:
             for token in seen:
                 llama.llama_sampler_accept(chain, token)
             single = (llama.llama_token * 1)()
@@ -222,10 +211,8 @@ class LlamaEngine:
         if grammar is None:
             yield lambda: int(llama.llama_sampler_sample(chain, self._context, -1))
             return
-        if self._text_tokens is None:
-            self._text_tokens = text_tokens(self._vocab)
-        with grammar_sampler(self._vocab, grammar) as native:
-            rules = Rules(chain, native, self._text_tokens)
+        with grammar_sampler(self._vocabulary.handle, grammar) as native:
+            rules = Rules(chain, native, self._vocabulary.text_tokens)
             yield lambda: rules.draw(self.logits())
 
     def cancel(self) -> None:
@@ -267,7 +254,7 @@ class LlamaEngine:
         settings = self._settings
         return (
             f"flash={self._attention} threads={settings.n_threads} gpu={settings.gpu_layers}{self._device} "
-            f"batch={N_BATCH} "
+            f"batch={self.n_batch} "
             f"ubatch={params.n_ubatch} k={params.type_k} v={params.type_v}"
         )
 
@@ -287,7 +274,7 @@ class LlamaEngine:
         """Return how a context for `n_tokens` tokens is made."""
         params = llama.llama_context_default_params()
         params.n_ctx = min(-(-n_tokens // _CONTEXT_STEP) * _CONTEXT_STEP, self._settings.n_ctx_max)
-        params.n_batch = N_BATCH
+        params.n_batch = self.n_batch
         if not self._uses_gpu:
             params.n_ubatch = _CPU_ROWS
         params.n_threads = params.n_threads_batch = self._settings.n_threads
@@ -332,7 +319,12 @@ class LlamaEngine:
             gpu=self._gpu,
         )
 
-    def _decode(self, batch: Any) -> None:
+    def _outputs(self, more: bool) -> Any:
+        """Return for which tokens of a batch there shall be logits; each costs a quarter of what its token costs."""
+        return _NO_LOGITS if more else None  # llama.cpp takes None for the last one
+
+    def _decode(self, batch: Any, more: bool = False) -> None:
+        batch.logits = self._outputs(more)
         LOG.forget()
         code = llama.llama_decode(self._context, batch)
         if code == ABORTED:
@@ -340,3 +332,9 @@ class LlamaEngine:
         if code == NO_MEMORY_SLOT:
             raise ContextFull(f"the context of {self._n_ctx} tokens is full")
         check("llama_decode", code)
+
+
+def _parts(whole: Any, size: int) -> Iterator[tuple[Any, bool]]:
+    """Yield pieces of at most `size`, each with whether it is the last one."""
+    for begin in range(0, len(whole), size):
+        yield whole[begin : begin + size], begin + size >= len(whole)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +30,8 @@ class ObservedEngine(LlamaEngine):
         EngineError: llama.cpp refuses a file, or is of a version that cannot be observed.
     """
 
+    n_batch = _ROWS
+
     def __init__(self, model: Path, mmproj: Path, settings: EngineSettings, widths: Mapping[str, int]) -> None:
         self.squares = InputSquares(widths)
         """What was summed up so far."""
@@ -41,26 +44,17 @@ class ObservedEngine(LlamaEngine):
         self.squares.check()
         return embeddings
 
-    def decode_tokens(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the sequence."""
-        for begin in range(0, len(tokens), _ROWS):
-            super().decode_tokens(tokens[begin : begin + _ROWS])
-
-    def decode_embeddings(self, embeddings: Floats) -> None:
-        """Append float32 `[n, n_embd]` embeddings to the sequence."""
-        for begin in range(0, len(embeddings), _ROWS):
-            super().decode_embeddings(embeddings[begin : begin + _ROWS])
-
     def _context_params(self, n_tokens: int) -> Any:
         params = super()._context_params(n_tokens)
-        params.n_batch = _ROWS
         params.cb_eval = self.squares.callback
         return params
 
     def _new_encoder(self) -> Encoder:
         return MtmdEncoder(self._mmproj, replace(self._mtmd_settings(), observer=self.squares.callback))
 
-    def _decode(self, batch: Any) -> None:
-        batch.logits = self._wanted.ctypes.data_as(type(batch.logits))
-        super()._decode(batch)
+    def _outputs(self, more: bool) -> Any:  # noqa: ARG002  # all are wanted, whatever follows
+        return self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+
+    def _decode(self, batch: Any, more: bool = False) -> None:
+        super()._decode(batch, more)
         self.squares.check()
