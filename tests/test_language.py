@@ -192,3 +192,20 @@ def test_a_broken_llama_cpp_leaves_nothing_half_imported(tmp_path: Path) -> None
         "    assert 'llama_cpp' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_llama_cpp_with_a_gpu_is_told_how_many_layers_it_may_take(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    load = llama.llama_model_load_from_file
+
+    def noted(name: bytes, params: Any) -> Any:
+        told.append(params.n_gpu_layers)
+        return load(name, params)
+
+    monkeypatch.setattr(libllama(), "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(llama, "llama_model_load_from_file", noted)
+    with closing(LanguageFile(find_model(pair("a", "F16")), 0, None)) as language:
+        libllama().llama_model_free(language.take())
+    assert told == [0]  # its own default would be all
