@@ -10,16 +10,14 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 from weakref import WeakValueDictionary
 
 import numpy as np
+import numpy.typing as npt
 
 from lfm2vl_edge.engine import Floats, State
 from lfm2vl_edge.tiling import Tile
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 Key: TypeAlias = bytes
 """SHA-256 of some content."""

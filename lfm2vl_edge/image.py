@@ -17,18 +17,16 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias
+from typing import IO, Any, Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lfm2vl_edge.errors import ImageError
 from lfm2vl_edge.web import fetch, is_address, shown
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-Pixels: TypeAlias = "npt.NDArray[np.uint8]"
+Pixels: TypeAlias = npt.NDArray[np.uint8]
 """`[height, width, 3]`, RGB, 0..255."""
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any]"
 """A path, an http or https address, a `data:` URL, encoded bytes, a Pillow image, or an array `[H, W]` or

@@ -12,15 +12,13 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from lfm2vl_edge.config import BICUBIC, BILINEAR
 from lfm2vl_edge.image import Pixels
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 _SHARPNESS: Final = -0.5
 """The cubic's parameter in torch and Pillow when they antialias."""

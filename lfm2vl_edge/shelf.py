@@ -16,15 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from lfm2vl_edge.errors import EdgeError
 from lfm2vl_edge.files import PARTIAL, write_beside
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 CACHE_BYTES: Final = 1_000_000_000
 """Default budget on disk: about a thousand views, or thirty states of a talk about a picture of ten tiles (450M)."""

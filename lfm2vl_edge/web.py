@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import re
-import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+from lfm2vl_edge.background import begin
 from lfm2vl_edge.errors import ImageError
 
 _ADDRESS: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
@@ -92,18 +92,9 @@ def fetch(url: str, limits: Limits = _LIMITS) -> bytes:
     place = _place(url)
     _refuse_offline(url)
     deadline = time.monotonic() + limits.seconds
-    future: concurrent.futures.Future[bytes] = concurrent.futures.Future()
-
-    def work() -> None:
-        try:
-            future.set_result(_received(url, place, limits, deadline))
-        except BaseException as error:  # noqa: BLE001 - it is raised again where the result is awaited
-            future.set_exception(error)
-
-    # Nothing else bounds the time for finding a host, or for headers that come byte by byte.
-    threading.Thread(target=work, name="fetch", daemon=True).start()
-    try:
-        return future.result(limits.seconds)
+    fetched = begin(_received, url, place, limits, deadline)
+    try:  # nothing else bounds the time for finding a host, or for headers that come byte by byte
+        return fetched.result(limits.seconds)
     except concurrent.futures.TimeoutError:
         raise _too_slow(url, limits) from None
 

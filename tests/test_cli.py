@@ -69,6 +69,7 @@ def test_the_process_ends_at_once_unless_something_would_be_lost() -> None:
         "import os, sys, threading\n"
         "from lfm2vl_edge import cli\n"
         "left = []\n"
+        "cli.ENDS_WITH_COMMAND.set()\n"
         "os._exit = left.append\n"
         "go = threading.Event()\n"
         "thread = threading.Thread(target=go.wait)\n"
@@ -76,7 +77,7 @@ def test_the_process_ends_at_once_unless_something_would_be_lost() -> None:
         "cli._leave(None), cli._leave(0), cli._leave(3)\n"
         "assert left == [0, 0, 3], left\n"
         "thread.start(); cli._leave(0); go.set(); thread.join()\n"
-        "sys.setprofile(lambda *_: None); cli._leave(0); sys.setprofile(None)\n"
+        "cli.ENDS_WITH_COMMAND.clear(); cli._leave(0); cli.ENDS_WITH_COMMAND.set()\n"
         "cli._leave('a reason')\n"
         "assert left == [0, 0, 3], left\n"
     )

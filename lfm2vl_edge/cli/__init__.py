@@ -85,7 +85,8 @@ def _common(
 def main() -> None:
     """Run the command line; of the commands, only the one that is named first is imported."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads would only keep llama.cpp's waiting
-    ENDS_WITH_COMMAND.set()
+    if not (sys.gettrace() or sys.getprofile()):  # who observes the program wants to see its end too
+        ENDS_WITH_COMMAND.set()
     named = [word for word in sys.argv[1:2] if word in COMMANDS]
     try:
         build(named or COMMANDS)()
@@ -97,12 +98,12 @@ def main() -> None:
 def _leave(code: object) -> None:
     """End the process at once: the system takes back in 10 ms what Python takes apart, object by object, in 60.
 
-    Return, and let Python end as it always does, where something would be lost: a thread still works, somebody
-    traces or profiles the program, or its last words cannot be delivered.
+    Return, and let Python end as it always does, where something would be lost: a thread still works, or the last
+    words cannot be delivered.
     """
     status = 0 if code is None else code
     works = any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
-    if not isinstance(status, int) or works or sys.gettrace() or sys.getprofile():
+    if not isinstance(status, int) or works or not ENDS_WITH_COMMAND.is_set():
         return
     try:
         sys.stdout.flush()

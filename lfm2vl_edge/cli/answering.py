@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import typer
+
 from lfm2vl_edge.errors import EdgeError
 
 if TYPE_CHECKING:
@@ -39,6 +41,12 @@ def show_answer(chunks: Iterator[Chunk], *, quiet: bool = False) -> Told:
     if not quiet:
         _write("\n")
     return Told(answer="".join(pieces), last=chunk)
+
+
+def note_where_cut(last: Chunk | None) -> None:
+    """Say on stderr that an answer ended before the model did."""
+    if last is not None and last.finish == "length":
+        typer.echo("note: cut off here; --max-tokens allows more", err=True)
 
 
 def _write(text: str) -> None:

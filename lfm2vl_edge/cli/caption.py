@@ -7,6 +7,7 @@ import json
 import typer
 
 from lfm2vl_edge.cli import options as opt
+from lfm2vl_edge.cli.answering import note_where_cut
 from lfm2vl_edge.cli.asking import Picture, asked
 
 
@@ -26,5 +27,4 @@ def caption(
         text = opened.caption(pixels, **answer.values())
         shown = {"caption": text, "model": opened.config.name}
         typer.echo(json.dumps(shown, ensure_ascii=False) if as_json else text)
-        if opened.last is not None and opened.last.finish == "length":
-            typer.echo("note: cut off here; --max-tokens allows more", err=True)
+        note_where_cut(opened.last)

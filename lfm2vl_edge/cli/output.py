@@ -37,8 +37,9 @@ def reporting() -> Iterator[None]:
     except BrokenPipeError:  # the reader of our stdout left, as `head` does
         _drop_output()
         raise typer.Exit(EXIT_FAILED) from None
-    except OSError as error:  # such as a full disk behind our stdout
-        _drop_output()
+    except OSError as error:  # one without a file's name is of our stdout, such as a full disk behind it
+        if error.filename is None:
+            _drop_output()
         report(EdgeError(f"{error.filename or 'stdout'}: {error.strerror or error}; make room, or check the path"))
         raise typer.Exit(EXIT_FAILED) from None
 

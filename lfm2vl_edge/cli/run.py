@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.answering import Told, figures, show_answer
+from lfm2vl_edge.cli.answering import Told, figures, note_where_cut, show_answer
 from lfm2vl_edge.cli.loading import STDIN, load_picture, opening, refuse_stdin_twice
 from lfm2vl_edge.cli.output import at_once, reporting
 
@@ -74,8 +74,8 @@ def run(
             for each in questions:
                 messages = _messages(pictures, each, system)
                 told.append(show_answer(opened.chat(messages, **options), quiet=as_json))
-                if told[-1].last.finish == "length" and not as_json:
-                    typer.echo("note: cut off here; --max-tokens allows more", err=True)
+                if not as_json:
+                    note_where_cut(told[-1].last)
                 if verbose:
                     typer.echo("\n".join(figures(told[-1].last, opened)), err=True)
             if as_json:

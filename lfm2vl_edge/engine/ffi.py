@@ -12,16 +12,14 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from lfm2vl_edge.engine.bindings import bindings
 from lfm2vl_edge.engine.library import NATIVE_LOG
 from lfm2vl_edge.errors import EngineError
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 __all__ = [
     "ABORTED",

@@ -15,17 +15,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.engine.ffi import LOG, llama, require
 from lfm2vl_edge.engine.vocabulary import TokenIds
 from lfm2vl_edge.errors import ConfigError, EngineError
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 _ROOT: Final = b"root"
 _MOST_BYTES: Final = 1 << 18

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from lfm2vl_edge.engine.ffi import llama
 from lfm2vl_edge.engine.ggml import F32, fields, ggml, product_op
 from lfm2vl_edge.errors import EngineError
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-Sums: TypeAlias = "npt.NDArray[np.float64]"
+Sums = npt.NDArray[np.float64]
 
 
 class InputSquares:

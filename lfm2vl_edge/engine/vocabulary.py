@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from lfm2vl_edge.engine.ffi import LOG, llama
 from lfm2vl_edge.errors import EngineError
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-TokenIds: TypeAlias = "npt.NDArray[np.int32]"
+TokenIds: TypeAlias = npt.NDArray[np.int32]
 
 
 class Vocabulary:
