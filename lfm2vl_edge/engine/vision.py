@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lfm2vl_edge.engine import Floats
+from lfm2vl_edge.engine.gelu import add_bias_then_gelu
 from lfm2vl_edge.engine.graph import Graph
 from lfm2vl_edge.engine.weights import Weights
 from lfm2vl_edge.errors import EngineError
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
     from lfm2vl_edge.image import Pixels
 
 _CHANNELS: Final = 3
-_BLOCK_TENSORS: Final = 64
+_BLOCK_TENSORS: Final = 128
 """More than the results of one block."""
 _PROJECTOR_EPSILON: Final = 1e-5
 """Of the projector's norm: torch's default, which the reference leaves as it is."""
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the order of operations; another one may change the last bits of an embedding."""
 
 
@@ -211,7 +212,9 @@ class _View:
         x = op("add", self._linear(mixed, f"{name}.attn_out", width, width), x)
         normed = self._norm(x, f"{name}.ln2", width, self._tower.epsilon)
         hidden = self._weights.height(f"{name}.ffn_up.weight")
-        inner = op("gelu", self._linear(normed, f"{name}.ffn_up", width, hidden))
+        inner = op("mul_mat", self._weights.matrix(f"{name}.ffn_up.weight", width, hidden), normed)
+        bias = self._weights.vector(f"{name}.ffn_up.bias", hidden)
+        add_bias_then_gelu(self._graph, self._graph.need(inner), bias, hidden, self._n_patches)
         return op("add", self._linear(inner, f"{name}.ffn_down", hidden, width), x)
 
     def _attention(self, *queries_keys_values: int) -> int:
