@@ -8,7 +8,6 @@ repeated here: first along rows, then along columns, each result rounded to 8 bi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,15 +102,18 @@ def _rounded(total: npt.NDArray[np.int32], taps: _Taps) -> npt.NDArray[np.int32]
 
 def resize_grid(grid: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.float32]:
     """Return float32 `[height, width, n]` of `[H, W, n]`: torch's bilinear, antialiased kernel on floats."""
-    for axis, n_out in enumerate((height, width)):
-        places, weights = _weights(grid.shape[axis], n_out, BILINEAR)
-        column = (-1, 1, 1) if axis == 0 else (-1, 1)
-        taken = (
-            grid.take(rows, axis=axis) * parts.astype(np.float32).reshape(column)
-            for rows, parts in zip(places, weights, strict=True)
-        )
-        grid = functools.reduce(np.add, taken)
-    return grid
+    n_rows, n_columns, n = grid.shape
+    tall = _matrix(n_rows, height) @ grid.reshape(n_rows, n_columns * n)
+    resized: npt.NDArray[np.float32] = _matrix(n_columns, width) @ tall.reshape(height, n_columns, n)
+    return resized
+
+
+def _matrix(n_in: int, n_out: int) -> npt.NDArray[np.float32]:
+    """Return the bilinear filter as float32 `[n_out, n_in]`."""
+    places, weights = _weights(n_in, n_out, BILINEAR)
+    matrix = np.zeros((n_out, n_in), np.float32)
+    np.add.at(matrix, (np.arange(n_out), places), weights.astype(np.float32))
+    return matrix
 
 
 @lru_cache(maxsize=32)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import closing
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lfm2vl_edge.engine import Floats
-from lfm2vl_edge.engine.gelu import add_bias_then_gelu
+from lfm2vl_edge.engine import Floats, ffi
+from lfm2vl_edge.engine.gelu import gelu_of_sum
 from lfm2vl_edge.engine.graph import Graph
 
 WIDTH = 96
@@ -20,9 +21,7 @@ def computed(x: Floats, bias: Floats, n_threads: int = 2) -> Floats:
     with closing(Graph(128)) as graph:
         given, added = graph.input(WIDTH, n_rows), graph.input(WIDTH, 1)
         one = graph.input(WIDTH, 1)
-        inner = graph.need(graph.op("mul", given, one))
-        add_bias_then_gelu(graph, inner, added, WIDTH, n_rows)
-        output = graph.op("mul", inner, one)  # reads the rows only after all slices
+        output = gelu_of_sum(graph, graph.op("mul", given, one), added, WIDTH, n_rows)
         graph.finish(output, n_threads)
         for tensor, values in ((given, x), (added, bias), (one, np.ones(WIDTH, np.float32))):
             graph.values(tensor, WIDTH, values.size // WIDTH)[:] = values
@@ -51,3 +50,19 @@ def test_far_values_keep_their_sign_and_size() -> None:
     np.testing.assert_allclose(
         computed(x, np.zeros(WIDTH, np.float32)), np.where(x > 5, x, by_formula(x.astype(np.float64))), atol=1e-7
     )
+
+
+def memory_of(n_layers: int) -> int:
+    """Return the bytes that ggml reserves for one layer after the other."""
+    n_rows = 200
+    with closing(Graph(1024)) as graph:
+        x, added, matrix = graph.input(WIDTH, n_rows), graph.input(WIDTH, 1), graph.input(WIDTH, WIDTH)
+        for _ in range(n_layers):
+            x = gelu_of_sum(graph, graph.op("mul_mat", matrix, x), added, WIDTH, n_rows)
+        graph.finish(graph.op("mul_mat", matrix, x), 2)
+        prototype = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int)
+        return int(ffi.native_function("ggml_gallocr_get_buffer_size", prototype)(graph._memory, 0))
+
+
+def test_layers_share_their_memory() -> None:
+    assert memory_of(12) == memory_of(2) > 0

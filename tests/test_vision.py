@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 
 from lfm2vl_edge import Model
 from lfm2vl_edge.engine import Floats, ffi, ggml, graph
@@ -17,6 +18,7 @@ from lfm2vl_edge.engine.mtmd import MtmdEncoder, MtmdSettings
 from lfm2vl_edge.engine.vision import GraphEncoder, read_tower
 from lfm2vl_edge.errors import ConfigError, EngineError
 from lfm2vl_edge.pair import find_pair
+from lfm2vl_edge.resample import resize_grid
 from tests.conftest import Pair
 from tests.test_reference import relative_error
 
@@ -79,6 +81,14 @@ def test_positions_tell_places_apart(encoder: GraphEncoder) -> None:
     flat = np.full((256, 256, 3), 90, np.uint8)
     tokens = encoder.encode(flat, 64, 128)
     assert len(np.unique(tokens.round(5), axis=0)) == 64
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (5, 40), (16, 16), (2, 3), (20, 61)])
+def test_positions_are_resized_as_pillow_resizes(height: int, width: int) -> None:
+    grid = np.random.default_rng(height).standard_normal((16, 16, 3)).astype(np.float32)
+    channels = (Image.fromarray(np.ascontiguousarray(grid[..., index])) for index in range(3))
+    expected = [np.asarray(one.resize((width, height), Image.Resampling.BILINEAR)) for one in channels]
+    np.testing.assert_allclose(resize_grid(grid, height, width), np.stack(expected, axis=-1), atol=2e-5)
 
 
 def test_work_memory_begins_on_a_cache_line(encoder: GraphEncoder) -> None:

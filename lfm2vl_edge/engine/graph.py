@@ -16,9 +16,10 @@ import numpy as np
 
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.engine.ffi import check, require
-from lfm2vl_edge.engine.ggml import F32, InitParams, ggml, ggml_cpu, product_op
+from lfm2vl_edge.engine.ggml import F32, InitParams, fields, ggml, ggml_cpu, product_op
 from lfm2vl_edge.errors import EngineError
 
+_FLOAT_BYTES: Final = 4
 _CACHE_LINE: Final = 64
 """Bytes, as many as the widest registers have."""
 
@@ -69,6 +70,15 @@ class Graph:
     def op(self, name: str, *arguments: Any) -> int:
         """Return the result of an operation, by ggml's name of it."""
         return int(getattr(ggml(), f"ggml_{name}")(self._context, *arguments))
+
+    def rows(self, tensor: int, width: int, first: int, n_rows: int) -> int:
+        """Return some rows of a float32 tensor; if it is itself some rows of another one, of that one.
+
+        They come after `tensor` in the order of computation. ggml keeps the memory of a result for as long as some of
+        its rows were not read, so of rows that are changed in place each part must be made from the one before.
+        """
+        begin = first * width * _FLOAT_BYTES - fields(tensor).view_offs  # as a size_t, where less than none wraps
+        return self.op("view_2d", tensor, width, n_rows, width * _FLOAT_BYTES, begin)
 
     def need(self, tensor: int) -> int:
         """Place a tensor, with all that it is made of, next in the order of computation, and return it."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lfm2vl_edge.engine import Floats
-from lfm2vl_edge.engine.gelu import add_bias_then_gelu
+from lfm2vl_edge.engine.gelu import gelu_of_sum
 from lfm2vl_edge.engine.graph import Graph
 from lfm2vl_edge.engine.weights import Weights
 from lfm2vl_edge.errors import EngineError
@@ -214,7 +214,7 @@ class _View:
         hidden = self._weights.height(f"{name}.ffn_up.weight")
         inner = op("mul_mat", self._weights.matrix(f"{name}.ffn_up.weight", width, hidden), normed)
         bias = self._weights.vector(f"{name}.ffn_up.bias", hidden)
-        add_bias_then_gelu(self._graph, self._graph.need(inner), bias, hidden, self._n_patches)
+        inner = gelu_of_sum(self._graph, inner, bias, hidden, self._n_patches)
         return op("add", self._linear(inner, f"{name}.ffn_down", hidden, width), x)
 
     def _attention(self, *queries_keys_values: int) -> int:
