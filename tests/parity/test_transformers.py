@@ -93,7 +93,7 @@ def test_ids_of_talks_with_pictures(both: Both, pictures: dict[str, Path]) -> No
 def test_embeddings(both: Both, pictures: dict[str, Path]) -> None:
     expected = np.concatenate([both.reference.embeddings(path) for path in pictures.values()])
     found = np.concatenate([both.ours.embed_image(path) for path in pictures.values()])
-    assert relative_error(expected, found) <= 6e-4
+    assert relative_error(expected, found) <= 5e-6
 
 
 def test_logits_in_float32(both: Both, pictures: dict[str, Path]) -> None:
