@@ -55,9 +55,10 @@ GREEDY = ("--temperature", 0, "-n", 12)
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_what_cannot_be_written_is_no_success(unbuffered: str) -> None:
+@pytest.mark.parametrize("arguments", ["models --json", "models --help", "--help", "--version"])
+def test_what_cannot_be_written_is_no_success(unbuffered: str, arguments: str) -> None:
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    command = [sys.executable, "-m", "lfm2vl_edge", "models", "--json"]
+    command = [sys.executable, "-m", "lfm2vl_edge", *arguments.split()]
     with Path("/dev/full").open("wb") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment)
     assert result.returncode == 1

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from lfm2vl_edge.cli.output import ENDS_WITH_COMMAND
+from lfm2vl_edge.cli.output import ENDS_WITH_COMMAND, EXIT_FAILED, report_of_system
 
 COMMANDS: Final = (
     "run",
@@ -88,11 +88,20 @@ def main() -> None:
     if not (sys.gettrace() or sys.getprofile()):  # who observes the program wants to see its end too
         ENDS_WITH_COMMAND.set()
     named = [word for word in sys.argv[1:2] if word in COMMANDS]
+    code = _exit_code_of(named or COMMANDS)
+    _leave(code)
+    sys.exit(code)
+
+
+def _exit_code_of(names: Iterable[str]) -> Any:
+    """Run the command line and return what it would exit with."""
     try:
-        build(named or COMMANDS)()
+        build(names)()
     except SystemExit as end:
-        _leave(end.code)
-        raise
+        return end.code
+    except OSError as error:  # help that stdout does not take, and the like; commands report theirs
+        report_of_system(error)
+        return EXIT_FAILED
 
 
 def _leave(code: object) -> None:

@@ -37,10 +37,8 @@ def reporting() -> Iterator[None]:
     except BrokenPipeError:  # the reader of our stdout left, as `head` does
         _drop_output()
         raise typer.Exit(EXIT_FAILED) from None
-    except OSError as error:  # one without a file's name is of our stdout, such as a full disk behind it
-        if error.filename is None:
-            _drop_output()
-        report(EdgeError(f"{error.filename or 'stdout'}: {error.strerror or error}; make room, or check the path"))
+    except OSError as error:
+        report_of_system(error)
         raise typer.Exit(EXIT_FAILED) from None
 
 
@@ -52,6 +50,13 @@ def _drop_output() -> None:
 def report(error: EdgeError) -> None:
     """Write an error as one line on stderr."""
     typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+
+
+def report_of_system(error: OSError) -> None:
+    """Write an error of the system likewise; one without a file's name is of stdout, such as a full disk behind it."""
+    if error.filename is None:
+        _drop_output()
+    report(EdgeError(f"{error.filename or 'stdout'}: {error.strerror or error}; make room, or check the path"))
 
 
 def say(text: str) -> None:
