@@ -12,6 +12,8 @@ from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any, Final
 
+from lfm2vl_edge.engine.spinning import spin_less_where_crowded
+
 _PACKAGE: Final = "llama_cpp"
 
 
@@ -31,6 +33,7 @@ def bindings(name: str) -> Any:
     Raises:
         ImportError: llama_cpp is not installed.
     """
+    spin_less_where_crowded()
     spec = find_spec(_PACKAGE) if _PACKAGE not in sys.modules else None
     if spec is None:
         return import_module(f"{_PACKAGE}.{name}")

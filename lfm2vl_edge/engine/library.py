@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lfm2vl_edge.engine.bindings import bindings
+from lfm2vl_edge.engine.spinning import spin_less_where_crowded
 
 _FOLDER_VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
 """With which llama_cpp's users name another folder."""
@@ -39,6 +40,7 @@ def libllama() -> Any:
     Raises:
         ImportError: llama_cpp is not installed.
     """
+    spin_less_where_crowded()
     path = _path() or bindings("llama_cpp")._lib._name  # noqa: SLF001
     library = ctypes.CDLL(str(path))  # an object of our own: the types below are not llama_cpp's
     library.llama_model_default_params.restype = ModelParams
