@@ -102,18 +102,17 @@ def _rounded(total: npt.NDArray[np.int32], taps: _Taps) -> npt.NDArray[np.int32]
 
 def resize_grid(grid: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.float32]:
     """Return float32 `[height, width, n]` of `[H, W, n]`: torch's bilinear, antialiased kernel on floats."""
-    n_rows, n_columns, n = grid.shape
-    tall = _matrix(n_rows, height) @ grid.reshape(n_rows, n_columns * n)
-    resized: npt.NDArray[np.float32] = _matrix(n_columns, width) @ tall.reshape(height, n_columns, n)
+    tall = _resize_rows(grid, height)
+    return np.swapaxes(_resize_rows(np.swapaxes(tall, 0, 1), width), 0, 1)
+
+
+def _resize_rows(grid: npt.NDArray[np.float32], n_out: int) -> npt.NDArray[np.float32]:
+    """Return float32 `[n_out, W, n]` of `[H, W, n]`. A product of matrices would leave the order of sums to a BLAS."""
+    places, weights = _weights(len(grid), n_out, BILINEAR)
+    resized = np.zeros((n_out, *grid.shape[1:]), np.float32)
+    for (tap, place), row in np.ndenumerate(places):
+        resized[place] += np.float32(weights[tap, place]) * grid[row]
     return resized
-
-
-def _matrix(n_in: int, n_out: int) -> npt.NDArray[np.float32]:
-    """Return the bilinear filter as float32 `[n_out, n_in]`."""
-    places, weights = _weights(n_in, n_out, BILINEAR)
-    matrix = np.zeros((n_out, n_in), np.float32)
-    np.add.at(matrix, (np.arange(n_out), places), weights.astype(np.float32))
-    return matrix
 
 
 @lru_cache(maxsize=32)
