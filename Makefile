@@ -36,7 +36,7 @@ parity: $(VENV)/.parity ## compare with transformers and torch, on freshly made 
 
 train: $(VENV)/.train ## train the demonstration model again, or go on training: hours; see models/tiny/README.md
 	OMP_PROC_BIND=true GOMP_SPINCOUNT=300000 LD_PRELOAD=$(TCMALLOC) $(BIN)/python -m models.tiny.train
-	$(BIN)/lfm2vl-edge convert models/tiny/lfm2vl-tiny -o lfm2vl_edge/tiny --quant Q8_0 --mmproj-quant F16 --force
+	$(BIN)/lfm2vl-edge convert models/tiny/lfm2vl-tiny -o lfm2vl_edge/models/tiny --quant Q8_0 --mmproj-quant F16 --force
 
 scores: $(VENV)/.train ## judge the demonstration model on 1,000 held-out pictures, as models/tiny/README.md reports it
 	$(BIN)/python -m models.tiny.held_out scratch/tiny/held-out

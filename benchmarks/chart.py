@@ -63,7 +63,7 @@ def ticks(most: float) -> list[float]:
 
 
 def draw_chart(panels: Sequence[Bars], labels: Sequence[str]) -> Image.Image:
-    """Return a picture of the panels, one below the other."""
+    """Return an image of the panels, one below the other."""
     height = _ABOVE + _PANEL + _BELOW
     picture = Image.new("RGB", (_WIDTH, height * len(panels)), "white")
     canvas = ImageDraw.Draw(picture)

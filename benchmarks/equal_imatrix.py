@@ -2,7 +2,7 @@
 
     python -m benchmarks.equal_imatrix path/to/llama-imatrix path/to/llama-quantize --data tests/convert/data
 
-The sums are of a text, the only thing that llama-imatrix reads, in the reference checkpoint `a`. What is quantized is
+The sums are of a text, the only thing that llama-imatrix reads, in transformers checkpoint `a`. What is quantized is
 the checkpoint of `benchmarks.equal_llama_cpp`, with an importance matrix of random numbers, so that it is the same on
 every machine. Exit code 1 says that something differs.
 """
@@ -24,10 +24,10 @@ from benchmarks.equal_llama_cpp import make_tiny
 from lfm2vl_convert import convert_checkpoint
 from lfm2vl_convert.ggufile import read_tensors
 from lfm2vl_convert.imatrix import matrix_widths, write_imatrix
-from lfm2vl_edge.cli.quantizing import quantizer_with
+from lfm2vl_edge.cli._quantizing import quantizer_with
 from lfm2vl_edge.engine.llama import EngineSettings
 from lfm2vl_edge.engine.observe import ObservedEngine
-from lfm2vl_edge.metadata import read_metadata
+from lfm2vl_edge.models.gguf import read_metadata
 from tests.convert.listing import describe
 
 REFERENCE: Final = Path(__file__).parents[1] / "tests/data/reference/a/checkpoint"

@@ -1,4 +1,4 @@
-"""Every published shape with random weights: made, converted, loaded by llama.cpp, and asked about a picture.
+"""Every published shape with random weights: made, converted, loaded by llama.cpp, and asked about an image.
 
     python -m benchmarks.every_shape scratch/shapes --layers 3
 
@@ -19,7 +19,7 @@ from benchmarks.shapes import SHAPES
 from lfm2vl_convert import convert_checkpoint
 from lfm2vl_edge import Model
 from lfm2vl_edge.engine.quantize import quantize_file
-from lfm2vl_edge.verify import drawn
+from lfm2vl_edge.evaluate.verify import drawn
 
 
 def convert(name: str, folder: Path, layers: int | None) -> Path:

@@ -20,7 +20,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import SHAPES, CostShape
 
 DEFAULT_TOKENIZER: Final = Path(__file__).parents[1] / "tests/data/reference/a/checkpoint"
 SHARD_BYTES: Final = 2 * 10**9
@@ -39,14 +39,14 @@ FACTOR: Final = 2
 Tensors = Iterator[tuple[str, tuple[int, ...]]]
 
 
-def tensors(shape: Shape, layers: int | None = None) -> Tensors:
+def tensors(shape: CostShape, layers: int | None = None) -> Tensors:
     """Yield name and shape of every tensor, of at most `layers` layers in each tower."""
     yield from language_tensors(shape, min(shape.layers, layers or shape.layers))
     yield from encoder_tensors(shape, min(shape.vision[3], layers or shape.vision[3]))
     yield from projector_tensors(shape)
 
 
-def language_tensors(shape: Shape, layers: int) -> Tensors:
+def language_tensors(shape: CostShape, layers: int) -> Tensors:
     prefix, hidden, inner = "model.language_model", shape.hidden, shape.feed_forward
     yield f"{prefix}.embed_tokens.weight", (shape.vocabulary, hidden)
     yield f"{prefix}.embedding_norm.weight", (hidden,)
@@ -68,7 +68,7 @@ def language_tensors(shape: Shape, layers: int) -> Tensors:
             yield f"{start}.conv.out_proj.weight", (hidden, hidden)
 
 
-def encoder_tensors(shape: Shape, layers: int) -> Tensors:
+def encoder_tensors(shape: CostShape, layers: int) -> Tensors:
     prefix = "model.vision_tower.vision_model"
     hidden, inner = shape.vision[:2]
     yield from _with_bias(f"{prefix}.embeddings.patch_embedding", hidden, PATCH * PATCH * 3)
@@ -84,7 +84,7 @@ def encoder_tensors(shape: Shape, layers: int) -> Tensors:
     yield from _with_bias(f"{prefix}.post_layernorm", hidden)
 
 
-def projector_tensors(shape: Shape) -> Tensors:
+def projector_tensors(shape: CostShape) -> Tensors:
     prefix, width = "model.multi_modal_projector", shape.vision[0] * FACTOR**2
     if shape.layer_norm:
         yield from _with_bias(f"{prefix}.layer_norm", width)
@@ -97,7 +97,7 @@ def _with_bias(name: str, *shape: int) -> Tensors:
     yield f"{name}.bias", shape[:1]
 
 
-def config(shape: Shape, ids: dict[str, int], layers: int | None) -> dict[str, Any]:
+def config(shape: CostShape, ids: dict[str, int], layers: int | None) -> dict[str, Any]:
     """Return config.json in the spelling of the model's generation."""
     return {
         "architectures": ["Lfm2VlForConditionalGeneration"],
@@ -115,7 +115,7 @@ def config(shape: Shape, ids: dict[str, int], layers: int | None) -> dict[str, A
     }
 
 
-def text_config(shape: Shape, ids: dict[str, int], layers: int | None) -> dict[str, Any]:
+def text_config(shape: CostShape, ids: dict[str, int], layers: int | None) -> dict[str, Any]:
     count = min(shape.layers, layers or shape.layers)
     rope: dict[str, Any] = {"rope_theta": shape.rope_theta}
     return {
@@ -143,7 +143,7 @@ def text_config(shape: Shape, ids: dict[str, int], layers: int | None) -> dict[s
     }
 
 
-def vision_config(shape: Shape, layers: int | None) -> dict[str, Any]:
+def vision_config(shape: CostShape, layers: int | None) -> dict[str, Any]:
     hidden, inner, heads, count = shape.vision
     return {
         "model_type": "siglip2_vision_model",
@@ -160,7 +160,7 @@ def vision_config(shape: Shape, layers: int | None) -> dict[str, Any]:
     }
 
 
-def processor_config(shape: Shape) -> dict[str, Any]:
+def processor_config(shape: CostShape) -> dict[str, Any]:
     return {
         "image_processor": {
             "image_processor_type": "Lfm2VlImageProcessorFast",
@@ -258,7 +258,7 @@ def token_ids(tokenizer: Path) -> dict[str, int]:
     return {token["content"]: token["id"] for token in source["added_tokens"]}
 
 
-def make(out: Path, shape: Shape, *, seed: int = 0, layers: int | None = None, tokenizer: Path) -> None:
+def make(out: Path, shape: CostShape, *, seed: int = 0, layers: int | None = None, tokenizer: Path) -> None:
     """Write a checkpoint of the given shape with random weights.
 
     Args:

@@ -3,7 +3,7 @@
     python -m benchmarks.padded_encoder scratch/padded
 
 The encoder is that of the 3B models (27 layers, width 1152, feed-forward width 4304) with random weights; a language
-tower of two layers stands beside it, because a pair is what is opened. All files take turns on the same pictures.
+tower of two layers stands beside it, because a pair is what is opened. All files take turns on the same images.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def measure(pairs: Mapping[Key, Path], rounds: int) -> dict[Key, tuple[float, fl
             for key, model in models.items():
                 spent, embeddings = encode(model, pixels)
                 truth = embeddings if key == ("F32", False) else truth
-                if number:  # the first picture opens the encoder
+                if number:  # the first image opens the encoder
                     seconds[key].append(spent)
                     errors[key].append(float(np.linalg.norm(embeddings - truth) / np.linalg.norm(truth)))
     return {key: (statistics.median(seconds[key]), statistics.fmean(errors[key])) for key in pairs}

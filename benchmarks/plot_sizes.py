@@ -1,4 +1,4 @@
-"""What a picture costs by its size: seconds until it is read, and image tokens, measured and drawn as a chart.
+"""What an image costs by its size: seconds until it is read, and image tokens, measured and drawn as a chart.
 
     python -m benchmarks.plot_sizes measure MODEL.gguf --mmproj MMPROJ.gguf -o docs/sizes.json
     python -m benchmarks.plot_sizes draw docs/sizes.json -o docs/sizes.png
@@ -24,10 +24,10 @@ from PIL import Image
 
 from benchmarks.chart import Bars, Series, draw_chart
 from lfm2vl_edge import Model
-from lfm2vl_edge.files import write_beside
-from lfm2vl_edge.opening import Wishes, decide
+from lfm2vl_edge.evaluate.verify import drawn
+from lfm2vl_edge.host import write_beside
+from lfm2vl_edge.opening import OpenOptions, decide
 from lfm2vl_edge.stats import Stats
-from lfm2vl_edge.verify import drawn
 
 SIZES: Final = (
     *((side, side) for side in (256, 384, 512, 640, 768, 1024, 1280)),
@@ -41,7 +41,7 @@ _BRIGHTEST: Final = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """What pictures of one size cost."""
+    """What images of one size cost."""
 
     width: int
     """Pixels."""
@@ -70,9 +70,9 @@ def measure(
     runs: Annotated[int, typer.Option(min=1, max=50, help="Of each size.")] = 3,
     threads: Annotated[int | None, typer.Option(help="Threads that compute.")] = None,
 ) -> None:
-    """Ask about pictures of each size and keep what each run took."""
+    """Ask about images of each size and keep what each run took."""
     stats: defaultdict[tuple[int, int], list[Stats]] = defaultdict(list)
-    opening = decide(model, Wishes(mmproj=mmproj, n_threads=threads))
+    opening = decide(model, OpenOptions(mmproj=mmproj, n_threads=threads))
     pair, n_threads = opening.pair, opening.n_threads
     with Model.open(pair.model, mmproj=pair.mmproj, n_threads=n_threads, state_bytes=0) as opened:
         ask(opened, SIZES[0], runs)  # what only a first answer costs

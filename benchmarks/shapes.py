@@ -7,7 +7,7 @@ from typing import Any, Final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class CostShape:
     """What distinguishes the published models."""
 
     hidden: int
@@ -64,11 +64,11 @@ _TINY: Final[dict[str, Any]] = _SMALL | {
 _OLD: Final[dict[str, Any]] = {"projector": 2560, "layer_norm": True, "newer": False}
 _NEW: Final[dict[str, Any]] = {"projector": 2048, "layer_norm": False, "newer": True}
 SHAPES: Final = {
-    "small": Shape(**_TINY, **_NEW | {"projector": 256}, vocabulary=2048),
-    "lfm2-vl-450m": Shape(**_SMALL, **_OLD),
-    "lfm2-vl-1.6b": Shape(**_MIDDLE | _OLD | {"vision": (1152, 4304, 16, 26)}),
-    "lfm2-vl-3b": Shape(**_LARGE, **_OLD),
-    "lfm2.5-vl-450m": Shape(**_SMALL, **_NEW),
-    "lfm2.5-vl-1.6b": Shape(**_MIDDLE | _NEW | {"vision": (1152, 4304, 16, 27)}),
-    "lfm2.5-vl-3b": Shape(**_LARGE, **_NEW, vocabulary=128_000, rope_theta=1e7, min_tiles=1),
+    "small": CostShape(**_TINY, **_NEW | {"projector": 256}, vocabulary=2048),
+    "lfm2-vl-450m": CostShape(**_SMALL, **_OLD),
+    "lfm2-vl-1.6b": CostShape(**_MIDDLE | _OLD | {"vision": (1152, 4304, 16, 26)}),
+    "lfm2-vl-3b": CostShape(**_LARGE, **_OLD),
+    "lfm2.5-vl-450m": CostShape(**_SMALL, **_NEW),
+    "lfm2.5-vl-1.6b": CostShape(**_MIDDLE | _NEW | {"vision": (1152, 4304, 16, 27)}),
+    "lfm2.5-vl-3b": CostShape(**_LARGE, **_NEW, vocabulary=128_000, rope_theta=1e7, min_tiles=1),
 }

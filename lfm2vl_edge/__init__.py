@@ -1,4 +1,4 @@
-"""Edge runtime for LFM2-VL vision-language models: pictures in, answers out, on llama.cpp's kernels.
+"""Edge runtime for LFM2-VL vision-language models: images in, answers out, on llama.cpp's kernels.
 
 from lfm2vl_edge import Model
 
@@ -12,12 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.boxes import Box, Point
     from lfm2vl_edge.chat import Chat
     from lfm2vl_edge.config import ImageConfig, Options, Sampling
+    from lfm2vl_edge.encoded_image import EncodedImage
     from lfm2vl_edge.errors import (
-        AnswerCut,
         AnswerError,
+        AnswerTruncated,
         ConfigError,
         ContextFull,
         ConvertError,
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
         ModelNotFound,
         ModelNotPulled,
         PromptError,
-        SessionError,
+        StateError,
         ToolError,
     )
-    from lfm2vl_edge.fetch import pull
     from lfm2vl_edge.generate import Chunk, Turn
-    from lfm2vl_edge.geometry import TilePlan, View, plan
-    from lfm2vl_edge.image import load_image
+    from lfm2vl_edge.image.load import load_image
+    from lfm2vl_edge.image.tiles import Tile, preprocess
     from lfm2vl_edge.model import Model
-    from lfm2vl_edge.pair import Pair
-    from lfm2vl_edge.session import Photo
+    from lfm2vl_edge.models.download import pull
+    from lfm2vl_edge.models.names import Pair
+    from lfm2vl_edge.planning.geometry import TilePlan, View, plan
+    from lfm2vl_edge.prompt.tools import ToolCall
     from lfm2vl_edge.stats import Stats
-    from lfm2vl_edge.tiling import Tile, preprocess
-    from lfm2vl_edge.tools import ToolCall
+    from lfm2vl_edge.structured.boxes import Box, Point
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AnswerCut",
     "AnswerError",
+    "AnswerTruncated",
     "Box",
     "Chat",
     "Chunk",
@@ -57,6 +57,7 @@ __all__ = [
     "DataError",
     "DownloadError",
     "EdgeError",
+    "EncodedImage",
     "EngineError",
     "ImageConfig",
     "ImageError",
@@ -65,11 +66,10 @@ __all__ = [
     "ModelNotPulled",
     "Options",
     "Pair",
-    "Photo",
     "Point",
     "PromptError",
     "Sampling",
-    "SessionError",
+    "StateError",
     "Stats",
     "Tile",
     "TilePlan",
@@ -84,24 +84,24 @@ __all__ = [
 ]
 
 _MODULES = {
-    "boxes": "Box Point",
     "chat": "Chat",
     "config": "ImageConfig Options Sampling",
+    "encoded_image": "EncodedImage",
     "errors": (
-        "AnswerCut AnswerError ConfigError ContextFull ConvertError DataError DownloadError "
-        "EdgeError EngineError ImageError ModelNotFound ModelNotPulled PromptError SessionError "
+        "AnswerError AnswerTruncated ConfigError ContextFull ConvertError DataError DownloadError "
+        "EdgeError EngineError ImageError ModelNotFound ModelNotPulled PromptError StateError "
         "ToolError"
     ),
-    "fetch": "pull",
     "generate": "Chunk Turn",
-    "geometry": "TilePlan View plan",
-    "image": "load_image",
+    "image.load": "load_image",
+    "image.tiles": "Tile preprocess",
     "model": "Model",
-    "pair": "Pair",
-    "session": "Photo",
+    "models.download": "pull",
+    "models.names": "Pair",
+    "planning.geometry": "TilePlan View plan",
+    "prompt.tools": "ToolCall",
     "stats": "Stats",
-    "tiling": "Tile preprocess",
-    "tools": "ToolCall",
+    "structured.boxes": "Box Point",
 }
 """Where the names lie. They are imported when they are first used: a command that only prints its help needs none."""
 _PLACES = {name: module for module, names in _MODULES.items() for name in names.split()}

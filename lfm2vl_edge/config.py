@@ -1,4 +1,4 @@
-"""Frozen records of settings: how pictures are cut, how tokens are drawn, what a model's files say.
+"""Frozen records of settings: how images are cut, how tokens are drawn, what a model's files say.
 
 The image settings keep the names that the checkpoints' processor_config.json gives them. The defaults are the
 documented ones of `Lfm2VlImageProcessor` (transformers 5.23); whatever a model's own file states replaces them.
@@ -54,7 +54,7 @@ _METADATA_KEYS: Final[Mapping[str, str]] = {
     "image_std": "clip.vision.image_std",
 }
 _ALWAYS_PRESENT: Final = ("encoder_patch_size", "downsample_factor", "image_mean", "image_std")
-"""Facts of the encoder that every mmproj file has; they say nothing about how pictures are cut."""
+"""Facts of the encoder that every mmproj file has; they say nothing about how images are cut."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -68,24 +68,24 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageConfig:
-    """How a picture becomes views for the encoder.
+    """How an image becomes views for the encoder.
 
     Raises:
         ConfigError: a value is out of range or two values contradict each other.
     """
 
     do_image_splitting: bool = True
-    """Whether a large picture is cut into tiles."""
+    """Whether a large image is cut into tiles."""
     min_tiles: int = 2
     """Fewest tiles of a grid (rows x columns)."""
     max_tiles: int = 10
     """Most tiles of a grid (rows x columns)."""
     use_thumbnail: bool = True
-    """Whether a tiled picture is followed by a small view of the whole."""
+    """Whether a tiled image is followed by a small view of the whole."""
     min_image_tokens: int = 64
-    """Fewest image tokens of a single view or thumbnail; a smaller picture is enlarged."""
+    """Fewest image tokens of a single view or thumbnail; a smaller image is enlarged."""
     max_image_tokens: int = 256
-    """Most image tokens of a single view or thumbnail; a larger picture is reduced."""
+    """Most image tokens of a single view or thumbnail; a larger image is reduced."""
     tile_size: int = 512
     """Side of a square tile, pixels."""
     encoder_patch_size: int = 16
@@ -93,7 +93,7 @@ class ImageConfig:
     downsample_factor: int = 2
     """Pixel unshuffle: patches along each side that become one image token."""
     max_pixels_tolerance: float = 2.0
-    """A picture is tiled when its area exceeds this many times that of `max_image_tokens`."""
+    """An image is tiled when its area exceeds this many times that of `max_image_tokens`."""
     resample: int = BILINEAR
     """Resizing filter, Pillow's code: 2 bilinear, 3 bicubic."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -190,7 +190,7 @@ def stated_image_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `ImageConfig` that an mmproj file's metadata states; the inverse of `image_metadata`.
 
     Raises:
-        ConfigError: an area is no whole number of image tokens.
+        ConfigError: an area is no integer of image tokens.
     """
     stated = {name: metadata[key] for name, key in _METADATA_KEYS.items() if key in metadata}
     stated |= {name: tuple(map(float, stated[name])) for name in _CHANNELS if name in stated}
@@ -207,7 +207,7 @@ def stated_image_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def states_tiling(stated: Mapping[str, Any]) -> bool:
-    """Tell whether any of the settings that decide how pictures are cut is among `stated`."""
+    """Tell whether any of the settings that decide how images are cut is among `stated`."""
     return any(name not in _ALWAYS_PRESENT for name in stated)
 
 
@@ -279,7 +279,7 @@ class Options:
     """GBNF, llama.cpp's notation, beginning at `root`: the answer is a sentence of it, and comes in one piece. Take
     one only from people you trust: it can be written so that the engine never comes to an end."""
     schema: Mapping[str, Any] | None = None
-    """JSON schema: the answer is JSON within it, and comes in one piece; see `lfm2vl_edge.schema`."""
+    """JSON schema: the answer is JSON within it, and comes in one piece; see `lfm2vl_edge.structured`."""
 
     def __post_init__(self) -> None:
         self._check_form()

@@ -13,7 +13,7 @@ class ConfigError(EdgeError):
 
 
 class ImageError(EdgeError):
-    """The input is no picture, is damaged, or is larger than the limit."""
+    """The input is no image, is damaged, or is larger than the limit."""
 
 
 class PromptError(EdgeError):
@@ -54,15 +54,15 @@ class ToolError(EdgeError):
         """What the model wrote between the markers of a call, as it wrote it."""
 
 
-class SessionError(EdgeError):
-    """A saved picture cannot be written, is damaged, or belongs to another model, engine or settings."""
+class StateError(EdgeError):
+    """A saved image cannot be written, is damaged, or belongs to another model, engine or settings."""
 
 
 class AnswerError(EdgeError):
     """An answer is not what was asked for: it breaks a rule of the schema, or holds no boxes."""
 
 
-class AnswerCut(AnswerError):
+class AnswerTruncated(AnswerError):
     """An answer that must be whole was not finished within max_tokens or the context; nothing of it is given out."""
 
 

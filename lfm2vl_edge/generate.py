@@ -1,4 +1,4 @@
-"""The line itself: messages -> pictures -> segments -> prefill -> tokens -> text.
+"""The line itself: messages -> images -> segments -> prefill -> tokens -> text.
 
 `stream` is the only path to an answer; not streaming is joining its pieces.
 """
@@ -9,22 +9,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from lfm2vl_edge.cache import Key, Memory, Piece, chain
+from lfm2vl_edge.cache.memory import Key, Memory, Piece, chain
 from lfm2vl_edge.config import Options
 from lfm2vl_edge.engine import Engine, Floats
-from lfm2vl_edge.errors import AnswerCut, ConfigError, ContextFull, ToolError
-from lfm2vl_edge.modelfile import ModelConfig
-from lfm2vl_edge.prepare import Prompt, n_tokens, prepare, split
-from lfm2vl_edge.prompt import Message, images_of
+from lfm2vl_edge.errors import AnswerTruncated, ConfigError, ContextFull, ToolError
+from lfm2vl_edge.image.tiles import Tile
+from lfm2vl_edge.models.facts import ModelConfig
+from lfm2vl_edge.prompt.prepare import Prompt, n_tokens, prepare, split
+from lfm2vl_edge.prompt.render import Message, images_of
+from lfm2vl_edge.prompt.tools import CallReader, Tool, ToolCall
 from lfm2vl_edge.stats import Stats, Stopwatch
 from lfm2vl_edge.stream import TextStream
-from lfm2vl_edge.tiling import Tile
-from lfm2vl_edge.tools import CallReader, Tool, ToolCall
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.schema import Schema
+    from lfm2vl_edge.structured import Schema
 
-Finish = Literal["stop", "length"]
+FinishReason = Literal["stop", "length"]
 """`stop`: the model ended its turn or a stop string came; `length`: max_tokens or the context was full."""
 
 
@@ -34,9 +34,9 @@ class Chunk:
 
     text: str
     """What is new; it may be empty in the last chunk."""
-    finish: Finish | None = None
+    finish_reason: FinishReason | None = None
     """Why the answer ended; only in the last chunk."""
-    calls: tuple[ToolCall, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
     """What the model calls of the tools that it was given; only in the last chunk."""
     stats: Stats | None = None
     """What the answer cost; only in the last chunk."""
@@ -51,9 +51,9 @@ class Turn:
 
     text: str
     """What it says."""
-    calls: tuple[ToolCall, ...]
+    tool_calls: tuple[ToolCall, ...]
     """What it calls of the tools that it was given."""
-    finish: Finish | None
+    finish_reason: FinishReason | None
     """Why it ended."""
     stats: Stats | None
     """What it cost."""
@@ -68,12 +68,12 @@ class Turn:
         pieces = list(chunks)
         last = pieces[-1]
         text = "".join(chunk.text for chunk in pieces)
-        return cls(text=text, calls=last.calls, finish=last.finish, stats=last.stats)
+        return cls(text=text, tool_calls=last.tool_calls, finish_reason=last.finish_reason, stats=last.stats)
 
     @property
     def message(self) -> dict[str, Any]:
-        """The turn as a message, for the talk that goes on."""
-        calls = {"tool_calls": [call.as_dict() for call in self.calls]} if self.calls else {}
+        """The turn as a message, for the conversation that goes on."""
+        calls = {"tool_calls": [call.as_dict() for call in self.tool_calls]} if self.tool_calls else {}
         return {"role": "assistant", "content": self.text, **calls}
 
     @property
@@ -83,8 +83,8 @@ class Turn:
         Raises:
             ToolError: the model calls a tool, which a text cannot hold.
         """
-        if self.calls:
-            names = ", ".join(call.name for call in self.calls)
+        if self.tool_calls:
+            names = ", ".join(call.name for call in self.tool_calls)
             raise ToolError(
                 f"the model calls {names}; take Model.turn or the last chunk of a stream, which have calls"
             )
@@ -99,7 +99,7 @@ def stream(
     memory: Memory,
     tools: Sequence[Tool] = (),
 ) -> Iterator[Chunk]:
-    """Yield the answer piece by piece; the last chunk carries `finish`, `stats`, and what the model calls of `tools`.
+    """Yield the answer piece by piece; the last chunk carries `finish_reason`, `stats`, and what the model calls of `tools`.
 
     An answer that is held to a grammar or a schema comes in one piece, or not at all.
 
@@ -110,7 +110,7 @@ def stream(
             knows no tools.
         ToolError: a call of a tool is cut off or malformed; the text of the answer has come before.
         EngineError: a native call failed, or the answer was cancelled.
-        AnswerCut: max_tokens or the context was full before an answer was whole that is held to a grammar or schema.
+        AnswerTruncated: max_tokens or the context was full before an answer was whole that is held to a grammar or schema.
         AnswerError: the answer breaks a rule of the schema that no grammar expresses.
     """
     schema, grammar = _held_to(options)
@@ -123,10 +123,10 @@ def stream(
 
 
 def _held_to(options: Options) -> tuple[Schema | None, str | None]:
-    """Return what the answer is held to; schemas are imported only where there is one."""
+    """Return what the answer is held to; schemas are imported only if there is one."""
     if options.schema is None:
         return None, options.grammar
-    from lfm2vl_edge.schema import grammar_of, read_schema
+    from lfm2vl_edge.structured import grammar_of, read_schema
 
     schema = read_schema(options.schema)
     return schema, grammar_of(schema)
@@ -148,41 +148,46 @@ def _stream(
     room = _make_room(engine, config, prompt, options.max_tokens)
     prefill(engine, split(prompt), memory, watch)
     text = TextStream(options.stop)
-    finish: Finish = "length"
-    n_drawn = 0
+    finish_reason: FinishReason = "length"
+    n_sampled = 0
     seen = [segment for segment in prompt.segments if isinstance(segment, int)]
     if grammar is not None:
         room += 1  # one more is drawn, but not decoded: it is the end of the turn if the answer is whole
     for token in engine.sample(options.sampling(config.sampling), options.seed, seen, grammar):
-        if n_drawn == 0:
+        if n_sampled == 0:
             watch.first_token()
         if engine.is_end(token):
-            finish = "stop"
+            finish_reason = "stop"
             break
-        n_drawn += 1
+        n_sampled += 1
         if piece := text.push(reader.take(token, engine.piece(token))):
             yield Chunk(text=piece)
-        if text.stopped or n_drawn == room:
-            finish = "stop" if text.stopped else "length"
+        if text.stopped or n_sampled == room:
+            finish_reason = "stop" if text.stopped else "length"
             break
     if piece := text.flush():
         yield Chunk(text=piece)
-    yield Chunk(text="", finish=finish, calls=reader.calls(), stats=_stats(prompt, messages, n_drawn, watch))
+    yield Chunk(
+        text="",
+        finish_reason=finish_reason,
+        tool_calls=reader.calls(),
+        stats=_stats(prompt, messages, n_sampled, watch),
+    )
 
 
 def _whole(chunks: Iterator[Chunk], options: Options, schema: Schema | None) -> Iterator[Chunk]:
     """Yield an answer in one piece, once it is whole and right."""
     *pieces, last = chunks
     text = "".join(chunk.text for chunk in (*pieces, last))
-    if last.finish == "length":
-        n_tokens = last.stats.answer_tokens - 1 if last.stats else 0
+    if last.finish_reason == "length":
+        n_tokens = last.stats.completion_tokens - 1 if last.stats else 0
         remedy = "raise --max-tokens (max_tokens)"
         if n_tokens < options.max_tokens:
             remedy = "the context is full: use a smaller picture or a shorter text"
         tokens = "1 token" if n_tokens == 1 else f"{n_tokens} tokens"
-        raise AnswerCut(f"the answer was cut after {tokens}, before it was whole; {remedy}")
+        raise AnswerTruncated(f"the answer was cut after {tokens}, before it was whole; {remedy}")
     if schema is not None:
-        from lfm2vl_edge.schema import parse_answer
+        from lfm2vl_edge.structured import parse_answer
 
         parse_answer(text, schema)
     yield replace(last, text=text)
@@ -244,7 +249,7 @@ def _decode(engine: Engine, piece: Piece, memory: Memory, watch: Stopwatch, *, m
         engine.decode_embeddings(embeddings, more=more)
 
 
-def _stats(prompt: Prompt, messages: Sequence[Message], n_drawn: int, watch: Stopwatch) -> Stats:
+def _stats(prompt: Prompt, messages: Sequence[Message], n_sampled: int, watch: Stopwatch) -> Stats:
     return Stats(
         images=len(images_of(messages)),
         views=len(prompt.tiles),
@@ -252,7 +257,7 @@ def _stats(prompt: Prompt, messages: Sequence[Message], n_drawn: int, watch: Sto
         image_tokens=sum(tile.n_tokens for tile in prompt.tiles),
         prompt_tokens=len(prompt.token_ids),
         restored_tokens=watch.restored_tokens,
-        answer_tokens=n_drawn,
+        completion_tokens=n_sampled,
         preprocess_seconds=watch.seconds["preprocess"],
         encode_seconds=watch.seconds["encode"],
         prefill_seconds=watch.seconds["prefill"],

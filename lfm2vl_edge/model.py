@@ -1,4 +1,4 @@
-"""Model: two files opened, pictures and questions in, answers out."""
+"""Model: two files opened, images and questions in, answers out."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from typing import Any, Final
 import numpy as np
 
 from lfm2vl_edge.answers import TypedAnswers
-from lfm2vl_edge.budget import Detail
-from lfm2vl_edge.cache import STATE_BYTES, Embeddings, Key, Memory, Piece, States, chain
+from lfm2vl_edge.cache.disk import CACHE_BYTES, STATE, Disk, DiskCache, digests_folder
+from lfm2vl_edge.cache.fingerprint import Fingerprint, Source, encoder_digest, fingerprint_of, state_digest
+from lfm2vl_edge.cache.memory import STATE_BYTES, EmbeddingCache, Key, Memory, Piece, StateCache, chain
 from lfm2vl_edge.config import DEFAULT_PROMPT, Options
-from lfm2vl_edge.costs import CONTEXT_TOKENS
+from lfm2vl_edge.encoded_image import EncodedImage, load_saved
 from lfm2vl_edge.engine import Engine, Floats, State
-from lfm2vl_edge.errors import EngineError, SessionError
-from lfm2vl_edge.files import cache_folder
+from lfm2vl_edge.errors import EngineError, StateError
 from lfm2vl_edge.generate import Chunk, Turn, prefill, stream
-from lfm2vl_edge.identity import Identity, Source, encoder_digest, identify, state_digest
-from lfm2vl_edge.image import ImageInput
-from lfm2vl_edge.locate import FALLBACK_NOTE, locate
-from lfm2vl_edge.modelfile import ModelConfig
-from lfm2vl_edge.opening import Loaded, Wishes, check_count, open_pair
-from lfm2vl_edge.prepare import look, n_tokens, prepare, split
-from lfm2vl_edge.prompt import Message, Picture, user_message
-from lfm2vl_edge.session import Photo, load_saved
-from lfm2vl_edge.shelf import CACHE_BYTES, STATE, Disk, DiskShelf, digests_folder
+from lfm2vl_edge.host import cache_folder
+from lfm2vl_edge.image.load import ImageInput
+from lfm2vl_edge.image.tiles import Tile
+from lfm2vl_edge.models.facts import ModelConfig
+from lfm2vl_edge.models.names import FALLBACK_NOTE, resolve_model
+from lfm2vl_edge.opening import Loaded, OpenOptions, check_count, open_pair
+from lfm2vl_edge.planning.budget import Detail
+from lfm2vl_edge.planning.costs import CONTEXT_TOKENS
+from lfm2vl_edge.prompt.prepare import look, n_tokens, prepare, split
+from lfm2vl_edge.prompt.render import Message, Picture, user_message
+from lfm2vl_edge.prompt.tools import Tool, ToolInput, as_tools
 from lfm2vl_edge.stats import Stopwatch
-from lfm2vl_edge.tiling import Tile
-from lfm2vl_edge.tools import Tool, ToolInput, as_tools
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -60,10 +60,10 @@ class Model(TypedAnswers):
         """What the model's files say, and the image settings in use."""
         self.load_seconds = load_seconds
         """Time that opening took."""
-        self._memory = memory or Memory(states=States(), embeddings=Embeddings())
+        self._memory = memory or Memory(states=StateCache(), embeddings=EmbeddingCache())
         self._source = source
         self._digests = digests
-        self._identity: Identity | None = None
+        self._fingerprint: Fingerprint | None = None
         self._answering = threading.Lock()
         self._is_closed = False
 
@@ -79,7 +79,7 @@ class Model(TypedAnswers):
         budget_seconds: float | None = None,
         n_ctx: int = CONTEXT_TOKENS,
         n_threads: int | None = None,
-        gpu_layers: int = 0,
+        n_gpu_layers: int = 0,
         device: str | None = None,
         state_bytes: int = STATE_BYTES,
         cache: bool | str | os.PathLike[str] = False,
@@ -92,17 +92,17 @@ class Model(TypedAnswers):
                 LFM2VL_MODEL, else the model that was pulled last. Nothing is ever fetched here.
             mmproj: the vision encoder's GGUF; by default the fastest beside the language GGUF.
             image_settings: fields of `ImageConfig` that replace the model's own.
-            detail: how closely pictures are looked at: full, high, balanced or fast; see `detail_changes`.
-            budget_tokens: most image tokens of a picture, which is then cut as well as that allows.
+            detail: how closely images are looked at: full, high, balanced or fast; see `detail_changes`.
+            budget_tokens: most image tokens of an image, which is then cut as well as that allows.
             budget_seconds: the same for predicted seconds in encoder and language tower; see `Costs`.
             n_ctx: tokens of context to begin with; it grows when a prompt needs more.
             n_threads: threads that compute; by default what `tune` found, else one per physical core.
-            gpu_layers: layers that a GPU takes, where the installed llama.cpp was built for one; -1 means all.
+            n_gpu_layers: layers that a GPU takes, where the installed llama.cpp was built for one; -1 means all.
             device: name of that GPU; by default llama.cpp chooses.
-            state_bytes: memory for states of earlier prompts, so that another question about a picture or the next
-                turn of a talk decodes only what is new; 0 keeps none.
-            cache: a folder that keeps embeddings of views and states after pictures for later processes; `True` means
-                LFM2VL_CACHE or the user's cache folder. What goes wrong there, `lfm2vl_edge.shelf` logs.
+            state_bytes: memory for states of earlier prompts, so that another question about an image or the next
+                turn of a conversation decodes only what is new; 0 keeps none.
+            cache: a folder that keeps embeddings of views and states after images for later processes; `True` means
+                LFM2VL_CACHE or the user's cache folder. What goes wrong there, `lfm2vl_edge.cache.disk` logs.
             cache_bytes: what all processes together may keep there.
 
         Raises:
@@ -110,10 +110,10 @@ class Model(TypedAnswers):
             ConfigError: the files do not fit together, or a setting is out of range.
             EngineError: llama.cpp refuses a file.
         """
-        located = locate(path, Path(mmproj) if mmproj is not None else None)
+        located = resolve_model(path, Path(mmproj) if mmproj is not None else None)
         if located.is_fallback:
             _LOG.warning(FALLBACK_NOTE)
-        wishes = Wishes(
+        wishes = OpenOptions(
             mmproj=located.mmproj,
             image_settings=image_settings,
             detail=detail,
@@ -121,7 +121,7 @@ class Model(TypedAnswers):
             budget_seconds=budget_seconds,
             n_ctx=n_ctx,
             n_threads=n_threads,
-            gpu_layers=gpu_layers,
+            n_gpu_layers=n_gpu_layers,
             device=device,
         )
         folder = None if cache is False else cache_folder() if cache is True else Path(cache)
@@ -142,10 +142,10 @@ class Model(TypedAnswers):
         )
 
     def ask(self, images: ImageInput | Sequence[ImageInput], prompt: str = DEFAULT_PROMPT, **options: Any) -> str:
-        """Return the answer to a question about one or several pictures.
+        """Return the answer to a question about one or several images.
 
         Args:
-            images: one picture or a list of them, each in any form that `load_image` takes; `[]` for none.
+            images: one image or a list of them, each in any form that `load_image` takes; `[]` for none.
             prompt: the question.
             **options: fields of `Options`, such as `temperature=0.0, max_tokens=64`, and `tools` as for `chat`.
 
@@ -158,11 +158,11 @@ class Model(TypedAnswers):
     def stream(
         self, images: ImageInput | Sequence[ImageInput], prompt: str = DEFAULT_PROMPT, **options: Any
     ) -> Iterator[Chunk]:
-        """Yield the answer piece by piece; the last chunk carries `finish` and `stats`. Arguments as for `ask`.
+        """Yield the answer piece by piece; the last chunk carries `finish_reason` and `stats`. Arguments as for `ask`.
 
         Raises:
             ConfigError: an option is unknown or out of range.
-            ImageError: an input is no picture.
+            ImageError: an input is no image.
             PromptError: no prompt can be made of it, or (ContextFull) none that fits into the model's context.
             EngineError: a native call failed, or the model is busy.
             AnswerError: an answer that is to fit a schema or grammar does not, or was cut.
@@ -170,10 +170,10 @@ class Model(TypedAnswers):
         return self.chat([user_message(images, prompt)], **options)
 
     def chat(self, messages: Sequence[Message], *, tools: Sequence[ToolInput] = (), **options: Any) -> Iterator[Chunk]:
-        """Yield the model's next turn of a talk in the Hugging Face form, piece by piece.
+        """Yield the model's next turn of a conversation in the Hugging Face form, piece by piece.
 
         Args:
-            messages: the talk; see `Message`.
+            messages: the conversation; see `Message`.
             tools: what the model may call: functions with annotations and docstrings, or definitions in the OpenAI
                 form. The last chunk has its `calls`; nothing is ever called here.
             **options: as for `ask`.
@@ -185,38 +185,38 @@ class Model(TypedAnswers):
         return self._stream(messages, Options.of(**options), as_tools(tools))
 
     def turn(self, messages: Sequence[Message], **options: Any) -> Turn:
-        """Return the model's next turn, whole: text, calls, and `message` for the talk that goes on. As for `chat`."""
+        """Return the model's next turn, whole: text, calls, and `message` for the conversation that goes on. As for `chat`."""
         return Turn.of(self.chat(messages, **options))
 
     def _stream(self, messages: Sequence[Message], options: Options, tools: Sequence[Tool]) -> Iterator[Chunk]:
         with self._exclusive():
             yield from stream(self.engine, self.config, messages, options, self._memory, tools)
 
-    def cut(self, image: ImageInput | Picture, **wishes: Any) -> Picture:
-        """Return a picture planned and cut, which may stand in several messages without being opened again.
+    def preprocess(self, image: ImageInput | Picture, **wishes: Any) -> Picture:
+        """Return an image planned and cut, which may stand in several messages without being opened again.
 
         Args:
             image: in any form that `load_image` takes; one that was cut already is returned as it is.
-            **wishes: `detail`, `budget_tokens`, `budget_seconds` for this picture, as for `open`.
+            **options: `detail`, `budget_tokens`, `budget_seconds` for this image, as for `open`.
 
         Raises:
-            ConfigError: a wish is unknown or out of range, or no plan is within the budget.
-            ImageError: the input is no picture.
+            ConfigError: a option is unknown or out of range, or no plan is within the budget.
+            ImageError: the input is no image.
         """
-        return look(image, self.config.image, self.config.sight.with_wishes(wishes))
+        return look(image, self.config.image, self.config.sight.with_options(wishes))
 
-    def look(self, image: ImageInput, **wishes: Any) -> Photo:
-        """Return a picture that the model has seen: every question about it then costs only the question.
+    def encode_image(self, image: ImageInput, **wishes: Any) -> EncodedImage:
+        """Return an image that the model has seen: every question about it then costs only the question.
 
         Arguments as for `cut`.
 
         Raises:
-            ConfigError: a wish is unknown or out of range, or no plan is within the budget.
-            ImageError: the input is no picture.
-            ContextFull: the picture does not fit into the model's context.
+            ConfigError: a option is unknown or out of range, or no plan is within the budget.
+            ImageError: the input is no image.
+            ContextFull: the image does not fit into the model's context.
             EngineError: a native call failed, or the model is busy.
         """
-        picture = self.cut(image, **wishes)
+        picture = self.preprocess(image, **wishes)
         with self._exclusive():
             pieces = self._up_to(picture)
             key = chain(pieces)[-1]
@@ -227,51 +227,53 @@ class Model(TypedAnswers):
                 state = self.engine.snapshot() if known is None else known
         return self._photo(picture, key, state)
 
-    def load(self, path: str | os.PathLike[str]) -> Photo:
-        """Return a picture that `Photo.save` wrote; load only files that you trust.
+    def load_encoded_image(self, path: str | os.PathLike[str]) -> EncodedImage:
+        """Return an image that `EncodedImage.save` wrote; load only files that you trust.
 
         Raises:
-            SessionError: the file is none, is damaged, or was saved with another model, engine or settings.
+            StateError: the file is none, is damaged, or was saved with another model, engine or settings.
             EngineError: the model is busy.
         """
-        saved = load_saved(Path(path), self.identity(), self.config.image)
+        saved = load_saved(Path(path), self.fingerprint(), self.config.image)
         with self._exclusive():
             if chain(self._up_to(saved.picture))[-1] != saved.key:
-                raise SessionError(f"{path} was saved by another version of this program; open the picture again")
+                raise StateError(f"{path} was saved by another version of this program; open the picture again")
             try:
                 self.engine.restore(saved.state)
             except EngineError as error:
-                raise SessionError(f"{path} holds no state of this model: {error}; open the picture again") from error
+                raise StateError(f"{path} holds no state of this model: {error}; open the picture again") from error
         return self._photo(saved.picture, saved.key, saved.state)
 
-    def _photo(self, picture: Picture, key: Key, state: State) -> Photo:
+    def _photo(self, picture: Picture, key: Key, state: State) -> EncodedImage:
         self._memory.states.hold(key, state)
-        return Photo(model=self, picture=picture, key=key, state=state)
+        return EncodedImage(model=self, picture=picture, key=key, state=state)
 
     def _up_to(self, picture: Picture) -> list[Piece]:
-        """Return the pieces of a prompt up to a picture's last view, and make room for them."""
+        """Return the pieces of a prompt up to an image's last view, and make room for them."""
         pieces = split(prepare(self.engine, self.config, [user_message(picture, "")]))
         while not isinstance(pieces[-1], Tile):
             pieces.pop()
         self.engine.reserve(sum(map(n_tokens, pieces)))
         return pieces
 
-    def identity(self) -> Identity:
+    def fingerprint(self) -> Fingerprint:
         """Return what decides the bits of a state: files, native code, settings. The files are read for it.
 
         Raises:
-            SessionError: the model was not opened from files.
+            StateError: the model was not opened from files.
             ModelNotFound: its files were replaced since it was opened.
         """
         if self._source is None:
-            raise SessionError("this model was not opened from files, so its states cannot be saved or loaded")
-        if self._identity is None:
+            raise StateError("this model was not opened from files, so its states cannot be saved or loaded")
+        if self._fingerprint is None:
             config = self.config
-            self._identity = identify(self._source, self.engine.info, config.image, config.sight, self._digests)
-        return self._identity
+            self._fingerprint = fingerprint_of(
+                self._source, self.engine.info, config.image, config.sight, self._digests
+            )
+        return self._fingerprint
 
     def token_ids(self, messages: Sequence[Message], *, tools: Sequence[ToolInput] = ()) -> list[int]:
-        """Return the prompt's ids as the reference's input_ids: the image token repeated for every embedding.
+        """Return the prompt's ids as transformers' input_ids: the image token repeated for every embedding.
 
         Raises:
             EdgeError: see `stream`.
@@ -280,13 +282,13 @@ class Model(TypedAnswers):
             return prepare(self.engine, self.config, messages, as_tools(tools)).token_ids
 
     def embed_image(self, image: ImageInput) -> Floats:
-        """Return float32 `[n, n_embd]`: the embeddings of all views of a picture, in prompt order.
+        """Return float32 `[n, n_embd]`: the embeddings of all views of an image, in prompt order.
 
         Raises:
-            ImageError: the input is no picture.
+            ImageError: the input is no image.
             EngineError: a native call failed.
         """
-        tiles = self.cut(image).tiles
+        tiles = self.preprocess(image).tiles
         with self._exclusive():
             return np.concatenate([self.engine.encode(tile.pixels, tile.n_tokens) for tile in tiles])
 
@@ -334,9 +336,9 @@ class Model(TypedAnswers):
 def _memory(engine: Engine, source: Source, folder: Path | None, state_bytes: int, cache_bytes: int) -> Memory:
     """Return the memory of states and embeddings, with shelves on disk if there is a folder for them."""
     if folder is None:
-        return Memory(states=States(state_bytes), embeddings=Embeddings())
+        return Memory(states=StateCache(state_bytes), embeddings=EmbeddingCache())
     disk, memo = Disk(folder, cache_bytes), digests_folder(folder)
-    views = DiskShelf(disk, lambda: encoder_digest(source, engine.info, memo))
-    states = DiskShelf(disk, lambda: state_digest(source, engine.info, memo), STATE)
-    embeddings = Embeddings(shelf=views, n_embd=engine.info.n_embd)
-    return Memory(states=States(state_bytes, states), embeddings=embeddings)
+    views = DiskCache(disk, lambda: encoder_digest(source, engine.info, memo))
+    states = DiskCache(disk, lambda: state_digest(source, engine.info, memo), STATE)
+    embeddings = EmbeddingCache(shelf=views, n_embd=engine.info.n_embd)
+    return Memory(states=StateCache(state_bytes, states), embeddings=embeddings)

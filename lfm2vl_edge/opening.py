@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lfm2vl_edge.budget import Detail, Sight, check_detail
-from lfm2vl_edge.costs import CONTEXT_TOKENS, Costs, guess
-from lfm2vl_edge.device import Profile, load_profile, place_of
+from lfm2vl_edge.cache.fingerprint import Source
 from lfm2vl_edge.engine import Engine
 from lfm2vl_edge.errors import ConfigError
-from lfm2vl_edge.hardware import big_cores
-from lfm2vl_edge.identity import Source
-from lfm2vl_edge.modelfile import ModelConfig, read_config
-from lfm2vl_edge.pair import Pair, find_model, find_pair, mmproj_type
+from lfm2vl_edge.host import big_cores
+from lfm2vl_edge.models.facts import ModelConfig, read_config
+from lfm2vl_edge.models.names import Pair, find_model, find_pair, mmproj_type
+from lfm2vl_edge.planning.budget import Detail, ImageBudget, check_detail
+from lfm2vl_edge.planning.costs import CONTEXT_TOKENS, Costs, guess
+from lfm2vl_edge.planning.device import Profile, load_profile, profile_key
 
 if TYPE_CHECKING:
     from lfm2vl_edge.engine.language import LanguageFile
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
+class OpenOptions:
     """What a caller may ask for when a model is opened; `None` leaves the choice to us.
 
     Raises:
@@ -37,16 +37,16 @@ class Wishes:
     image_settings: Mapping[str, Any] | None = None
     """Fields of `ImageConfig` that replace the model's own."""
     detail: Detail = "full"
-    """See `Sight.detail`."""
+    """See `ImageBudget.detail`."""
     budget_tokens: int | None = None
-    """See `Sight.budget_tokens`."""
+    """See `ImageBudget.budget_tokens`."""
     budget_seconds: float | None = None
-    """See `Sight.budget_seconds`."""
+    """See `ImageBudget.budget_seconds`."""
     n_ctx: int = CONTEXT_TOKENS
     """Tokens of context to begin with."""
     n_threads: int | None = None
     """Threads that compute; by default what `tune` found, else one per physical, big core."""
-    gpu_layers: int = 0
+    n_gpu_layers: int = 0
     """Layers that a GPU takes; -1 means all."""
     device: str | None = None
     """Name of the GPU; by default the engine chooses."""
@@ -54,9 +54,9 @@ class Wishes:
     def __post_init__(self) -> None:
         check_count("n_ctx", self.n_ctx)
         check_count("n_threads", 1 if self.n_threads is None else self.n_threads)
-        check_count("gpu_layers", self.gpu_layers, least=-1)
-        if self.device is not None and self.gpu_layers == 0:
-            raise ConfigError(f"device {self.device!r} has no work without gpu_layers; say how many, or -1 for all")
+        check_count("n_gpu_layers", self.n_gpu_layers, least=-1)
+        if self.device is not None and self.n_gpu_layers == 0:
+            raise ConfigError(f"device {self.device!r} has no work without n_gpu_layers; say how many, or -1 for all")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class Opening:
     pair: Pair
     """The two files."""
     config: ModelConfig
-    """What they say, with the caller's image settings and wishes."""
+    """What they say, with the caller's image settings and options."""
     n_threads: int
     """Threads that compute."""
     profile: Profile | None
@@ -75,17 +75,17 @@ class Opening:
     """What views and tokens cost: measured, else guessed."""
 
 
-def decide(path: Path, wishes: Wishes, *, use_profile: bool = True) -> Opening:
+def decide(path: Path, wishes: OpenOptions, *, use_profile: bool = True) -> Opening:
     """Find and read a model's files and decide how it is opened, without the engine.
 
     Args:
         path: the language GGUF, or the folder that holds it.
-        wishes: what the caller asked for.
-        use_profile: whether what `tune` measured is heeded.
+        options: what the caller asked for.
+        use_profile: whether what `tune` measured is honoured.
 
     Raises:
         ModelNotFound: a file is missing.
-        ConfigError: the files do not fit together, or the wishes contradict each other.
+        ConfigError: the files do not fit together, or the options contradict each other.
     """
     pair, profile = _choose(path, wishes, use_profile)
     threads = wishes.n_threads or (profile.threads if profile else big_cores())
@@ -93,7 +93,7 @@ def decide(path: Path, wishes: Wishes, *, use_profile: bool = True) -> Opening:
     check_detail(wishes.detail, changes)
     config = with_image_settings(read_config(pair), changes)
     costs = _costs(pair, config, profile, threads)
-    sight = Sight(
+    sight = ImageBudget(
         detail=wishes.detail,
         budget_tokens=wishes.budget_tokens,
         budget_seconds=wishes.budget_seconds,
@@ -102,10 +102,10 @@ def decide(path: Path, wishes: Wishes, *, use_profile: bool = True) -> Opening:
     return Opening(pair=pair, config=replace(config, sight=sight), n_threads=threads, profile=profile, costs=costs)
 
 
-def _choose(path: Path, wishes: Wishes, use_profile: bool = True) -> tuple[Pair, Profile | None]:
+def _choose(path: Path, wishes: OpenOptions, use_profile: bool = True) -> tuple[Pair, Profile | None]:
     """Return the files of a model, and what `tune` measured of it here."""
     model = find_model(path)
-    profile = load_profile(place_of(model, wishes.gpu_layers, wishes.device)) if use_profile else None
+    profile = load_profile(profile_key(model, wishes.n_gpu_layers, wishes.device)) if use_profile else None
     return find_pair(model, wishes.mmproj, _seconds(profile)), profile
 
 
@@ -128,24 +128,24 @@ class Loaded:
     engine: Engine
     """It owns native memory: whoever has it closes it."""
     config: ModelConfig
-    """What the files say, with the caller's image settings and wishes."""
+    """What the files say, with the caller's image settings and options."""
     source: Source
     """The files as they were."""
     seconds: float
     """Time that it took."""
 
 
-def open_pair(path: Path, wishes: Wishes, language: LanguageFile | None = None) -> Loaded:
+def open_pair(path: Path, wishes: OpenOptions, language: LanguageFile | None = None) -> Loaded:
     """Decide how a model is opened, and open it.
 
     Args:
         path: the language GGUF, or the folder that holds it.
-        wishes: what the caller asked for.
+        options: what the caller asked for.
         language: the language file, where it is being read already.
 
     Raises:
         ModelNotFound: a file is missing.
-        ConfigError: the files do not fit together, or the wishes contradict each other.
+        ConfigError: the files do not fit together, or the options contradict each other.
         EngineError: llama.cpp refuses a file, or has no such GPU.
     """
     begin = time.perf_counter()
@@ -158,18 +158,18 @@ def open_pair(path: Path, wishes: Wishes, language: LanguageFile | None = None) 
 
 
 def _reading(
-    source: Source, wishes: Wishes, begun: LanguageFile | None
+    source: Source, wishes: OpenOptions, begun: LanguageFile | None
 ) -> AbstractContextManager[LanguageFile | None]:
     """Let the language file be read while it is decided how it is opened; what was begun will do, unless replaced."""
     from lfm2vl_edge.engine.language import begin_reading
 
     if begun is not None and begun.stamp == source.stamps[0]:
         return nullcontext(begun)  # its owner closes it
-    language = begin_reading(source.pair.model, wishes.gpu_layers, wishes.device)
+    language = begin_reading(source.pair.model, wishes.n_gpu_layers, wishes.device)
     return nullcontext() if language is None else closing(language)
 
 
-def load(opening: Opening, wishes: Wishes, language: LanguageFile | None = None) -> Engine:
+def load(opening: Opening, wishes: OpenOptions, language: LanguageFile | None = None) -> Engine:
     """Return the engine with both files, of which the language file may be read already.
 
     Raises:
@@ -181,7 +181,7 @@ def load(opening: Opening, wishes: Wishes, language: LanguageFile | None = None)
     return LlamaEngine(language or opening.pair.model, opening.pair.mmproj, settings)
 
 
-def engine_settings(config: ModelConfig, n_threads: int, wishes: Wishes) -> EngineSettings:
+def engine_settings(config: ModelConfig, n_threads: int, wishes: OpenOptions) -> EngineSettings:
     """Return what the engine is told about a model."""
     from lfm2vl_edge.engine.llama import EngineSettings
 
@@ -191,7 +191,7 @@ def engine_settings(config: ModelConfig, n_threads: int, wishes: Wishes) -> Engi
         n_ctx_max=config.n_ctx_train,
         max_view_tokens=max(config.image.max_image_tokens, config.image.tile_tokens),
         exact=config.is_float32,
-        gpu_layers=wishes.gpu_layers,
+        n_gpu_layers=wishes.n_gpu_layers,
         device=wishes.device,
     )
 
@@ -209,7 +209,7 @@ def with_image_settings(config: ModelConfig, changes: Mapping[str, Any]) -> Mode
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Refuse what is no whole number of at least `least`.
+    """Refuse what is no integer of at least `least`.
 
     Raises:
         ConfigError: it is not.

@@ -18,7 +18,7 @@ class Stats:
     """Figures of one answer."""
 
     images: int
-    """Pictures in the talk."""
+    """Images in the conversation."""
     views: int
     """Tiles, thumbnails and single views of the prompt."""
     encoded_views: int
@@ -29,10 +29,10 @@ class Stats:
     """All tokens of the prompt, image tokens included."""
     restored_tokens: int
     """Those of them that a state from an earlier answer already held."""
-    answer_tokens: int
+    completion_tokens: int
     """Tokens drawn, the end of the turn not counted."""
     preprocess_seconds: float
-    """Opening, resizing and cutting the pictures."""
+    """Opening, resizing and cutting the images."""
     encode_seconds: float
     """Views to embeddings, or finding those that are known."""
     prefill_seconds: float
@@ -45,7 +45,7 @@ class Stats:
     @property
     def decode_speed(self) -> float:
         """Tokens per second after the first one; 0 when there was no second."""
-        later = self.answer_tokens - 1
+        later = self.completion_tokens - 1
         return later / self.decode_seconds if later > 0 and self.decode_seconds > 0 else 0.0
 
     @property

@@ -1,4 +1,4 @@
-"""Fixtures that several tests share: the reference checkpoints, and pairs converted from them once."""
+"""Fixtures that several tests share: transformers checkpoints, and pairs converted from them once."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 PICTURES = REFERENCE / "a"
-"""All three references saw the same pictures; they lie here once."""
+"""All three references saw the same images; they lie here once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Talk:
-    """What the reference implementation computed on one talk."""
+class Conversation:
+    """What transformers computed on one conversation."""
 
     name: str
     messages: list[dict[str, Any]]
@@ -40,14 +40,14 @@ class Talk:
 
 
 @cache
-def talks(name: str) -> dict[str, Talk]:
-    """Return the talks of a reference checkpoint by name."""
+def conversations(name: str) -> dict[str, Conversation]:
+    """Return the conversations of a reference checkpoint by name."""
     cases = json.loads((REFERENCE / name / "reference.json").read_text())["cases"]
     with np.load(REFERENCE / name / "reference.npz") as arrays:
         return {case["name"]: _talk(case, dict(arrays)) for case in cases}
 
 
-def _talk(case: dict[str, Any], arrays: dict[str, Any]) -> Talk:
+def _talk(case: dict[str, Any], arrays: dict[str, Any]) -> Conversation:
     images = [PICTURES / image for image in case["images"]]
     waiting = list(images)
     messages = [
@@ -60,7 +60,7 @@ def _talk(case: dict[str, Any], arrays: dict[str, Any]) -> Talk:
         }
         for message in case["messages"]
     ]
-    return Talk(
+    return Conversation(
         name=case["name"],
         messages=messages,
         images=images,
@@ -120,7 +120,7 @@ def hub_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubHer
     import huggingface_hub
     from huggingface_hub import constants
 
-    from lfm2vl_edge import hub as ours
+    from lfm2vl_edge.models import hub as ours
 
     with serving(Hub()) as hub:
         here = HubHere(

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from lfm2vl_edge import EngineError, ImageConfig, Model, Sampling
+from lfm2vl_edge.cache.fingerprint import Source
 from lfm2vl_edge.engine import EngineInfo, Floats, State
-from lfm2vl_edge.identity import Source
-from lfm2vl_edge.image import Pixels
-from lfm2vl_edge.modelfile import IMAGE, IMAGE_END, IMAGE_START, THUMBNAIL, ModelConfig
-from lfm2vl_edge.pair import Pair
+from lfm2vl_edge.image.load import Pixels
+from lfm2vl_edge.models.facts import IMAGE, IMAGE_END, IMAGE_START, THUMBNAIL, ModelConfig
+from lfm2vl_edge.models.names import Pair
 
 END = 299
 CONTROLS = {IMAGE: 256, IMAGE_START: 257, IMAGE_END: 258, THUMBNAIL: 259}

@@ -200,7 +200,7 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """Answer requests on a free port of 127.0.0.1 while the block runs; gives the address."""
+    """Answer requests on a free port of 127.0.0.1 while the block runs; gives the URL."""
     server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

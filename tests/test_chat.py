@@ -1,4 +1,4 @@
-"""A talk from Python: what a turn decodes, what stays of an answer that is broken off, what waits."""
+"""A conversation from Python: what a turn decodes, what stays of an answer that is broken off, what waits."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def texts(chat: Chat) -> list[tuple[str, str]]:
 def test_each_turn_decodes_only_what_is_new() -> None:
     model, engine = talkative({"One?": "Yes.", "One?Yes.Two?": "No.", "One?Yes.Two?No.Three?": "Perhaps."})
     chat = Chat(model)
-    n_image = model.cut(SMALL).plan.n_image_tokens
+    n_image = model.preprocess(SMALL).plan.n_image_tokens
     counts = []
     for question, images in (("One?", [SMALL]), ("Two?", []), ("Three?", [])):
         before = engine.decoded
-        *_, last = chat.say(question, images)
+        *_, last = chat.send(question, images)
         counts.append(engine.decoded - before)
         assert last.stats is not None
         assert counts[-1] == last.stats.prompt_tokens - last.stats.restored_tokens
@@ -95,7 +95,7 @@ def test_a_talk_of_a_model_goes_on_from_its_state_with_the_answers_of_a_fresh_on
     stats = []
     for question, images in (("What is this?", [WIDE]), ("And behind it?", []), ("And this?", SMALL)):
         before = chat.messages
-        *chunks, last = chat.say(question, images)
+        *chunks, last = chat.send(question, images)
         asked = chat.messages[len(before)]
         alone = Model(model.engine, model.config).chat([*before, asked], **GREEDY)
         assert joined(iter([*chunks, last])) == joined(alone)
@@ -109,56 +109,56 @@ def test_a_talk_of_a_model_goes_on_from_its_state_with_the_answers_of_a_fresh_on
 def test_pictures_wait_for_the_next_question_and_come_first() -> None:
     model, _ = talkative({})
     chat = Chat(model)
-    picture = chat.show(SMALL)
-    assert chat.waiting == (picture,)
-    assert joined(chat.say("Both?", SMALL.read_bytes())) == "?"
+    picture = chat.add_image(SMALL)
+    assert chat.pending_images == (picture,)
+    assert joined(chat.send("Both?", SMALL.read_bytes())) == "?"
     assert texts(chat) == [("user", "<image><image>Both?"), ("assistant", "?")]
     assert chat.messages[0]["content"][0]["image"] is picture
-    assert not chat.waiting
-    joined(chat.say("None?"))
+    assert not chat.pending_images
+    joined(chat.send("None?"))
     assert texts(chat)[2] == ("user", "None?")
 
 
 def test_an_answer_that_is_broken_off_stays_as_far_as_it_came() -> None:
     model, engine = talkative({"One?": "Yes, it is.", "One?Yes,Two?": "So."})
     chat = Chat(model)
-    picture = chat.show(SMALL)
-    stream = chat.say("One?")
+    picture = chat.add_image(SMALL)
+    stream = chat.send("One?")
     assert [next(stream).text for _ in range(4)] == [*"Yes,"]
     engine.cancel()
     with pytest.raises(EngineError, match="cancelled"):
         next(stream)
     assert texts(chat) == [("user", "<image>One?"), ("assistant", "Yes,")]
     assert chat.messages[0]["content"][0]["image"] is picture
-    assert not chat.waiting
-    assert joined(chat.say("Two?")) == "So."
-    stream = chat.say("Three?")
+    assert not chat.pending_images
+    assert joined(chat.send("Two?")) == "So."
+    stream = chat.send("Three?")
     next(stream)
     stream.close()
     assert texts(chat)[-2:] == [("user", "Three?"), ("assistant", "?")]
-    assert len(joined(chat.say("Four?"))) > 0  # the model is free again
+    assert len(joined(chat.send("Four?"))) > 0  # the model is free again
 
 
 def test_where_nothing_was_said_the_talk_is_as_it_was_and_pictures_wait_on() -> None:
     model, engine = talkative({"One?": "Yes."})
     chat = Chat(model)
-    joined(chat.say("One?"))
+    joined(chat.send("One?"))
     before = texts(chat)
-    picture = chat.show(SMALL)
+    picture = chat.add_image(SMALL)
     engine.fails_at = len(engine.asked)
     with pytest.raises(EngineError):
-        joined(chat.say("Two?"))
-    chat.say("never asked").close()
+        joined(chat.send("Two?"))
+    chat.send("never asked").close()
     with pytest.raises(ImageError):
-        chat.say("Two?", [SMALL, b"no picture"])
+        chat.send("Two?", [SMALL, b"no picture"])
     with pytest.raises(ImageError):
-        chat.show(b"no picture")
+        chat.add_image(b"no picture")
     with pytest.raises(PromptError):
-        joined(chat.say(3))  # type: ignore[arg-type]
+        joined(chat.send(3))  # type: ignore[arg-type]
     assert texts(chat) == before
-    assert chat.waiting == (picture,)
+    assert chat.pending_images == (picture,)
     engine.fails_at = None
-    assert joined(chat.say("Two?")) == "?"
+    assert joined(chat.send("Two?")) == "?"
     assert texts(chat)[2] == ("user", "<image>Two?")
 
 
@@ -166,43 +166,43 @@ def test_a_full_context_loses_nothing_and_a_reset_helps() -> None:
     model, _ = talkative({"x" * 400: "y" * 90})
     chat = Chat(model, system="s")
     chat.system = None
-    joined(chat.say("x" * 400))
+    joined(chat.send("x" * 400))
     before = texts(chat)
     with pytest.raises(ContextFull, match="the prompt has 504 tokens .*context is 500"):
-        joined(chat.say("Two?x" * 2))
+        joined(chat.send("Two?x" * 2))
     assert texts(chat) == before
-    chat.show(SMALL)
+    chat.add_image(SMALL)
     chat.reset()
-    assert not [*chat.messages, *chat.waiting]
-    assert joined(chat.say("Two?")) == "?"
+    assert not [*chat.messages, *chat.pending_images]
+    assert joined(chat.send("Two?")) == "?"
 
 
 def test_an_answer_without_words_is_an_answer() -> None:
     model, _ = talkative({"Hush!": ""})
     chat = Chat(model)
-    (last,) = chat.say("Hush!")
-    assert (last.text, last.finish) == ("", "stop")
+    (last,) = chat.send("Hush!")
+    assert (last.text, last.finish_reason) == ("", "stop")
     assert texts(chat) == [("user", "Hush!"), ("assistant", "")]
 
 
 def test_what_the_system_says_stays_and_may_change() -> None:
     model, _ = talkative({"Be brief.One?": "Yes.", "Be long.One?Yes.Two?": "Well.", "Three?": "Ah."})
     chat = Chat(model, system="Be brief.")
-    assert joined(chat.say("One?")) == "Yes."
+    assert joined(chat.send("One?")) == "Yes."
     chat.system = "Be long."
-    assert joined(chat.say("Two?")) == "Well."
+    assert joined(chat.send("Two?")) == "Well."
     chat.reset()
     assert texts(chat) == [("system", "Be long.")]
     chat.system = ""
-    assert joined(chat.say("Three?")) == "Ah."
+    assert joined(chat.send("Three?")) == "Ah."
 
 
 def test_options_hold_for_every_answer_and_wrong_ones_are_named_at_once() -> None:
     model, engine = talkative({})
     chat = Chat(model, temperature=0.5, max_tokens=1)
     for question in ("One?", "Two?"):
-        *_, last = chat.say(question)
-        assert last.finish == "length"
+        *_, last = chat.send(question)
+        assert last.finish_reason == "length"
     assert [one.temperature for one in engine.sampled] == [0.5, 0.5]
     with pytest.raises(ConfigError, match="unknown option 'temprature'"):
         Chat(model, temprature=1)

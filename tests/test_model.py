@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from lfm2vl_edge import ConfigError, EngineError, ImageError, Model, PromptError, plan
-from lfm2vl_edge.hardware import available_cpus, physical_cores
-from tests.conftest import PICTURES, Pair, talks
+from lfm2vl_edge.host import available_cpus, physical_cores
+from tests.conftest import PICTURES, Pair, conversations
 
 SMALL = PICTURES / "small.png"
 WIDE = PICTURES / "wide.png"
@@ -38,23 +38,23 @@ def test_every_form_of_a_picture_gives_the_same_answer(model: Model) -> None:
 
 
 def test_a_stream_joins_to_the_answer_and_ends_with_its_figures(model: Model) -> None:
-    fresh = Model(model.engine, model.config)  # it has not seen the picture yet
+    fresh = Model(model.engine, model.config)  # it has not seen the image yet
     *pieces, last = fresh.stream(WIDE, "What is this?", **GREEDY)
     assert "".join(str(chunk) for chunk in (*pieces, last)) == model.ask(WIDE, "What is this?", **GREEDY)
-    assert all(chunk.finish is None and chunk.stats is None for chunk in pieces)
-    assert last.finish in ("stop", "length")
+    assert all(chunk.finish_reason is None and chunk.stats is None for chunk in pieces)
+    assert last.finish_reason in ("stop", "length")
     stats = last.stats
     assert stats is not None
     assert (stats.images, stats.views) == (1, 4)
     assert stats.prompt_tokens == len(model.token_ids(question("What is this?", WIDE)))
     assert stats.image_tokens == len(model.embed_image(WIDE))
-    assert 1 <= stats.answer_tokens <= 12
+    assert 1 <= stats.completion_tokens <= 12
     assert min(stats.encode_seconds, stats.prefill_seconds, stats.preprocess_seconds) > 0
     assert stats.first_token_seconds >= stats.encode_seconds + stats.prefill_seconds
 
 
 def greedy_by_hand(model: Model, messages: list[dict[str, Any]], n_tokens: int, penalty: float) -> list[int]:
-    """The reference's rule, slowly: penalise what was there, take the likeliest; the prompt is decoded anew."""
+    """transformers' rule, slowly: penalise what was there, take the likeliest; the prompt is decoded anew."""
     engine, drawn = model.engine, []
     seen = {token for token in model.token_ids(messages) if token != model.config.control_tokens["<image>"]}
     logits = model.next_token_logits(messages)
@@ -99,13 +99,13 @@ def test_filters_that_leave_one_token_are_greedy(model: Model, narrow: dict[str,
 def test_max_tokens_and_stop_end_an_answer(model: Model) -> None:
     whole = model.ask(SMALL, "go", temperature=0.0, max_tokens=24)
     *_, last = model.stream(SMALL, "go", temperature=0.0, max_tokens=3)
-    assert last.finish == "length"
+    assert last.finish_reason == "length"
     assert last.stats is not None
-    assert last.stats.answer_tokens == 3
+    assert last.stats.completion_tokens == 3
     stop = whole[5:7]
     *pieces, last = model.stream(SMALL, "go", temperature=0.0, max_tokens=24, stop=[stop])
     assert "".join(chunk.text for chunk in (*pieces, last)) == whole[: whole.index(stop)]
-    assert last.finish == "stop"
+    assert last.finish_reason == "stop"
 
 
 def test_text_without_a_picture(model: Model) -> None:
@@ -113,7 +113,7 @@ def test_text_without_a_picture(model: Model) -> None:
 
 
 def test_several_pictures_and_turns(model: Model) -> None:
-    talk = talks("a")["two_images_two_turns"]
+    talk = conversations("a")["two_images_two_turns"]
     *_, last = model.chat(talk.messages, **GREEDY)
     assert last.stats is not None
     assert (last.stats.images, last.stats.prompt_tokens) == (2, len(talk.input_ids))

@@ -1,4 +1,4 @@
-"""The whole line against the reference implementation's own figures: ids, embeddings and logits of every talk."""
+"""The whole line against transformers's own values: ids, embeddings and logits of every conversation."""
 
 from collections.abc import Callable
 
@@ -7,10 +7,10 @@ import numpy.typing as npt
 import pytest
 
 from lfm2vl_edge import Model
-from tests.conftest import talks
+from tests.conftest import conversations
 
 NAMES = ("a", "b", "c")
-TALKS = [(name, talk) for name in NAMES for talk in talks(name)]
+TALKS = [(name, talk) for name in NAMES for talk in conversations(name)]
 Opened = Callable[[str, str], Model]
 
 
@@ -27,13 +27,13 @@ def relative_error(reference: npt.NDArray[np.float32], found: npt.NDArray[np.flo
 
 @pytest.mark.parametrize(("name", "talk"), TALKS)
 def test_token_ids_are_the_reference_input_ids(opened: Opened, name: str, talk: str) -> None:
-    reference = talks(name)[talk]
+    reference = conversations(name)[talk]
     assert opened(name, "F32").token_ids(reference.messages) == reference.input_ids
 
 
 @pytest.mark.parametrize(("name", "talk"), TALKS)
 def test_logits_in_float32(opened: Opened, name: str, talk: str) -> None:
-    reference = talks(name)[talk]
+    reference = conversations(name)[talk]
     logits = opened(name, "F32").next_token_logits(reference.messages)
     assert divergence(reference.logits, logits) <= 1e-5
 
@@ -41,17 +41,17 @@ def test_logits_in_float32(opened: Opened, name: str, talk: str) -> None:
 @pytest.mark.parametrize(("name", "talk"), TALKS)
 @pytest.mark.parametrize(("quant", "most"), [("F16", 1e-3), ("BF16", 5e-2)])
 def test_logits_in_sixteen_bits(opened: Opened, name: str, talk: str, quant: str, most: float) -> None:
-    reference = talks(name)[talk]
+    reference = conversations(name)[talk]
     logits = opened(name, quant).next_token_logits(reference.messages)
     assert divergence(reference.logits, logits) <= most
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_embeddings_in_float32(opened: Opened, name: str) -> None:
-    """Over all pictures of the talks."""
+    """Over all images of the conversations."""
     model = opened(name, "F32")
     expected, found = [], []
-    for reference in talks(name).values():
+    for reference in conversations(name).values():
         if reference.embeddings is not None:
             expected.append(reference.embeddings)
             found += [model.embed_image(image) for image in reference.images]

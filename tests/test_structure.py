@@ -22,7 +22,7 @@ LAYERS = [
     {"costs", "hub", "pair"},
     {"budget", "device"},
     {"modelfile", "resample", "draw", "scenes"},
-    {"tiling", "engine", "locate", "download"},
+    {"tiling", "engine", "resolve_model", "download"},
     {"tools", "template", "fetch"},
     {"prompt", "cache", "shelf", "identity", "engine.spinning"},
     {"engine.bindings"},
@@ -71,7 +71,7 @@ def imports(path: Path) -> Iterator[str]:
 def test_the_native_library_is_reached_through_its_bindings_only() -> None:
     names = {path.name: set(imports(path)) for path in FILES}
     assert not [name for name, used in names.items() if any(one.split(".")[0] == "llama_cpp" for one in used)]
-    users = [name for name, used in names.items() if "lfm2vl_edge.engine.bindings" in used]
+    users = [name for name, used in names.items() if "lfm2vl_edge.engine.library" in used]
     assert sorted(users) == ["ffi.py", "library.py", "mtmd.py"]
 
 

@@ -46,7 +46,7 @@ class Checkpoint:
     image_token_id: int | None
     """Id of the `<image>` token, where config.json states it."""
     generation: Section
-    """generation_config.json as it stands; empty where there is none."""
+    """generation_config.json as it stands; empty if there is none."""
     tensors: Mapping[str, SourceTensor]
     """Every tensor by the name that the checkpoint gives it."""
 

@@ -15,7 +15,7 @@ from lfm2vl_convert import tokenizer as vocabulary
 from lfm2vl_convert.checkpoint import Checkpoint, checkpoint_folder, read_checkpoint
 from lfm2vl_convert.plan import Plan, TensorPlan, canonical, make_plan
 from lfm2vl_convert.recipes import ENCODER_TYPES, FLOAT_TYPES, LANGUAGE_TYPES, Overrides, Rule, recipe_of
-from lfm2vl_convert.write import Advance, Finish, Output, describe_tensors, remove_leftovers, write_files
+from lfm2vl_convert.write import Advance, FinishReason, Output, describe_tensors, remove_leftovers, write_files
 from lfm2vl_edge.errors import ConvertError
 
 Progress = Callable[[int, int], None]
@@ -161,7 +161,7 @@ def check_overrides(names: Sequence[str], overrides: Overrides) -> None:
             )
 
 
-def _finish(quant: str, overrides: Overrides, quantizer: Quantizer | None) -> Finish | None:
+def _finish(quant: str, overrides: Overrides, quantizer: Quantizer | None) -> FinishReason | None:
     if quant in FLOAT_TYPES:
         return None
     if quantizer is None:
@@ -195,7 +195,7 @@ def _outputs(
     plan: Plan,
     paths: tuple[Path, Path],
     quants: tuple[str, str],
-    finishes: tuple[Finish | None, Finish | None],
+    finishes: tuple[FinishReason | None, FinishReason | None],
 ) -> tuple[Output, Output]:
     """Return both files with their metadata: everything but the weights is in memory and checked."""
     tokenizer = vocabulary.read_tokenizer(checkpoint.folder, checkpoint.root, checkpoint.text.vocabulary)

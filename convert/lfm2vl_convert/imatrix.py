@@ -141,7 +141,7 @@ def read_imatrix(path: Path, metadata: Mapping[str, Any]) -> Imatrix:
 
 
 def _mean(tensors: Mapping[str, StoredTensor], name: str, path: Path) -> Values:
-    """Return sums over count, divided in float32 as llama-quantize does; ones where nothing was counted."""
+    """Return sums over count, divided in float32 as llama-quantize does; ones if nothing was counted."""
     sums, counts = (_values(tensors, name, suffix, path) for suffix in (SUMS, COUNTS))
     if len(counts) != 1:
         raise ConvertError(f"{path}: {name!r} is of {len(counts)} experts, which no LFM2-VL model has; {_REMEDY}")

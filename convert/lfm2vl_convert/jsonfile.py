@@ -92,10 +92,10 @@ class Section:
         return default if key is None else self.values[key]
 
     def integer(self, *keys: str, default: int | None = None, least: int = 1, most: int = MAX_COUNT) -> int:
-        """Return a whole number between `least` and `most`; without `default` it must be present.
+        """Return an integer between `least` and `most`; without `default` it must be present.
 
         Raises:
-            ConvertError: it is missing, no whole number, or out of range.
+            ConvertError: it is missing, no integer, or out of range.
         """
         value = self._stated(keys, default)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:

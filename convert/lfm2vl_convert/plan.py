@@ -33,11 +33,11 @@ class Wanted:
     source: str
     """Name in the checkpoint, in the one spelling of `canonical`."""
     shape: tuple[int, ...]
-    """Shape in the checkpoint, slowest axis first."""
+    """CostShape in the checkpoint, slowest axis first."""
     target: str
     """Name in the GGUF file."""
     target_shape: tuple[int, ...]
-    """Shape in the GGUF file, slowest axis first."""
+    """CostShape in the GGUF file, slowest axis first."""
     rearrangement: Rearrangement = Rearrangement.NONE
     """What happens to the values on the way."""
 
@@ -51,7 +51,7 @@ class TensorPlan:
     target: str
     """Name in the GGUF file."""
     shape: tuple[int, ...]
-    """Shape in the GGUF file, slowest axis first."""
+    """CostShape in the GGUF file, slowest axis first."""
     type: str
     """F32, F16 or BF16."""
     rearrangement: Rearrangement

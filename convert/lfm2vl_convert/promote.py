@@ -26,7 +26,7 @@ NEXT: Final[Mapping[str, str]] = {
     "F16": "F32",
     "BF16": "F32",
 }
-"""Type -> the next better one: a bit or more per value, of the same kind of blocks where there is one."""
+"""Type -> the next better one: a bit or more per value, of the same kind of blocks if there is one."""
 _SHARE: Final = 8
 """One of so many matrices is promoted between two comparisons: few enough not to overshoot, enough to arrive."""
 

@@ -136,10 +136,10 @@ def tensor_errors(path: Path, source: Rows) -> list[TensorError]:
 
 
 def reference_rows(path: Path, reference: Path) -> Rows:
-    """Return what reads the reference's values in the shapes of a file: one of the two may be padded with zeros.
+    """Return what reads transformers' values in the shapes of a file: one of the two may be padded with zeros.
 
     Raises:
-        ConvertError: a file is damaged, the reference lacks a tensor, or has another shape.
+        ConvertError: a file is damaged, transformers lacks a tensor, or has another shape.
     """
     own, other = read_tensors(path), read_tensors(reference)
     for name in own:

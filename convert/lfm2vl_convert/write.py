@@ -32,7 +32,7 @@ _SAME_ORDER: Final = (Rearrangement.NONE, Rearrangement.SQUEEZED)
 
 Advance = Callable[[int], None]
 """Called with a number of bytes that are done."""
-Finish = Callable[[Path, Path, Advance], None]
+FinishReason = Callable[[Path, Path, Advance], None]
 """From a complete source file, a file to write, and what to tell of bytes of the source."""
 
 
@@ -46,7 +46,7 @@ class Output:
     """A `gguf.GGUFWriter` that has the metadata and the description of every tensor, and no file yet."""
     tensors: Sequence[TensorPlan]
     """The tensors in the order in which they were described."""
-    quantize: Finish | None = None
+    quantize: FinishReason | None = None
     """Makes the file from what the writer and the tensors describe; None where that is the file itself."""
 
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from lfm2vl_edge.cli.output import ENDS_WITH_COMMAND, EXIT_FAILED, report_of_system
+from lfm2vl_edge.cli._output import ENDS_WITH_COMMAND, EXIT_FAILED, report_of_system
+from lfm2vl_edge.cli._start import prepare_process
 
 COMMANDS: Final = (
     "run",
@@ -84,7 +85,7 @@ def _common(
 
 def main() -> None:
     """Run the command line; of the commands, only the one that is named first is imported."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads would only keep llama.cpp's waiting
+    prepare_process()
     if not (sys.gettrace() or sys.getprofile()):  # who observes the program wants to see its end too
         ENDS_WITH_COMMAND.set()
     named = [word for word in sys.argv[1:2] if word in COMMANDS]

@@ -6,8 +6,8 @@ import json
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.output import reporting
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._output import reporting
 
 cache = typer.Typer(
     name="cache", help="Show or clear what is kept of pictures on disk (run --cache).", no_args_is_help=True
@@ -17,8 +17,8 @@ cache = typer.Typer(
 @cache.command()
 def info(as_json: opt.Json = False) -> None:
     """Show where the cache lies and what it holds."""
-    from lfm2vl_edge.files import cache_folder
-    from lfm2vl_edge.shelf import CACHE_BYTES, STATE, VIEW, entries, entries_folder
+    from lfm2vl_edge.cache.disk import CACHE_BYTES, STATE, VIEW, entries, entries_folder
+    from lfm2vl_edge.host import cache_folder
 
     with reporting():
         folder = cache_folder()
@@ -36,8 +36,8 @@ def info(as_json: opt.Json = False) -> None:
 @cache.command()
 def clear() -> None:
     """Remove everything that the cache holds; what tune measured stays."""
-    from lfm2vl_edge.files import cache_folder
-    from lfm2vl_edge.shelf import clear as remove_all
+    from lfm2vl_edge.cache.disk import clear as remove_all
+    from lfm2vl_edge.host import cache_folder
 
     with reporting():
         folder = cache_folder()

@@ -1,4 +1,4 @@
-"""`lfm2vl-edge calibrate`: an importance matrix, measured with pictures."""
+"""`lfm2vl-edge calibrate`: an importance matrix, measured with images."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.loading import chosen_model
-from lfm2vl_edge.cli.output import at_once, refuse_overwrite, refuse_unwritable, reporting, shows_progress, steps_bar
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._loading import chosen_model
+from lfm2vl_edge.cli._output import at_once, refuse_overwrite, refuse_unwritable, reporting, shows_progress, steps_bar
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.calibrate import Example
-    from lfm2vl_edge.pair import Pair
+    from lfm2vl_edge.evaluate.calibrate import Example
+    from lfm2vl_edge.models.names import Pair
 
 
 @opt.takes_groups
@@ -39,10 +39,10 @@ def calibrate(
     """Measure how much each column of each matrix is used: lfm2vl-edge calibrate -m models/f16 -o imatrix.gguf.
 
     `convert --imatrix` and `quantize --imatrix` weigh errors with it.
-    Pictures and questions like those of the later use are worth most.
+    Images and questions like those of the later use are worth most.
     """
     from lfm2vl_convert.imatrix import write_imatrix
-    from lfm2vl_edge.calibrate import Calibration
+    from lfm2vl_edge.evaluate.calibrate import Calibration
 
     with reporting():
         refuse_overwrite(output, force)
@@ -77,9 +77,9 @@ def _widths(pair: Pair) -> dict[str, int]:
 
 def _examples(data: Path | None, limit: int | None) -> tuple[Iterator[Example], int, str]:
     """Return what is shown, each read or drawn when its turn comes; how many there are; and what to call them."""
-    from lfm2vl_edge import scenes
-    from lfm2vl_edge.calibrate import Example
     from lfm2vl_edge.evaluate import read_rows
+    from lfm2vl_edge.evaluate.calibrate import Example
+    from lfm2vl_edge.image import synthetic as scenes
 
     if data is None:
         count = scenes.COUNT if limit is None else limit

@@ -1,4 +1,4 @@
-"""`lfm2vl-edge caption`: what a picture shows, in words."""
+"""`lfm2vl-edge caption`: what an image shows, in words."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.answering import note_where_cut
-from lfm2vl_edge.cli.asking import Picture, asked
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._answers import Picture, asked, note_where_cut
 
 
 @opt.takes_groups
@@ -22,7 +21,7 @@ def caption(
     as_json: opt.Json = False,
     verbose: opt.Verbose = 0,
 ) -> None:
-    """Describe a picture: lfm2vl-edge caption photo.jpg."""
+    """Describe an image: lfm2vl-edge caption photo.jpg."""
     with asked(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
         text = opened.caption(pixels, **answer.values())
         shown = {"caption": text, "model": opened.config.name}

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.checking import CheckOptions, check, converted
-from lfm2vl_edge.cli.output import bytes_bar, reporting, shows_progress
-from lfm2vl_edge.cli.pulling import checkpoint_files
-from lfm2vl_edge.cli.quantizing import AUTO, ImatrixFile, encoder_type, parse_overrides, quantizer_with, show_report
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._checking import CheckOptions, check, converted
+from lfm2vl_edge.cli._loading import checkpoint_files
+from lfm2vl_edge.cli._output import bytes_bar, reporting, shows_progress
+from lfm2vl_edge.cli._quantizing import AUTO, ImatrixFile, encoder_type, parse_overrides, quantizer_with, show_report
 
 if TYPE_CHECKING:
     from lfm2vl_convert import ConvertResult

@@ -1,4 +1,4 @@
-"""`lfm2vl-edge detect`: boxes around things in a picture."""
+"""`lfm2vl-edge detect`: boxes around things in an image."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.asking import Free, Picture, Prompt, What, asked, note_nothing_found, printable
-from lfm2vl_edge.cli.output import refuse_drawing, reporting
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._answers import Free, Picture, Prompt, What, asked, note_nothing_found, printable
+from lfm2vl_edge.cli._output import refuse_drawing, reporting
 
 
 @opt.takes_groups
@@ -32,11 +32,11 @@ def detect(
     force: opt.Force = False,
     verbose: opt.Verbose = 0,
 ) -> None:
-    """Find things in a picture: lfm2vl-edge detect photo.jpg "red car".
+    """Find things in an image: lfm2vl-edge detect photo.jpg "red car".
 
-    One line for each box: left, top, right, bottom in pixels of the upright picture, and the label.
+    One line for each box: left, top, right, bottom in pixels of the upright image, and the label.
     """
-    from lfm2vl_edge.draw import draw_boxes, save_png
+    from lfm2vl_edge.image.draw import draw_boxes, save_png
 
     with reporting():
         if draw is not None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.output import EXIT_FAILED, reporting
-from lfm2vl_edge.cli.pulling import megabytes
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._loading import megabytes
+from lfm2vl_edge.cli._output import EXIT_FAILED, reporting
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.doctor import EngineFacts, Facts, Finding, Folder, Machine, ModelState, Report
+    from lfm2vl_edge.diagnose.doctor import EngineFacts, Facts, Finding, Folder, Machine, ModelState, Report
 
 _PROFILES = {
     "present": "measured here",
@@ -29,7 +29,7 @@ def doctor(as_json: opt.Json = False) -> None:
 
     Exit code 0 if nothing is broken, else 1. Nothing is changed, and no network is asked.
     """
-    from lfm2vl_edge.doctor import examine
+    from lfm2vl_edge.diagnose.doctor import examine
 
     with reporting():
         report = examine()

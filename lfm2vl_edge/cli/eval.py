@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.loading import open_model
-from lfm2vl_edge.cli.output import EXIT_FAILED, Interrupt, at_once, reporting, rows_bar, shows_progress
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._loading import open_model
+from lfm2vl_edge.cli._output import EXIT_FAILED, Interrupt, at_once, reporting, rows_bar, shows_progress
 
 if TYPE_CHECKING:
     from lfm2vl_edge.evaluate import Result, Row, Summary, Tally
@@ -115,7 +115,7 @@ def _kept(out: Path | None, restart: bool) -> str:
 
 
 def _as_json(summary: Summary, model: str, data: Path) -> str:
-    """Return one object: the figures of all rows, with a list of the groups' and one of the failures."""
+    """Return one object: the values of all rows, with a list of the groups' and one of the failures."""
     shown: dict[str, Any] = {"model": model, "data": str(data), **_figures(summary.total)}
     shown["groups"] = [{"group": name, **_figures(tally)} for name, tally in summary.groups.items()]
     shown["failures"] = [{"id": name, "error": error} for name, error in summary.failures.items()]
@@ -124,13 +124,13 @@ def _as_json(summary: Summary, model: str, data: Path) -> str:
 
 
 def _figures(tally: Tally) -> dict[str, Any]:
-    """Return the figures by name, seconds to the tenth of a millisecond."""
+    """Return the values by name, seconds to the tenth of a millisecond."""
     seconds = {name: round(getattr(tally, name), 4) for name in ("median_seconds", "total_seconds")}
     return asdict(tally) | seconds
 
 
 def _lines(summary: Summary) -> Iterator[str]:
-    """Yield the figures for people: a table, and what a table cannot say."""
+    """Yield the values for people: a table, and what a table cannot say."""
     names = [*("(none)" if name is None else _printable(name) for name in summary.groups), "all"]
     tallies = [*summary.groups.values(), summary.total]
     yield from _table(names, tallies)
@@ -168,7 +168,7 @@ def _cells(tally: Tally) -> dict[str, str]:
         "  IoU": f"{boxes.mean_iou:.3f}" if boxes else "-",
         "valid JSON": f"{boxes.valid:.1%}" if boxes else "-",
         "image tokens": f"{tally.mean_image_tokens:.1f}",
-        "answer tokens": f"{tally.mean_answer_tokens:.1f}",
+        "answer tokens": f"{tally.mean_completion_tokens:.1f}",
         "median s": f"{tally.median_seconds:.3f}",
         " total s": f"{tally.total_seconds:.1f}",
     }

@@ -1,4 +1,4 @@
-"""`lfm2vl-edge extract`: what a schema asks for, read off a picture."""
+"""`lfm2vl-edge extract`: what a schema asks for, read off an image."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.asking import Picture, Prompt, asked
-from lfm2vl_edge.cli.loading import read_schema_file, refuse_stdin_twice
-from lfm2vl_edge.cli.output import reporting
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._answers import Picture, Prompt, asked
+from lfm2vl_edge.cli._loading import read_schema_file, refuse_stdin_twice
+from lfm2vl_edge.cli._output import reporting
 
 
 @opt.takes_groups
@@ -27,7 +27,7 @@ def extract(
     max_megapixels: opt.MaxMegapixels = 200,
     verbose: opt.Verbose = 0,
 ) -> None:
-    """Read off a picture what a JSON schema asks for: lfm2vl-edge extract receipt.jpg --schema receipt.json.
+    """Read off an image what a JSON schema asks for: lfm2vl-edge extract receipt.jpg --schema receipt.json.
 
     The answer is one line of JSON that fits the schema, or an error.
     """

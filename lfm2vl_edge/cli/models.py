@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.output import reporting
-from lfm2vl_edge.cli.pulling import megabytes
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._loading import megabytes
+from lfm2vl_edge.cli._output import reporting
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.pulled import Pulled
-    from lfm2vl_edge.registry import KnownModel
+    from lfm2vl_edge.models.manifest import ManifestEntry
+    from lfm2vl_edge.models.registry import KnownModel
 
 _OVERHEAD: Final = 400_000_000
 """Bytes besides the files: program, context, buffers; measured at 1920x1080 (docs/performance.md: 766 - 409 MB)."""
@@ -53,7 +53,7 @@ def models(
     as_json: opt.Json = False,
 ) -> None:
     """List the models that are here and those that can be pulled."""
-    from lfm2vl_edge.hardware import total_memory
+    from lfm2vl_edge.host import total_memory
 
     with reporting():
         memory = total_memory()
@@ -66,12 +66,12 @@ def models(
 
 def _rows(memory: int | None) -> list[_Row]:
     """Return what is here, the latest first, then the built-in model, then what is known and not here."""
-    from lfm2vl_edge.locate import TINY, last_pulled
-    from lfm2vl_edge.pulled import read_pulled
-    from lfm2vl_edge.registry import BUILT_IN, known_models
+    from lfm2vl_edge.models.manifest import read_manifest
+    from lfm2vl_edge.models.names import TINY, last_entry
+    from lfm2vl_edge.models.registry import BUILT_IN, known_models
 
-    here = [one for one in reversed(read_pulled()) if one.is_pair and one.is_there]
-    last = last_pulled()
+    here = [one for one in reversed(read_manifest()) if one.is_pair and one.is_there]
+    last = last_entry()
     rows = [_pulled_row(one, memory, is_default=one == last) for one in here]
     built_in = sorted(TINY.glob("*.gguf"))
     size = sum(path.stat().st_size for path in built_in)
@@ -81,8 +81,8 @@ def _rows(memory: int | None) -> list[_Row]:
     return rows + [row for known in known_models() for row in _known_rows(known, memory) if row.name not in names]
 
 
-def _pulled_row(one: Pulled, memory: int | None, *, is_default: bool) -> _Row:
-    from lfm2vl_edge.registry import display_name
+def _pulled_row(one: ManifestEntry, memory: int | None, *, is_default: bool) -> _Row:
+    from lfm2vl_edge.models.registry import display_name
 
     paths = [file.path for file in one.files]
     return _row(

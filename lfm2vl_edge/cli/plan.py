@@ -1,4 +1,4 @@
-"""`lfm2vl-edge plan`: what a picture costs, before anything is paid."""
+"""`lfm2vl-edge plan`: what an image costs, before anything is paid."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.loading import find_model, load_picture
-from lfm2vl_edge.cli.output import refuse_drawing, reporting, warnings_to_stderr
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._loading import find_model, load_picture
+from lfm2vl_edge.cli._output import refuse_drawing, reporting, warnings_to_stderr
 from lfm2vl_edge.errors import EdgeError
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.budget import Sight
     from lfm2vl_edge.config import ImageConfig
-    from lfm2vl_edge.costs import Costs
-    from lfm2vl_edge.geometry import TilePlan
-    from lfm2vl_edge.image import Pixels
+    from lfm2vl_edge.image.load import Pixels
+    from lfm2vl_edge.planning.budget import ImageBudget
+    from lfm2vl_edge.planning.costs import Costs
+    from lfm2vl_edge.planning.geometry import TilePlan
 
 _SIZE = re.compile(r"(\d{1,9})[xX](\d{1,9})")
 
@@ -34,7 +34,7 @@ class _Basis:
     """The image settings."""
     source: str
     """Where they came from."""
-    sight: Sight
+    sight: ImageBudget
     """What was asked for."""
     costs: Costs
     """What views and tokens cost."""
@@ -57,9 +57,9 @@ def plan(
     as_json: opt.Json = False,
     force: opt.Force = False,
 ) -> None:
-    """Show the views, tokens, seconds and memory that a picture takes: lfm2vl-edge plan 1920x1080."""
-    from lfm2vl_edge.budget import settings_for
-    from lfm2vl_edge.geometry import plan as plan_views
+    """Show the views, tokens, seconds and memory that an image takes: lfm2vl-edge plan 1920x1080."""
+    from lfm2vl_edge.planning.budget import settings_for
+    from lfm2vl_edge.planning.geometry import plan as plan_views
 
     with reporting():
         warnings_to_stderr()
@@ -77,7 +77,7 @@ def plan(
 
 
 def _look(picture: str, max_megapixels: float) -> tuple[Pixels | None, int, int]:
-    """Return the pixels, height and width of a picture; of a size there are no pixels."""
+    """Return the pixels, height and width of an image; of a size there are no pixels."""
     if size := _SIZE.fullmatch(picture):
         return None, int(size[2]), int(size[1])
     pixels = load_picture(picture, max_megapixels)
@@ -85,7 +85,7 @@ def _look(picture: str, max_megapixels: float) -> tuple[Pixels | None, int, int]
 
 
 def _draw(path: Path, pixels: Pixels | None, tile_plan: TilePlan, *, force: bool) -> None:
-    from lfm2vl_edge.draw import draw_plan, save_png
+    from lfm2vl_edge.image.draw import draw_plan, save_png
 
     if pixels is None:
         raise EdgeError("--draw needs a picture to draw over, not a size")
@@ -95,13 +95,13 @@ def _draw(path: Path, pixels: Pixels | None, tile_plan: TilePlan, *, force: bool
 
 def _basis(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
     """Return what the model, or without one the documented defaults, and the options say."""
-    from lfm2vl_edge.locate import last_pulled
-    from lfm2vl_edge.opening import Wishes, decide
+    from lfm2vl_edge.models.names import last_entry
+    from lfm2vl_edge.opening import OpenOptions, decide
 
-    if model.model is None and (model.mmproj is not None or last_pulled() is None):
+    if model.model is None and (model.mmproj is not None or last_entry() is None):
         return _without_model(model, image)
     located = find_model(model)
-    wishes = Wishes(mmproj=located.mmproj, image_settings=image.changes(), **image.wishes(), **model.machine())
+    wishes = OpenOptions(mmproj=located.mmproj, image_settings=image.changes(), **image.wishes(), **model.machine())
     opening = decide(located.model, wishes)
     config = opening.config
     return _Basis(image=config.image, source=config.image_source, sight=config.sight, costs=opening.costs)
@@ -109,12 +109,12 @@ def _basis(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
 
 def _without_model(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
     """Return the same where only an mmproj file, or nothing, was given; what things cost is guessed for 450M."""
-    from lfm2vl_edge.budget import Sight, check_detail
     from lfm2vl_edge.config import ImageConfig
-    from lfm2vl_edge.costs import SHAPE_450M, guess
-    from lfm2vl_edge.hardware import big_cores
-    from lfm2vl_edge.metadata import read_metadata
-    from lfm2vl_edge.modelfile import image_settings
+    from lfm2vl_edge.host import big_cores
+    from lfm2vl_edge.models.facts import image_settings
+    from lfm2vl_edge.models.gguf import read_metadata
+    from lfm2vl_edge.planning.budget import ImageBudget, check_detail
+    from lfm2vl_edge.planning.costs import COST_SHAPE_450M, guess
 
     config, source = ImageConfig(), "the documented defaults (no model given)"
     if model.mmproj is not None:
@@ -123,14 +123,14 @@ def _without_model(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
     check_detail(image.detail.value, changes)
     if changes:
         source += f"; changed: {', '.join(changes)}"
-    guessed = guess(SHAPE_450M, "F16", ImageConfig().tile_tokens, model.threads or big_cores())
+    guessed = guess(COST_SHAPE_450M, "F16", ImageConfig().tile_tokens, model.threads or big_cores())
     costs = replace(guessed, source="a rough guess for a 450M model: nothing was measured here")
-    sight = Sight(**image.wishes(), costs=costs)
+    sight = ImageBudget(**image.wishes(), costs=costs)
     return _Basis(image=config.with_changes(changes), source=source, sight=sight, costs=costs)
 
 
 def _costs_dict(tile_plan: TilePlan, basis: _Basis) -> dict[str, Any]:
-    from lfm2vl_edge.budget import cheaper
+    from lfm2vl_edge.planning.budget import cheaper
 
     costs = basis.costs
     ways = [
@@ -162,7 +162,7 @@ def _short(value: float) -> float:
 
 
 def _cost_lines(tile_plan: TilePlan, basis: _Basis) -> Iterator[str]:
-    from lfm2vl_edge.budget import cheaper
+    from lfm2vl_edge.planning.budget import cheaper
 
     costs = basis.costs
     encode, prefill = _seconds(costs.encode(tile_plan)), _seconds(costs.prefill(tile_plan))

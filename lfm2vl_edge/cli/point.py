@@ -1,4 +1,4 @@
-"""`lfm2vl-edge point`: where things are in a picture."""
+"""`lfm2vl-edge point`: where things are in an image."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.asking import Free, Picture, Prompt, What, asked, note_nothing_found, printable
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._answers import Free, Picture, Prompt, What, asked, note_nothing_found, printable
 
 
 @opt.takes_groups
@@ -25,9 +25,9 @@ def point(
     as_json: opt.Json = False,
     verbose: opt.Verbose = 0,
 ) -> None:
-    """Point at things in a picture, at the middles of their boxes: lfm2vl-edge point photo.jpg "red car".
+    """Point at things in an image, at the middles of their boxes: lfm2vl-edge point photo.jpg "red car".
 
-    One line for each: x, y in pixels of the upright picture, and the label.
+    One line for each: x, y in pixels of the upright image, and the label.
     """
     with asked(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
         points = opened.point(pixels, what, prompt=prompt, free=free, **answer.values())

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.output import reporting
-from lfm2vl_edge.cli.pulling import pull_visibly
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._loading import pull_visibly
+from lfm2vl_edge.cli._output import reporting
 
 Revision = Annotated[
     str | None,
@@ -36,9 +36,9 @@ def pull(
 
     An interrupted pull goes on from where it stopped.
     What is here already is verified without asking the hub.
-    The files lie in the cache of huggingface_hub, whose HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE hold.
+    The files are stored in the cache of huggingface_hub, whose HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE hold.
     """
-    from lfm2vl_edge.registry import reference_of
+    from lfm2vl_edge.models.registry import reference_of
 
     with reporting():
         pulled = pull_visibly(reference_of(name), mmproj_quant=mmproj_quant, revision=revision, quiet=quiet)

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._loading import find_model
+from lfm2vl_edge.cli._output import bytes_bar, reporting, shows_progress
+from lfm2vl_edge.cli._quantizing import ImatrixFile, encoder_type, parse_overrides, quantizer_with, show_report
 from lfm2vl_edge.cli.convert import EncoderType, LanguageType, MmprojQuant, Quant, TensorType
-from lfm2vl_edge.cli.loading import find_model
-from lfm2vl_edge.cli.output import bytes_bar, reporting, shows_progress
-from lfm2vl_edge.cli.quantizing import ImatrixFile, encoder_type, parse_overrides, quantizer_with, show_report
 from lfm2vl_edge.errors import ConfigError
 
 
@@ -64,7 +64,7 @@ def _sources(name: str, quant: str, mmproj_quant: str) -> list[tuple[Path, str]]
         ModelNotFound: there is none.
         ConfigError: a file is of another kind.
     """
-    from lfm2vl_edge.metadata import read_metadata
+    from lfm2vl_edge.models.gguf import read_metadata
 
     path = Path(name)
     if not path.is_file():
@@ -78,7 +78,7 @@ def _sources(name: str, quant: str, mmproj_quant: str) -> list[tuple[Path, str]]
 
 def _refuse_hub_cache(output: Path) -> None:
     """Keep what is made here apart from what was fetched and verified."""
-    from lfm2vl_edge.blobs import hub_cache
+    from lfm2vl_edge.models.hub import hub_cache
 
     if output.resolve().is_relative_to(hub_cache().resolve()):
         raise ConfigError(f"{output.absolute()} lies in the cache of huggingface_hub; give another folder with -o")

@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
-from lfm2vl_edge.cli.output import reporting
+from lfm2vl_edge.cli._output import reporting
 
 
 def rm(
     name: Annotated[str, typer.Argument(metavar="NAME[:TYPE]", help="As `models` lists it, or OWNER/REPO.")],
 ) -> None:
     """Remove what was pulled, or fetched by convert: lfm2vl-edge rm lfm2.5-vl-450m:Q8_0."""
-    from lfm2vl_edge.download import remove
-    from lfm2vl_edge.registry import reference_of
+    from lfm2vl_edge.models.download import remove
+    from lfm2vl_edge.models.registry import reference_of
 
     with reporting():
         removed, freed = remove(reference_of(name))

@@ -1,4 +1,4 @@
-"""`lfm2vl-edge run`: one question about one or several pictures."""
+"""`lfm2vl-edge run`: one question about one or several images."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.answering import Told, figures, note_where_cut, show_answer
-from lfm2vl_edge.cli.loading import STDIN, load_picture, opening, refuse_stdin_twice
-from lfm2vl_edge.cli.output import at_once, reporting
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._answers import FinishedAnswer, figures, note_where_cut, show_answer
+from lfm2vl_edge.cli._loading import STDIN, load_picture, opening, refuse_stdin_twice
+from lfm2vl_edge.cli._output import at_once, reporting
 
 if TYPE_CHECKING:
     from lfm2vl_edge.model import Model
@@ -59,7 +59,7 @@ def run(
     as_json: opt.Json = False,
     verbose: opt.Verbose = 0,
 ) -> None:
-    """Answer a question about pictures: lfm2vl-edge run photo.jpg "What is this?" -m MODEL."""
+    """Answer a question about images: lfm2vl-edge run photo.jpg "What is this?" -m MODEL."""
     with reporting(), at_once() as interrupt:
         names, question = split_arguments(arguments, ask[0] if ask and prompt is None else prompt)
         questions = ([] if ask and prompt is None else [question]) + (ask or [])
@@ -69,7 +69,7 @@ def run(
             pixels = [load_picture(name, max_megapixels) for name in names]
             opened = when_open()
             interrupt.cancel = opened.cancel
-            pictures = [opened.cut(one) for one in pixels] if len(questions) > 1 else pixels
+            pictures = [opened.preprocess(one) for one in pixels] if len(questions) > 1 else pixels
             told = []
             for each in questions:
                 messages = _messages(pictures, each, system)
@@ -83,9 +83,9 @@ def run(
 
 
 def split_arguments(arguments: Sequence[str], prompt: str | None) -> tuple[list[str], str]:
-    """Return the pictures and the question of `IMAGE... [PROMPT]`.
+    """Return the images and the question of `IMAGE... [PROMPT]`.
 
-    The last argument is the question unless it is, or is named like, a picture.
+    The last argument is the question unless it is, or is named like, an image.
     """
     from lfm2vl_edge.config import DEFAULT_PROMPT
 
@@ -96,11 +96,11 @@ def split_arguments(arguments: Sequence[str], prompt: str | None) -> tuple[list[
 
 
 def _is_picture(argument: str) -> bool:
-    from lfm2vl_edge.web import is_address
+    from lfm2vl_edge.image.web import is_url
 
     if argument == STDIN or argument.startswith("data:image/"):
         return True
-    if is_address(argument) and not any(map(str.isspace, argument)):
+    if is_url(argument) and not any(map(str.isspace, argument)):
         return True
     try:
         exists = Path(argument).exists() and not Path(argument).is_dir()
@@ -110,16 +110,20 @@ def _is_picture(argument: str) -> bool:
 
 
 def _messages(pictures: Sequence[Any], question: str, system: str | None) -> list[dict[str, Any]]:
-    from lfm2vl_edge.prompt import user_message
+    from lfm2vl_edge.prompt.render import user_message
 
     opening = [{"role": "system", "content": system}] if system else []
     return [*opening, user_message(pictures, question)]
 
 
-def _as_json(told: Sequence[Told], questions: Sequence[str] | None, model: Model) -> str:
+def _as_json(told: Sequence[FinishedAnswer], questions: Sequence[str] | None, model: Model) -> str:
     """Return one object: of the only answer, or with a list of answers where questions were given by --ask."""
     answers: list[dict[str, Any]] = [
-        {"answer": one.answer, "finish": one.last.finish, "stats": one.last.stats.as_dict() if one.last.stats else {}}
+        {
+            "answer": one.answer,
+            "finish_reason": one.last.finish_reason,
+            "stats": one.last.stats.as_dict() if one.last.stats else {},
+        }
         for one in told
     ]
     name = {"model": model.config.name}

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.loading import chosen_model
-from lfm2vl_edge.cli.output import reporting, warnings_to_stderr
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._loading import chosen_model
+from lfm2vl_edge.cli._output import reporting, warnings_to_stderr
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.tune import Tuning
+    from lfm2vl_edge.diagnose.tune import Tuning
 
 
 @opt.takes_groups
@@ -26,21 +26,21 @@ def tune(
     quiet: opt.Quiet = False,
 ) -> None:
     """Measure this machine once, for plan, budgets, threads and the choice of an mmproj: lfm2vl-edge tune -m MODEL."""
-    from lfm2vl_edge.device import save_profile
-    from lfm2vl_edge.opening import Wishes
-    from lfm2vl_edge.tune import Gauge
-    from lfm2vl_edge.tune import tune as measure
+    from lfm2vl_edge.diagnose.tune import Timer
+    from lfm2vl_edge.diagnose.tune import tune as measure
+    from lfm2vl_edge.opening import OpenOptions
+    from lfm2vl_edge.planning.device import save_profile
 
     with reporting():
         warnings_to_stderr()
         located = chosen_model(model)
-        wishes = Wishes(mmproj=located.mmproj, **model.machine())
+        wishes = OpenOptions(mmproj=located.mmproj, **model.machine())
 
         def report(line: str) -> None:
             if not quiet:
                 typer.echo(f"measuring {line}", err=True)
 
-        tuning = measure(located.model, wishes, Gauge(runs=runs), report)
+        tuning = measure(located.model, wishes, Timer(runs=runs), report)
         path = save_profile(tuning.profile, tuning.place)
         if as_json:
             trials = [asdict(trial) for trial in tuning.trials]

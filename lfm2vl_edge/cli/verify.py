@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lfm2vl_edge.cli import options as opt
-from lfm2vl_edge.cli.loading import find_model
-from lfm2vl_edge.cli.output import EXIT_FAILED, reporting
+from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._loading import find_model
+from lfm2vl_edge.cli._output import EXIT_FAILED, reporting
 
 if TYPE_CHECKING:
     from lfm2vl_convert.report import Rows
     from lfm2vl_convert.verify import TensorError
     from lfm2vl_edge.evaluate import Row, Tally
-    from lfm2vl_edge.pair import Pair
-    from lfm2vl_edge.verify import Behaviour
+    from lfm2vl_edge.evaluate.verify import Comparison
+    from lfm2vl_edge.models.names import Pair
 
 _SHOWN_TENSORS = 5
 _ROUNDING = 1e-9
@@ -36,7 +36,7 @@ class _Result:
     """Sentences on what is wrong with it."""
     tensors: dict[str, list[TensorError]]
     """Errors by file, the largest first; empty without a reference."""
-    behaviour: Behaviour | None
+    behaviour: Comparison | None
     """How it answers; None without a reference."""
     accuracy: _Accuracy | None = None
     """How much it has right; None without data."""
@@ -53,7 +53,7 @@ class _Accuracy:
 
     @property
     def drop(self) -> float | None:
-        """What the pair has less than the reference, in points of a hundred; None without a reference."""
+        """What the pair has less than transformers, in points of a hundred; None without a reference."""
         if self.reference is None:
             return None
         return 100 * (self.reference.normalised - self.pair.normalised)
@@ -112,7 +112,7 @@ def verify(
 
 def _examine(pair: Pair, against: str | None, threads: int | None) -> _Result:
     from lfm2vl_convert.verify import problems, tensor_errors
-    from lfm2vl_edge.metadata import read_metadata
+    from lfm2vl_edge.models.gguf import read_metadata
 
     paths = pair.model, pair.mmproj
     found = [sentence for path in paths for sentence in problems(path, read_metadata(path))]
@@ -132,7 +132,7 @@ def _reference(pair: Pair, against: Path | Pair) -> Iterator[tuple[Pair, list[Ro
     from lfm2vl_convert import checkpoint_folder, convert_checkpoint, read_checkpoint
     from lfm2vl_convert.convert import lossless_type
     from lfm2vl_convert.verify import reference_rows
-    from lfm2vl_edge.pair import find_pair
+    from lfm2vl_edge.models.names import find_pair
 
     with tempfile.TemporaryDirectory(prefix="lfm2vl-verify-") as folder:
         if isinstance(against, Path):
@@ -164,9 +164,9 @@ def _asked(pair: Pair, rows: Sequence[Row], threads: int | None) -> Tally:
         return summarise(evaluate(model, rows)).total
 
 
-def _behaviour(pair: Pair, reference: Pair, threads: int | None) -> Behaviour:
+def _behaviour(pair: Pair, reference: Pair, threads: int | None) -> Comparison:
+    from lfm2vl_edge.evaluate.verify import compare
     from lfm2vl_edge.model import Model
-    from lfm2vl_edge.verify import compare
 
     with (
         Model.open(pair.model, mmproj=pair.mmproj, n_threads=threads) as model,
@@ -201,7 +201,7 @@ def _praise(result: _Result) -> str:
     one = result.behaviour
     return (
         f"good: lowest cosine {one.min_cosine:.6f}, mean divergence {one.mean_kl:.3g} nats, "
-        f"same next token in {one.agreement:.0%} of the talks{right}"
+        f"same next token in {one.agreement:.0%} of the conversations{right}"
     )
 
 
@@ -215,7 +215,7 @@ def _lines(result: _Result) -> Iterator[str]:
         for view in result.behaviour.views:
             yield f"  {view.picture:<8} view {view.number}  cosine {view.cosine:.6f}  error {view.error:.2e}"
         yield "next token"
-        for talk in result.behaviour.talks:
+        for talk in result.behaviour.conversations:
             same = "same" if talk.agrees else "other"
             yield f"  {talk.picture or '-':<8} {same:<5} divergence {talk.kl:.2e} nats  {talk.question}"
     if result.accuracy is not None:

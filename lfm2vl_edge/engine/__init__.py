@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from lfm2vl_edge.config import Sampling
-    from lfm2vl_edge.image import Pixels
+    from lfm2vl_edge.image.load import Pixels
 
 Floats: TypeAlias = "npt.NDArray[np.float32]"
 State: TypeAlias = "npt.NDArray[np.uint8]"
@@ -120,7 +120,7 @@ class Engine(Protocol):
         Args:
             sampling: how to draw.
             seed: of the draw; `None` draws a fresh one.
-            seen: the prompt's tokens, which the repetition penalty counts like the reference's.
+            seen: the prompt's tokens, which the repetition penalty counts like transformers'.
             grammar: GBNF from `root` on, checked before. The tokens that come before the end of the turn are a
                 sentence of it; the turn ends only where the sentence may, and no control token comes in between.
         """

@@ -17,8 +17,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lfm2vl_edge.engine.bindings import bindings
-from lfm2vl_edge.engine.library import NATIVE_LOG
+from lfm2vl_edge.engine.library import NATIVE_LOG, bindings
 from lfm2vl_edge.errors import EngineError
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The language tower's file, read in a thread of its own: that takes long and needs nothing of Python."""
+"""The language tower's file, read in a worker thread: that takes long and needs nothing of Python."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lfm2vl_edge.background import begin
 from lfm2vl_edge.engine.library import NATIVE_LOG, libllama
-from lfm2vl_edge.metadata import read_architecture
-from lfm2vl_edge.pair import LANGUAGE_ARCHITECTURE, stamp
+from lfm2vl_edge.host import begin
+from lfm2vl_edge.models.gguf import read_architecture
+from lfm2vl_edge.models.names import LANGUAGE_ARCHITECTURE, stamp
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.engine.gpu import Gpu
+    from lfm2vl_edge.engine.devices import Gpu
 
 
-def begin_reading(path: Path, gpu_layers: int, device: str | None, *, is_heard: bool = False) -> LanguageFile | None:
+def begin_reading(path: Path, n_gpu_layers: int, device: str | None, *, is_heard: bool = False) -> LanguageFile | None:
     """Let a language file be read while other things are done; nothing, if it is another kind of file.
 
     Raises:
@@ -26,7 +26,7 @@ def begin_reading(path: Path, gpu_layers: int, device: str | None, *, is_heard: 
     """
     if read_architecture(path) != LANGUAGE_ARCHITECTURE:
         return None  # whoever reads its settings says why not
-    return LanguageFile(path, gpu_layers, device, is_heard=is_heard)
+    return LanguageFile(path, n_gpu_layers, device, is_heard=is_heard)
 
 
 class LanguageFile:
@@ -34,7 +34,7 @@ class LanguageFile:
 
     Args:
         path: of the file.
-        gpu_layers: layers that a GPU takes; -1 means all.
+        n_gpu_layers: layers that a GPU takes; -1 means all.
         device: name of that GPU; None leaves the choice to llama.cpp.
         is_heard: whether what llama.cpp logs meanwhile is wanted, which makes it slower.
 
@@ -43,12 +43,12 @@ class LanguageFile:
         EngineError: the installed llama.cpp has no such GPU.
     """
 
-    def __init__(self, path: Path, gpu_layers: int, device: str | None, *, is_heard: bool = False) -> None:
+    def __init__(self, path: Path, n_gpu_layers: int, device: str | None, *, is_heard: bool = False) -> None:
         libllama().llama_backend_init()
-        self._path, self._gpu_layers = path, gpu_layers
+        self._path, self._gpu_layers = path, n_gpu_layers
         self.stamp = stamp(path)
         """What the file system says of the file, before it is read."""
-        self.gpu = _find_gpu(gpu_layers, device)
+        self.gpu = _find_gpu(n_gpu_layers, device)
         """The GPU that takes layers, if one was named."""
         self._is_taken = False
         self._reading = begin(self._load, is_heard)
@@ -85,20 +85,20 @@ class LanguageFile:
             return found
 
 
-def _find_gpu(gpu_layers: int, device: str | None) -> Gpu | None:
-    if gpu_layers == 0:
+def _find_gpu(n_gpu_layers: int, device: str | None) -> Gpu | None:
+    if n_gpu_layers == 0:
         return None
-    from lfm2vl_edge.engine.gpu import find_gpu
+    from lfm2vl_edge.engine.devices import find_gpu
 
-    return find_gpu(gpu_layers, device)
+    return find_gpu(n_gpu_layers, device)
 
 
-def _load_with_gpu(name: bytes, gpu_layers: int, gpu: Gpu | None) -> int | None:
+def _load_with_gpu(name: bytes, n_gpu_layers: int, gpu: Gpu | None) -> int | None:
     """Return the same from a llama.cpp that would use a GPU of its own accord."""
     from lfm2vl_edge.engine.ffi import llama
 
     params = llama.llama_model_default_params()
-    params.n_gpu_layers = gpu_layers
+    params.n_gpu_layers = n_gpu_layers
     devices = (ctypes.c_void_p * 2)(gpu.handle if gpu else None, None)
     if gpu:
         params.devices = ctypes.addressof(devices)  # ends with a null; read while loading only

@@ -1,8 +1,4 @@
-"""libllama by itself, and who hears its log.
-
-llama_cpp brings numpy, jinja2 and more along: importing it takes as long as reading a model file of a few hundred MB.
-So the library is loaded from where llama_cpp keeps it, and reads on one core what the other one imports meanwhile.
-"""
+"""libllama by itself, before Python's slower imports, and its log."""
 
 from __future__ import annotations
 
@@ -12,15 +8,13 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from lfm2vl_edge.engine.bindings import bindings
-from lfm2vl_edge.engine.spinning import spin_less_where_crowded
-
 _FOLDER_VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
-"""With which llama_cpp's users name another folder."""
+"""llama_cpp's environment variable for another folder."""
 _NAMES: Final = ("libllama.so", "libllama.dylib")
 """In the order in which llama_cpp looks for them."""
 _PARAMETER_WORDS: Final = 64
@@ -33,6 +27,18 @@ class ModelParams(ctypes.Structure):
     _fields_ = (("unread", ctypes.c_void_p * _PARAMETER_WORDS),)
 
 
+def bindings(name: str) -> Any:
+    """Return a module of llama_cpp; nothing else in the package imports it.
+
+    Args:
+        name: `llama_cpp` or `mtmd_cpp`.
+
+    Raises:
+        ImportError: llama_cpp is not installed.
+    """
+    return import_module(f"llama_cpp.{name}")
+
+
 @functools.cache
 def libllama() -> Any:
     """Return libllama, the same copy that llama_cpp uses, with the types of the functions that read a model file.
@@ -40,7 +46,6 @@ def libllama() -> Any:
     Raises:
         ImportError: llama_cpp is not installed.
     """
-    spin_less_where_crowded()
     path = _path() or bindings("llama_cpp")._lib._name  # noqa: SLF001
     library = ctypes.CDLL(str(path))  # an object of our own: the types below are not llama_cpp's
     library.llama_model_default_params.restype = ModelParams

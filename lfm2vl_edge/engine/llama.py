@@ -13,6 +13,8 @@ import numpy as np
 
 from lfm2vl_edge.config import Sampling
 from lfm2vl_edge.engine import EngineInfo, Floats, State
+from lfm2vl_edge.engine.encoder.graph import graphs_work
+from lfm2vl_edge.engine.encoder.vision import VERSION, GraphEncoder
 from lfm2vl_edge.engine.ffi import (
     ABORTED,
     FLASH_ATTENTION,
@@ -27,17 +29,13 @@ from lfm2vl_edge.engine.ffi import (
     sequence_bytes,
     set_sequence_bytes,
 )
-from lfm2vl_edge.engine.grammar import Rules, check_grammar, grammar_sampler
-from lfm2vl_edge.engine.graph import graphs_work
 from lfm2vl_edge.engine.language import LanguageFile
-from lfm2vl_edge.engine.sampling import sampler_chain
-from lfm2vl_edge.engine.vision import VERSION, GraphEncoder
-from lfm2vl_edge.engine.vocabulary import Vocabulary
+from lfm2vl_edge.engine.sampling import Rules, Vocabulary, check_grammar, grammar_sampler, sampler_chain
 from lfm2vl_edge.errors import ContextFull, EngineError
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.engine.mtmd import MtmdSettings
-    from lfm2vl_edge.image import Pixels
+    from lfm2vl_edge.engine.encoder.mtmd import MtmdSettings
+    from lfm2vl_edge.image.load import Pixels
 
 _N_BATCH: Final = 2048
 """Most tokens of one llama_decode call."""
@@ -64,7 +62,7 @@ class EngineSettings:
     """Image tokens of the largest view that is expected; a larger one makes an encoder on a GPU reopen its file."""
     exact: bool = False
     """Whether exactness counts more than speed: attention without 16-bit shortcuts, a fifth slower to prefill."""
-    gpu_layers: int = 0
+    n_gpu_layers: int = 0
     """Layers that a GPU takes, where the installed llama.cpp has one; -1 means all."""
     device: str | None = None
     """Name of that GPU; None leaves the choice to llama.cpp."""
@@ -100,7 +98,7 @@ class LlamaEngine:
         self._view_tokens = settings.max_view_tokens
         self._abort = AbortFlag()
         if isinstance(model, Path):
-            model = LanguageFile(model, settings.gpu_layers, settings.device)
+            model = LanguageFile(model, settings.n_gpu_layers, settings.device)
         self._gpu = model.gpu
         try:
             if self._uses_graph:
@@ -243,7 +241,7 @@ class LlamaEngine:
 
     @property
     def _uses_gpu(self) -> bool:
-        return self._settings.gpu_layers != 0
+        return self._settings.n_gpu_layers != 0
 
     def _language_settings(self) -> str:
         """Name what decides how llama.cpp computes, the length of the context excepted: it changes no bit.
@@ -253,7 +251,7 @@ class LlamaEngine:
         params = self._context_params(_CONTEXT_STEP)
         settings = self._settings
         return (
-            f"flash={self._attention} threads={settings.n_threads} gpu={settings.gpu_layers}{self._device} "
+            f"flash={self._attention} threads={settings.n_threads} gpu={settings.n_gpu_layers}{self._device} "
             f"batch={self.n_batch} "
             f"ubatch={params.n_ubatch} k={params.type_k} v={params.type_v}"
         )
@@ -294,7 +292,7 @@ class LlamaEngine:
     def _new_encoder(self) -> Encoder:
         if self._uses_graph:
             return GraphEncoder(self._mmproj, self._settings.n_threads)
-        from lfm2vl_edge.engine.mtmd import MtmdEncoder  # processors do without libmtmd
+        from lfm2vl_edge.engine.encoder.mtmd import MtmdEncoder  # processors do without libmtmd
 
         return MtmdEncoder(self._mmproj, self._mtmd_settings())
 
@@ -310,7 +308,7 @@ class LlamaEngine:
 
     def _mtmd_settings(self) -> MtmdSettings:
         """Return how mtmd is opened for views of up to `_view_tokens` tokens."""
-        from lfm2vl_edge.engine.mtmd import MtmdSettings
+        from lfm2vl_edge.engine.encoder.mtmd import MtmdSettings
 
         return MtmdSettings(
             n_threads=self._settings.n_threads,

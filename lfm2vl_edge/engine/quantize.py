@@ -25,7 +25,7 @@ import numpy as np
 
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.errors import EngineError
-from lfm2vl_edge.hardware import available_cpus
+from lfm2vl_edge.host import available_cpus
 
 QUANT_TYPES: Final = (
     *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0"),
@@ -74,7 +74,7 @@ def quantize_file(
         target: the file to write; it is left behind, incomplete, when this fails.
         kind: one of `QUANT_TYPES`.
         overrides: pairs of a regular expression, searched in tensor names, and a tensor type such as Q6_K; the first
-            that is found decides. llama.cpp heeds them for block types only.
+            that is found decides. llama.cpp honours them for block types only.
         advance: called with the bytes of each tensor of `source` that is done.
         requantize: whether tensors that are quantized already may be quantized again.
         importance: what errors are weighed with; without it each column counts alike.

@@ -1,17 +1,16 @@
 """How good a model is on questions whose answers are known.
 
 from lfm2vl_edge import Model
-from lfm2vl_edge.evaluate import evaluate, read_rows, summarise
+from lfm2vl_edge.evaluate import (evaluate, read_rows, summarise)
 
 with Model.open("models/450m") as model:
     print(summarise(evaluate(model, read_rows("data.jsonl"))).total.normalised)
 """
 
-from lfm2vl_edge.evaluate.asking import GREEDY, evaluate
-from lfm2vl_edge.evaluate.result import Reply, Result
+from lfm2vl_edge.evaluate.results import BoxTally, Reply, Result, Summary, Tally, summarise
 from lfm2vl_edge.evaluate.rows import Row, read_rows
+from lfm2vl_edge.evaluate.run import GREEDY, evaluate
 from lfm2vl_edge.evaluate.score import Box, BoxScore, Score, iou, mean_iou, normalised, score
-from lfm2vl_edge.evaluate.summary import BoxTally, Summary, Tally, summarise
 
 __all__ = [
     "GREEDY",

@@ -19,16 +19,16 @@ _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A question about one or several pictures, and the answers that are right."""
+    """A question about one or several images, and the answers that are right."""
 
     name: str
     """The row's own `id`, or `line N`; no two rows of a file share one."""
     images: tuple[Path, ...]
-    """The pictures, at least one, in the order in which they are shown."""
+    """The images, at least one, in the order in which they are shown."""
     question: str
     """What is asked; not empty."""
     answers: tuple[str, ...]
-    """What is accepted, at least one; none only where none was needed."""
+    """What is accepted, at least one; none only if none was needed."""
     group: str | None = None
     """What the row is counted with, beside the whole."""
 
@@ -38,11 +38,11 @@ def read_rows(path: str | os.PathLike[str], *, needs_answers: bool = True) -> li
 
     A line is an object with `image` (a path, or a list of paths; from the folder of the file, or absolute),
     `question` (a text), `answer` (a text, or a list of accepted ones), and if wanted `group` (a text) and `id` (a text
-    or a whole number). Pictures are only looked for here, not opened. `answer` may be missing if none is needed.
+    or an integer). Images are only looked for here, not opened. `answer` may be missing if none is needed.
 
     Raises:
         DataError: the file cannot be read or has no row, a line is no such object, two rows have the same id, or a
-            picture is not there. The message names the line.
+            image is not there. The message names the line.
     """
     file = Path(path)
     rows: list[Row] = []

@@ -6,7 +6,7 @@ Normalised: they are the same after `normalised`. An accepted answer that is a J
 is, character by character.
 
 Boxes: where every accepted answer is a JSON list of `{"label": str, "bbox": [x1, y1, x2, y2]}`, with x and y as
-fractions of the picture's width and height, the answer is read as such a list too. It is valid if it is JSON of that
+fractions of the image's width and height, the answer is read as such a list too. It is valid if it is JSON of that
 form. Its IoU (intersection over union) is the mean over the true boxes of the IoU with the box that was matched to
 it. Only boxes of the same label are matched, the best overlap of all first; a true box that is left over counts 0,
 and a box of the answer that is left over costs nothing here (the exact match sees it). Where the true list is empty,
@@ -26,7 +26,7 @@ from typing import Any, Final, NoReturn, TypeAlias
 from lfm2vl_edge.errors import DataError
 
 Corners: TypeAlias = tuple[float, float, float, float]
-"""x1, y1, x2, y2 of a box, as fractions of the picture's width and height."""
+"""x1, y1, x2, y2 of a box, as fractions of the image's width and height."""
 
 _ARTICLE: Final = re.compile(r"\A(?:a|an|the) ")
 _KEPT_SIGNS: Final = frozenset("%#&@")
@@ -52,7 +52,7 @@ class BoxScore:
     is_valid: bool
     """Whether the answer is JSON of the right form."""
     is_empty: bool
-    """Whether the picture has nothing to find: the true list is empty."""
+    """Whether the image has nothing to find: the true list is empty."""
     iou: float
     """0 to 1, see above."""
 
@@ -144,7 +144,7 @@ def true_boxes(accepted: str) -> list[Box] | None:
 
 
 def found_boxes(answer: str) -> list[Box] | None:
-    """Return the boxes of a model's answer, cut off at the picture's edges; None if it is no list of boxes."""
+    """Return the boxes of a model's answer, cut off at the image's edges; None if it is no list of boxes."""
     parsed = _parsed(answer)
     if not isinstance(parsed, list):
         return None

@@ -1,1 +1,1 @@
-"""The demonstration model: its pictures, its training, its evaluation, and the checkpoint."""
+"""The demonstration model: its images, its training, its evaluation, and the checkpoint."""

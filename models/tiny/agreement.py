@@ -25,7 +25,7 @@ from models.tiny.train import outcome
 
 
 def agreeing(network: Lfm2VlForConditionalGeneration, writer: Writer, results: Sequence[Result]) -> list[bool]:
-    """Return for each answer about one picture whether transformers would give it."""
+    """Return for each answer about one image whether transformers would give it."""
     tiles = preprocess(results[0].row.images[0], IMAGE_CONFIG)
     said = [
         Question(group="", text=result.row.question, answer=(result.reply.answer or "").strip()) for result in results

@@ -1,6 +1,6 @@
-"""Several questions about one picture in one row, none of which sees another one.
+"""Several questions about one image in one row, none of which sees another one.
 
-The picture is encoded and goes through the language tower once for all of its questions. A question that could see the
+The image is encoded and goes through the language tower once for all of its questions. A question that could see the
 answers to earlier ones would learn to copy from them instead of looking. So attention is masked, positions begin anew
 at each question, and the short convolutions take what precedes a question from in front of the first one. The numbers
 are those of rows with one question each.

@@ -1,4 +1,4 @@
-"""Batches of pictures with talks about them; step and seed decide every pixel and word."""
+"""Batches of images with conversations about them; step and seed decide every pixel and word."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from lfm2vl_edge.geometry import TilePlan
-from lfm2vl_edge.tiling import Tile
+from lfm2vl_edge.image.tiles import Tile
+from lfm2vl_edge.planning.geometry import TilePlan
 from models.tiny import recipe
 from models.tiny.draw import draw
 from models.tiny.landmarks import landmarks
@@ -47,13 +47,13 @@ class Batch:
     positions: NDArray[np.int64]
     """`[n_pictures, length]`: every question stands where it would stand if it were the only one."""
     groups: tuple[tuple[str, ...], ...]
-    """Of each picture's questions."""
+    """Of each image's questions."""
     landmarks: NDArray[np.int64] | None = None
     """`[n_image_tokens, len(landmarks.CLASSES)]`: what each image token of the batch shows, where that is known."""
 
 
 class Writer:
-    """Turns pictures and talks into token ids, as the runtime does it."""
+    """Turns images and conversations into token ids, as the runtime does it."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -65,7 +65,7 @@ class Writer:
         return ids
 
     def picture(self, tiles: Sequence[Tile]) -> list[int]:
-        """Return the ids that stand for a picture: markers and one placeholder for each image token."""
+        """Return the ids that stand for an image: markers and one placeholder for each image token."""
         ids = [self.special["<|image_start|>"]]
         for tile in tiles:
             if len(tiles) > 1:
@@ -76,7 +76,7 @@ class Writer:
         return [*ids, self.special["<|image_end|>"]]
 
     def opening(self, tiles: Sequence[Tile]) -> list[int]:
-        """Return the ids that come before a question about a picture."""
+        """Return the ids that come before a question about an image."""
         head = [self.special["<|startoftext|>"], self.special["<|im_start|>"], *self.text("user\n")]
         return [*head, *self.picture(tiles)]
 
@@ -90,7 +90,7 @@ class Writer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """A picture with questions about it, as one row of a batch; lists of one length."""
+    """An image with questions about it, as one row of a batch; lists of one length."""
 
     ids: list[int]
     counts: list[float]
@@ -115,14 +115,14 @@ class Line:
         return line
 
 
-def collate(writer: Writer, pictures: Sequence[Sequence[Tile]], talks: Sequence[Sequence[Question]]) -> Batch:
-    """Return pictures and their talks as arrays."""
+def collate(writer: Writer, pictures: Sequence[Sequence[Tile]], conversations: Sequence[Sequence[Question]]) -> Batch:
+    """Return images and their conversations as arrays."""
     views = [patches_of(tile) for tiles in pictures for tile in tiles]
     patches = np.zeros((len(views), max(map(len, views)), views[0].shape[1]), np.uint8)
     for number, view in enumerate(views):
         patches[number, : len(view)] = view
     shapes = [(tile.view.height // PATCH, tile.view.width // PATCH) for tiles in pictures for tile in tiles]
-    lines = [Line.of(writer, tiles, questions) for tiles, questions in zip(pictures, talks, strict=True)]
+    lines = [Line.of(writer, tiles, questions) for tiles, questions in zip(pictures, conversations, strict=True)]
     size = len(lines), max(len(line.ids) for line in lines)
     ids, positions = np.zeros(size, np.int64), np.zeros(size, np.int64)
     labels, questions = np.full(size, IGNORED, np.int64), np.full(size, _PADDING, np.int64)
@@ -140,7 +140,7 @@ def collate(writer: Writer, pictures: Sequence[Sequence[Tile]], talks: Sequence[
         weights=weights,
         questions=questions,
         positions=positions,
-        groups=tuple(tuple(question.group for question in asked) for asked in talks),
+        groups=tuple(tuple(question.group for question in asked) for asked in conversations),
     )
 
 
@@ -157,7 +157,7 @@ def training_batch(writer: Writer, seed: int, step: int, n_steps: int) -> Batch:
 
 
 def _plans(rng: random.Random, stage: recipe.Stage) -> list[TilePlan]:
-    """Return the plan of each picture of a batch: they are all alike, so that little has to be padded."""
+    """Return the plan of each image of a batch: they are all alike, so that little has to be padded."""
     if stage.close_up:
         return [recipe.close_up_plan(rng)] * stage.batch
     if rng.random() < stage.tiled:
@@ -170,7 +170,7 @@ def _plans(rng: random.Random, stage: recipe.Stage) -> list[TilePlan]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A picture and what is asked about it."""
+    """An image and what is asked about it."""
 
     scene: Scene
     tiles: list[Tile]
@@ -178,7 +178,7 @@ class Example:
 
 
 def example(writer: Writer, rng: random.Random, tile_plan: TilePlan, stage: recipe.Stage, room: int) -> Example:
-    """Return a picture of this plan, cut, and a talk about it that takes at most `room` tokens."""
+    """Return an image of this plan, cut, and a conversation about it that takes at most `room` tokens."""
     share = max(stage.numbers, recipe.TILED_NUMBERS) if tile_plan.is_tiled else stage.numbers
     kind = recipe.kind_for(tile_plan, fine=rng.random() < 0.75, number_share=share)
     kind = replace(kind, close_up=stage.close_up)

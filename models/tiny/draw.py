@@ -1,4 +1,4 @@
-"""Scenes as pictures, with Pillow; the same scene always gives the same pixels."""
+"""Scenes as images, with Pillow; the same scene always gives the same pixels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Pixels = NDArray[np.uint8]
 Points = list[tuple[float, float]]
 
 SMOOTHING: Final = 2
-"""An anti-aliased picture is drawn this many times as large and reduced."""
+"""An anti-aliased image is drawn this many times as large and reduced."""
 FONTS: Final = (
     ("font_roboto", "Roboto-Regular.ttf"),
     ("font_roboto", "Roboto-Bold.ttf"),
@@ -38,7 +38,7 @@ _STEPS: Final = 48
 
 
 def draw(scene: Scene) -> Pixels:
-    """Return the picture, uint8 `[scene.height, scene.width, 3]`."""
+    """Return the image, uint8 `[scene.height, scene.width, 3]`."""
     rng = np.random.default_rng(scene.seed)
     scale = SMOOTHING if scene.smooth else 1
     canvas = Image.fromarray(_background(scene, rng).repeat(scale, 0).repeat(scale, 1))
@@ -53,7 +53,7 @@ def draw(scene: Scene) -> Pixels:
 
 
 def box(scene: Scene, item: Item) -> Box:
-    """Return left, top, right, bottom of an object as fractions of the picture's width and height."""
+    """Return left, top, right, bottom of an object as fractions of the image's width and height."""
     points = _points(scene, item)
     half = _line_width(scene, item) / {"filled": math.inf, "edged": 8, "outline": 2}[item.style]
     x, y = [point[0] for point in points], [point[1] for point in points]
@@ -166,7 +166,7 @@ def _draw_number(canvas: Image.Image, number: Number, scene: Scene) -> None:
 
 
 def digit_centers(scene: Scene) -> list[tuple[float, float]]:
-    """Return x, y of the middle of each printed digit as fractions of the picture's width and height."""
+    """Return x, y of the middle of each printed digit as fractions of the image's width and height."""
     number = scene.number
     if number is None:
         return []
@@ -177,7 +177,7 @@ def digit_centers(scene: Scene) -> list[tuple[float, float]]:
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> Pixels:
-    """Return the empty picture: plain, or with a texture so faint that the colour's name stays."""
+    """Return the empty image: plain, or with a texture so faint that the colour's name stays."""
     height, width = scene.height, scene.width
     plain = np.asarray(scene.rgb, np.int16)
     change = np.zeros((height, width), np.float32)

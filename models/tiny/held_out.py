@@ -1,6 +1,6 @@
 """Write held-out questions as `lfm2vl-edge eval` reads them: `python -m models.tiny.held_out FOLDER`.
 
-Their seed was never used in training. The pictures are PNG files of any size and aspect ratio that the scenes allow.
+Their seed was never used in training. The images are PNG files of any size and aspect ratio that the scenes allow.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final
 import typer
 from PIL import Image
 
-from lfm2vl_edge.geometry import TilePlan, is_too_large
+from lfm2vl_edge.planning.geometry import TilePlan, is_too_large
 from models.tiny import recipe
 from models.tiny.draw import draw
 from models.tiny.questions import GROUPS, Question, ask
@@ -23,7 +23,7 @@ from models.tiny.scene import Scene, draw_scene
 
 TILED_SHARE: Final = 0.35
 FINE_SHARE: Final = 0.75
-"""Of the tiled pictures with a number: its digits can be read in a tile only."""
+"""Of the tiled images with a number: its digits can be read in a tile only."""
 NUMBER_SHARE: Final = 0.5
 FINE: Final = "number in tiles"
 """Group of the questions for such numbers."""
@@ -33,7 +33,7 @@ ABSENT: Final = "no number"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One picture and what is asked about it."""
+    """One image and what is asked about it."""
 
     scene: Scene
     questions: tuple[Question, ...]
@@ -53,7 +53,7 @@ def examples(seed: int, scenes: int) -> Iterator[Example]:
 
 
 def _plan(rng: random.Random) -> TilePlan:
-    """Return a picture's plan: a single view, drawn in the view's size or another, or tiles."""
+    """Return an image's plan: a single view, drawn in the view's size or another, or tiles."""
     if rng.random() < TILED_SHARE:
         return recipe.tiled_plan(rng)
     while True:
@@ -69,7 +69,7 @@ def _regrouped(question: Question, number_group: str) -> Question:
 
 
 def write(folder: Path, found: Iterator[Example]) -> int:
-    """Write pictures and `data.jsonl`; return the number of questions."""
+    """Write images and `data.jsonl`; return the number of questions."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for number, example in enumerate(found):
@@ -88,7 +88,7 @@ def main(
     scenes: Annotated[int, typer.Option(min=1, help="Pictures.")] = 1000,
     seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = recipe.HELD_OUT_SEED,
 ) -> None:
-    """Write held-out pictures with questions and answers."""
+    """Write held-out images with questions and answers."""
     count = write(folder, examples(seed, scenes))
     print(f"{count} questions about {scenes} pictures in {folder / 'data.jsonl'}")
 

@@ -1,6 +1,6 @@
 """What each image token shows, as labels to learn from: the training asks for these beside the questions.
 
-An answer says little about the picture that it took the whole network to find. Labels at every image token teach the
+An answer says little about the image that it took the whole network to find. Labels at every image token teach the
 encoder shapes, digits and places within minutes; the language tower then has something to read. The heads that answer
 them are dropped after training.
 """
@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lfm2vl_edge.tiling import Tile
+from lfm2vl_edge.image.tiles import Tile
 from models.tiny.draw import box, digit_centers
 from models.tiny.scene import COLORS, PLACES, SHAPES, Box, Scene
 from models.tiny.settings import FACTOR, PATCH
@@ -34,7 +34,7 @@ _SIDE: Final = PATCH * FACTOR
 
 
 def landmarks(scene: Scene, tiles: Sequence[Tile]) -> NDArray[np.int64]:
-    """Return the labels of all image tokens of a picture, int64 `[n_tokens, len(CLASSES)]`, or `UNKNOWN`."""
+    """Return the labels of all image tokens of an image, int64 `[n_tokens, len(CLASSES)]`, or `UNKNOWN`."""
     grid = max(tile.view.row for tile in tiles) + 1, max(tile.view.col for tile in tiles) + 1
     return np.concatenate([_of_view(scene, tile, grid) for tile in tiles])
 
@@ -60,14 +60,14 @@ def _of_view(scene: Scene, tile: Tile, grid: tuple[int, int]) -> NDArray[np.int6
 
 
 def _window(tile: Tile, grid: tuple[int, int]) -> Box:
-    """Return which part of the picture a tile of a grid shows, fractions."""
+    """Return which part of the image a tile of a grid shows, fractions."""
     rows, cols = grid
     row, col = tile.view.row, tile.view.col
     return col / cols, row / rows, (col + 1) / cols, (row + 1) / rows
 
 
 def _within(corners: Box, window: Box) -> Box:
-    """Return fractions of the picture as fractions of the window."""
+    """Return fractions of the image as fractions of the window."""
     left, top, right, bottom = window
     wide, tall = right - left, bottom - top
     return (
@@ -76,7 +76,7 @@ def _within(corners: Box, window: Box) -> Box:
 
 
 def _mark(labels: NDArray[np.int64], corners: Box, values: Sequence[int]) -> None:
-    """Label the tokens whose middle lies in an object, or that have its middle; leave open those that it touches."""
+    """Label the tokens whose middle is stored in an object, or that have its middle; leave open those that it touches."""
     rows, cols = labels.shape[:2]
     left, top, right, bottom = (edge * size for edge, size in zip(corners, (cols, rows, cols, rows), strict=True))
     if right <= 0 or bottom <= 0 or left >= cols or top >= rows:

@@ -78,7 +78,7 @@ def _count(rng: random.Random, scene: Scene) -> Made:
 
 
 def _seen_or_not(rng: random.Random, seen: list[str], every: tuple[str, ...]) -> str:
-    """Return something of the picture, or in a quarter of the cases anything."""
+    """Return something of the image, or in a quarter of the cases anything."""
     return rng.choice(seen) if seen and rng.random() < 0.75 else rng.choice(every)
 
 
@@ -162,13 +162,13 @@ def _yes(condition: bool) -> str:
 
 
 def _half(rng: random.Random, seen: list[str], every: tuple[str, ...]) -> str:
-    """Return something of the picture in half of the cases, else anything of `every` that is not in it."""
+    """Return something of the image in half of the cases, else anything of `every` that is not in it."""
     absent = [name for name in every if name not in seen]
     return rng.choice(seen) if seen and (rng.random() < 0.5 or not absent) else rng.choice(absent)
 
 
 def _near_misses(scene: Scene) -> tuple[str, ...]:
-    """Return names that have the shape or the colour of something in the picture; or any, when it shows nothing."""
+    """Return names that have the shape or the colour of something in the image; or any, when it shows nothing."""
     near = [f"{item.color} {shape}" for item in scene.items for shape in SHAPES]
     near += [f"{color} {item.shape}" for item in scene.items for color in COLORS]
     return tuple(near) or tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)

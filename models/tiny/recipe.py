@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from lfm2vl_edge.config import ImageConfig
-from lfm2vl_edge.geometry import TilePlan, View, plan
+from lfm2vl_edge.planning.geometry import TilePlan, View, plan
 from models.tiny.scene import Kind
 from models.tiny.settings import IMAGES
 
 IMAGE_CONFIG: Final = ImageConfig().with_changes({key: IMAGES[key] for key in IMAGES if key != "image_processor_type"})
 SEED: Final = 20261121
-"""Of the weights, the tokenizer's corpus and all training pictures."""
+"""Of the weights, the tokenizer's corpus and all training images."""
 HELD_OUT_SEED: Final = 7
-"""Of the pictures that the model is judged by."""
+"""Of the images that the model is judged by."""
 WEIGHTS: Final = {
     "describe": 4.0,
     "count": 2.0,
@@ -36,11 +36,11 @@ CLOSE_UP_WEIGHTS: Final = {
 }  # fmt: skip
 """The same about close-ups."""
 TURNS: Final = 9
-"""Most questions about one picture of the training, which is encoded once for all of them..."""
+"""Most questions about one image of the training, which is encoded once for all of them..."""
 TALK: Final = 100
 """...as far as these many tokens go..."""
 LONG_TALK: Final = 190
-"""...or in some batches, and about tiled pictures, these, so that the longest answers have room."""
+"""...or in some batches, and about tiled images, these, so that the longest answers have room."""
 CLOSE_UP_TALK: Final = 60
 LONG_SHARE: Final = 0.05
 DIGITS: Final = (18.0, 48.0)
@@ -57,19 +57,19 @@ class Stage:
     until: float
     """Share of all steps at which it ends."""
     close_up: bool = False
-    """Whether the pictures are cheap close-ups of one object or number: how shapes and digits are learned first."""
+    """Whether the images are cheap close-ups of one object or number: how shapes and digits are learned first."""
     tokens: tuple[int, int]
-    """Image tokens of the pictures that are not tiled."""
+    """Image tokens of the images that are not tiled."""
     tiled: float
-    """Share of the batches whose pictures are tiled."""
+    """Share of the batches whose images are tiled."""
     batch: int
-    """Pictures of a batch, of those that are not tiled."""
+    """Images of a batch, of those that are not tiled."""
     numbers: float
-    """Share of these pictures with a number."""
+    """Share of these images with a number."""
     weights: Mapping[str, float]
     """How often each group of questions is asked."""
     resized: float
-    """Share of the batches whose pictures are drawn in another size than the view's, and so are resized."""
+    """Share of the batches whose images are drawn in another size than the view's, and so are resized."""
     landmarks: float
     """What the loss of the landmarks counts beside that of the answers."""
 
@@ -124,7 +124,7 @@ def close_up_plan(rng: random.Random) -> TilePlan:
 
 
 def single_plan(rng: random.Random, tokens: tuple[int, int]) -> TilePlan:
-    """Return the plan of a picture that is one view; many are as near to a square as can be."""
+    """Return the plan of an image that is one view; many are as near to a square as can be."""
     side = IMAGE_CONFIG.token_side
     while True:
         n_tokens = rng.randint(*tokens) if rng.random() < 0.6 else tokens[1]
@@ -136,14 +136,14 @@ def single_plan(rng: random.Random, tokens: tuple[int, int]) -> TilePlan:
 
 
 def rescaled(rng: random.Random, tile_plan: TilePlan) -> TilePlan:
-    """Return the same views of a picture of another size."""
+    """Return the same views of an image of another size."""
     scale = rng.uniform(0.7, 1.5)
     height, width = round(tile_plan.height * scale), round(tile_plan.width * scale)
     return replace(tile_plan, height=height, width=width)
 
 
 def tiled_plan(rng: random.Random) -> TilePlan:
-    """Return the plan of a picture that is cut into tiles, of any aspect ratio from 1:3 to 3:1."""
+    """Return the plan of an image that is cut into tiles, of any aspect ratio from 1:3 to 3:1."""
     while True:
         if rng.random() < 0.5:  # nothing to resize, so quick to make
             side = IMAGE_CONFIG.tile_size
@@ -157,10 +157,10 @@ def tiled_plan(rng: random.Random) -> TilePlan:
 
 
 def kind_for(tile_plan: TilePlan, *, fine: bool, number_share: float = 0.5) -> Kind:
-    """Return what scenes to draw for pictures of this plan.
+    """Return what scenes to draw for images of this plan.
 
     Args:
-        tile_plan: of the picture as it is drawn.
+        tile_plan: of the image as it is drawn.
         fine: whether numbers are so small that only a tile shows them.
         number_share: how often there is one.
     """

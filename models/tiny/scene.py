@@ -1,4 +1,4 @@
-"""What a picture shows: objects and perhaps a number at the nine places of a grid, drawn at random from a seed."""
+"""What an image shows: objects and perhaps a number at the nine places of a grid, drawn at random from a seed."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class Thing:
     place: int
     """Index into `PLACES`."""
     center: tuple[float, float]
-    """x, y as fractions of the picture's width and height."""
+    """x, y as fractions of the image's width and height."""
     size: float
-    """Side of the square around it (a number: height of its digits), as a fraction of the picture's shorter side."""
+    """Side of the square around it (a number: height of its digits), as a fraction of the image's shorter side."""
     rgb: Rgb
     """Colour of its surface or line."""
 
@@ -96,7 +96,7 @@ class Number(Thing):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """Everything that the picture shows and how it is drawn."""
+    """Everything that the image shows and how it is drawn."""
 
     height: int
     """Pixels."""
@@ -113,7 +113,7 @@ class Scene:
     noise: float
     """Standard deviation added to every value, of 255; 0 for none."""
     jpeg: int | None
-    """Quality of the compression that the picture went through; None for none."""
+    """Quality of the compression that the image went through; None for none."""
     smooth: bool
     """Whether edges are anti-aliased."""
     seed: int
@@ -128,7 +128,7 @@ class Kind:
     """Whether there is one object in the middle, or one number, and nothing else."""
 
     digits: tuple[float, float]
-    """Least and greatest height of a number's digits, pixels of the picture."""
+    """Least and greatest height of a number's digits, pixels of the image."""
     number_share: float
     """How often there is a number."""
     borders: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
@@ -210,7 +210,7 @@ def _center(rng: random.Random, place: int, extent: tuple[float, float]) -> tupl
 
 
 def _inside(middle: float, side: float) -> float:
-    """Return the middle moved so that nothing is cut off by the picture's edge."""
+    """Return the middle moved so that nothing is cut off by the image's edge."""
     half = min(0.5, side / 2)
     return min(1 - half, max(half, middle))
 

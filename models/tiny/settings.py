@@ -63,7 +63,7 @@ IMAGES: Final[dict[str, Any]] = {
     "image_std": [0.5, 0.5, 0.5],
     "resample": 2,
 }
-"""The processor's own settings: pictures above about 362 x 362 pixels are tiled."""
+"""The processor's own settings: images above about 362 x 362 pixels are tiled."""
 
 
 def write_settings(folder: Path) -> None:

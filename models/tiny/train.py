@@ -30,7 +30,7 @@ from models.tiny.tokenizer import write_tokenizer
 SAVE_SECONDS: Final = 180.0
 REPORT_STEPS: Final = 100
 JUDGED: Final = 4
-"""Batches of unseen pictures that the reports are about."""
+"""Batches of unseen images that the reports are about."""
 EAGER_TOKENS: Final = 200
 _LOOKED_UP: Final = ("embed_tokens.weight", "position_embedding.weight", "lm_head.weight")
 """Tables, of which AdamW suits the rows better."""
@@ -229,7 +229,7 @@ def export(model: Lfm2VlForConditionalGeneration, folder: Path) -> None:
 
 
 def report(training: Training, writer: Writer, steps: int) -> str:
-    """Return one line: how far, how fast, how good on unseen pictures of the kind that is being learned."""
+    """Return one line: how far, how fast, how good on unseen images of the kind that is being learned."""
     nearby = range(training.step - JUDGED, training.step)
     judged = [training_batch(writer, recipe.HELD_OUT_SEED, step, steps) for step in nearby]
     training.model.eval()

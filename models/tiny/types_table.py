@@ -20,14 +20,14 @@ import typer
 from lfm2vl_convert import convert_checkpoint
 from lfm2vl_convert.recipes import ENCODER_TYPES, LANGUAGE_TYPES
 from lfm2vl_edge import Model
-from lfm2vl_edge.cli.quantizing import quantizer_with
+from lfm2vl_edge.cli._quantizing import quantizer_with
 from lfm2vl_edge.evaluate import Row, Summary, evaluate, read_rows, summarise
 
 SHIPPED: Final = ("Q8_0", "F16")
 UNWEIGHTED: Final = frozenset({"F32", "F16", "BF16", "Q8_0"})
 """Types that heed no importance matrix."""
 SPEED_ROWS: Final = 40
-"""Pictures whose description is timed."""
+"""Images whose description is timed."""
 Key = tuple[str, str, bool]
 """Type of the language tower, type of the encoder, whether errors are weighed."""
 
@@ -50,7 +50,7 @@ def measure(checkpoint: Path, rows: Sequence[Row], folder: Path, key: Key, imatr
     made = convert_checkpoint(checkpoint, folder, quant=quant, mmproj_quant=mmproj_quant, quantizer=quantizer)
     with Model.open(folder) as model:
         summary = summarise(evaluate(model, rows))
-    with Model.open(folder) as model:  # one that has seen no picture
+    with Model.open(folder) as model:  # one that has seen no image
         speeds = speed(model, rows)
     sizes = [path.stat().st_size / 1e6 for path in (made.model, made.mmproj)]
     return {"key": key, "megabytes": sizes, **figures(summary), **speeds}

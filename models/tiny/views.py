@@ -1,4 +1,4 @@
-"""Pictures as the encoder sees them: cut into views, and views into patches."""
+"""Images as the encoder sees them: cut into views, and views into patches."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lfm2vl_edge.geometry import TilePlan
-from lfm2vl_edge.image import Pixels
-from lfm2vl_edge.tiling import Tile
+from lfm2vl_edge.image.load import Pixels
+from lfm2vl_edge.image.tiles import Tile
+from lfm2vl_edge.planning.geometry import TilePlan
 from models.tiny.recipe import IMAGE_CONFIG
 from models.tiny.settings import PATCH
 

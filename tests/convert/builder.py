@@ -1,4 +1,4 @@
-"""Checkpoints for tests: the reference ones taken apart, changed in one respect and put together again."""
+"""Checkpoints for tests: transformers ones taken apart, changed in one respect and put together again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from lfm2vl_convert import convert_checkpoint
 from lfm2vl_edge.errors import ConvertError
-from lfm2vl_edge.metadata import read_metadata
+from lfm2vl_edge.models.gguf import read_metadata
 
 Array = npt.NDArray[Any]
 VISION = "model.vision_tower.vision_model."

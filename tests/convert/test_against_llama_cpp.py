@@ -36,7 +36,7 @@ OWN_KEYS = {
 """What the mmproj files say beyond llama.cpp's converter."""
 DELIBERATE = {"tokenizer.ggml.pre": ["STRING", "smaug-bpe"]}
 """The same words as `lfm2`, built by merges alone: what these tokenizers state (`ignore_merges` false), and what gives
-the reference's ids. llama.cpp's converter knows a pre-tokenizer by the hash of one text only."""
+transformers' ids. llama.cpp's converter knows a pre-tokenizer by the hash of one text only."""
 
 
 @cache

@@ -23,8 +23,8 @@ from lfm2vl_convert.recipes import parse_override
 from lfm2vl_edge import Model
 from lfm2vl_edge.engine.quantize import fast_encoder_type, quantize_file
 from lfm2vl_edge.errors import ConvertError, EngineError
-from lfm2vl_edge.metadata import read_metadata
-from tests.conftest import PICTURES, talks
+from lfm2vl_edge.models.gguf import read_metadata
+from tests.conftest import PICTURES, conversations
 from tests.convert.listing import describe
 from tests.convert.test_writing import largest_file, names
 
@@ -175,7 +175,7 @@ Embed = Callable[[str, "bool | None"], tuple[Any, Path]]
 
 @pytest.fixture(scope="session")
 def embed(reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Embed:
-    """Convert reference c, whose encoder has a width of 538, and embed a picture."""
+    """Convert reference c, whose encoder has a width of 538, and embed an image."""
 
     @cache
     def run(mmproj_quant: str, pad: bool | None) -> tuple[Any, Path]:
@@ -214,7 +214,7 @@ def test_padding_is_no_farther_from_the_reference(embed: Embed) -> None:
     (plain, _), (padded, _) = embed("F32", False), embed("F32", True)
     expected = next(
         talk.embeddings
-        for talk in talks("c").values()
+        for talk in conversations("c").values()
         if [path.stem for path in talk.images] == ["small"] and talk.embeddings is not None
     )
     errors = [np.linalg.norm(found - expected) / np.linalg.norm(expected) for found in (plain, padded)]

@@ -24,21 +24,21 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 _PLACEHOLDER = "<|IMAGE|>"
-"""Stands for <image> while the images of a talk are put in one by one."""
+"""Stands for <image> while the images of a conversation are put in one by one."""
 LAYOUTS = {"a": 101, "b": 202, "c": 303}
 """Reference checkpoints whose configs are used, and the seeds of the new weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """The reference implementation on a fresh checkpoint, and what it needs to be fed."""
+    """transformers implementation on a fresh checkpoint, and what it needs to be fed."""
 
     network: Any
     tokenizer: Any
     image: ImageConfig
 
     def pixels(self, path: Path) -> list[npt.NDArray[np.uint8]]:
-        """The views of a picture, resized by torch."""
+        """The views of an image, resized by torch."""
         picture = load_image(path)
         layout = plan(*picture.shape[:2], self.image)  # type: ignore[call-arg]
         side = self.image.tile_size
@@ -58,7 +58,7 @@ class Side:
         return np.asarray(resized[0].permute(1, 2, 0))
 
     def embeddings(self, path: Path) -> npt.NDArray[np.float32]:
-        """Embeddings of all views, in prompt order."""
+        """EmbeddingCache of all views, in prompt order."""
         return np.concatenate([self._embed(view) for view in self.pixels(path)])
 
     def _embed(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -131,7 +131,7 @@ class Both:
 
 
 def fresh_network(name: str) -> Any:
-    """A model of the reference's shape with new weights; norms and biases are random too, so that none is missed."""
+    """A model of transformers' shape with new weights; norms and biases are random too, so that none is missed."""
     config = transformers.AutoConfig.from_pretrained(REFERENCE / name / "checkpoint")
     torch.manual_seed(LAYOUTS[name])
     network = transformers.Lfm2VlForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
@@ -145,7 +145,7 @@ def fresh_network(name: str) -> Any:
 
 
 def save(network: Any, name: str, folder: Path) -> None:
-    """Save in the layout of the reference: b as transformers writes it, a and c with the published names."""
+    """Save in the layout of transformers: b as transformers writes it, a and c with the published names."""
     from safetensors.torch import save_file
 
     original = REFERENCE / name / "checkpoint"
@@ -192,7 +192,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pictures of shapes that the stored references do not have."""
+    """Images of shapes that the stored references do not have."""
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(77)
     sizes = {"tiny": (40, 50), "square": (384, 384), "tall": (1100, 300), "large": (850, 1000)}
     paths = {}

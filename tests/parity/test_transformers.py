@@ -1,4 +1,4 @@
-"""The same figures as the reference implementation, on weights and pictures that nobody has seen before."""
+"""The same values as transformers, on weights and images that nobody has seen before."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def talk(text: str, *images: Path) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-def talks(pictures: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
+def conversations(pictures: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
     tiny, square, tall, large = (pictures[name] for name in ("tiny", "square", "tall", "large"))
     two_turns = [*talk("first?", tiny), {"role": "assistant", "content": "red"}, *talk("and now?", square, tall)]
     return {
@@ -86,7 +86,7 @@ def test_special_tokens_in_text_are_split_like_any_text(both: Both, text: str) -
 
 
 def test_ids_of_talks_with_pictures(both: Both, pictures: dict[str, Path]) -> None:
-    for name, messages in talks(pictures).items():
+    for name, messages in conversations(pictures).items():
         assert both.ours.token_ids(messages) == both.reference.token_ids(messages), name
 
 
@@ -97,13 +97,13 @@ def test_embeddings(both: Both, pictures: dict[str, Path]) -> None:
 
 
 def test_logits_in_float32(both: Both, pictures: dict[str, Path]) -> None:
-    for name, messages in talks(pictures).items():
+    for name, messages in conversations(pictures).items():
         logits = both.reference.logits(messages)
         assert divergence(logits, both.ours.next_token_logits(messages)) <= 1e-5, name
 
 
 def test_logits_in_float16(both: Both, pictures: dict[str, Path]) -> None:
     with Model.open(both.float16) as model:
-        for name, messages in talks(pictures).items():
+        for name, messages in conversations(pictures).items():
             logits = both.reference.logits(messages)
             assert divergence(logits, model.next_token_logits(messages)) <= 1e-3, name

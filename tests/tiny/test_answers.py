@@ -1,6 +1,6 @@
 """The shipped model gives right answers, by every way that leads to it.
 
-The pictures of `tests/data/tiny` were drawn with a seed that the training never used; `models.tiny.held_out` wrote
+The images of `tests/data/tiny` were drawn with a seed that the training never used; `models.tiny.held_out` wrote
 them with their questions. The others are drawn here, without any code that drew the training's.
 """
 
@@ -21,7 +21,7 @@ from lfm2vl_edge import Box, Model
 from lfm2vl_edge.cli import app
 from lfm2vl_edge.engine.quantize import quantize_file
 from lfm2vl_edge.evaluate import read_rows
-from lfm2vl_edge.locate import TINY
+from lfm2vl_edge.models.names import TINY
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "models" / "tiny" / "lfm2vl-tiny"
@@ -80,7 +80,7 @@ def test_a_red_circle_is_red(tiny: Model, side: int, red: str) -> None:
 
 
 def test_a_picture_that_was_looked_at_answers_as_one_that_was_not(tiny: Model) -> None:
-    photo = tiny.look(EXAMPLE)
+    photo = tiny.encode_image(EXAMPLE)
     for row in (row for row in read_rows(EXAMPLE.with_suffix(".jsonl")) if row.images == (EXAMPLE,)):
         assert photo.ask(row.question) in row.answers
         assert tiny.ask(EXAMPLE, row.question) in row.answers

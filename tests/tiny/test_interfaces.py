@@ -1,6 +1,6 @@
-"""Captions, boxes, points, JSON and talks of the demonstration model are right, by every interface.
+"""Captions, boxes, points, JSON and conversations of the demonstration model are right, by every interface.
 
-The truth is that of the held-out pictures in `tests/data/tiny`; wording is compared only where there is but one.
+The truth is that of the held-out images in `tests/data/tiny`; wording is compared only where there is but one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from lfm2vl_edge import Box, Chat, Model, Photo, PromptError
+from lfm2vl_edge import Box, Chat, EncodedImage, Model, PromptError
 from lfm2vl_edge.cli import app
 
 DATA = Path(__file__).parents[1] / "data" / "tiny"
@@ -30,7 +30,7 @@ model card tells what 1,000 scenes give, 0.53."""
 INSIDE = 0.6
 """Share of the things that must be pointed at."""
 RIGHT = 0.8
-"""Share of other answers that must be right: the pictures are few, so this is below what the model card tells."""
+"""Share of other answers that must be right: the images are few, so this is below what the model card tells."""
 FRAME = (255, 64, 64)
 
 Row = dict[str, Any]
@@ -50,12 +50,12 @@ def tiny() -> Iterator[Model]:
 
 
 @pytest.fixture(scope="module")
-def photo(tiny: Model) -> Callable[[Row], Photo]:
-    """The picture of a question, which the model has seen: each question costs only itself."""
+def photo(tiny: Model) -> Callable[[Row], EncodedImage]:
+    """The image of a question, which the model has seen: each question costs only itself."""
 
     @cache
-    def look(name: str) -> Photo:
-        return tiny.look(DATA / name)
+    def look(name: str) -> EncodedImage:
+        return tiny.encode_image(DATA / name)
 
     return lambda row: look(row["image"])
 
@@ -72,7 +72,7 @@ def share(outcomes: list[bool]) -> float:
 
 
 def truth(row: Row) -> list[Box]:
-    """Return the boxes of a picture, in its pixels."""
+    """Return the boxes of an image, in its pixels."""
     with Image.open(DATA / row["image"]) as image:
         width, height = image.size
     return [
@@ -104,7 +104,7 @@ def objects(text: str) -> Counter[tuple[str, ...]]:
     return Counter(re.findall(r"(\w+) (circle|square|triangle|star|heart|cross)", text))
 
 
-def test_captions_name_what_is_there(tiny: Model, photo: Callable[[Row], Photo]) -> None:
+def test_captions_name_what_is_there(tiny: Model, photo: Callable[[Row], EncodedImage]) -> None:
     named, there, backgrounds = 0, 0, []
     for row in rows("describe"):
         caption = tiny.caption(photo(row).picture)
@@ -116,7 +116,7 @@ def test_captions_name_what_is_there(tiny: Model, photo: Callable[[Row], Photo])
     assert share(backgrounds) >= RIGHT
 
 
-def test_boxes_lie_on_what_they_name(tiny: Model, photo: Callable[[Row], Photo]) -> None:
+def test_boxes_lie_on_what_they_name(tiny: Model, photo: Callable[[Row], EncodedImage]) -> None:
     overlaps, nothing, inside = [], [], []
     for row in rows("detect"):
         boxes = tiny.detect(photo(row).picture, wanted(row))
@@ -164,13 +164,13 @@ def test_boxes_are_those_of_the_upright_picture(tiny: Model, orientation: int, t
     assert tiny.detect(turned, wanted(row)) == boxes
 
 
-def test_counts_and_numbers_are_read_off_as_integers(tiny: Model, photo: Callable[[Row], Photo]) -> None:
+def test_counts_and_numbers_are_read_off_as_integers(tiny: Model, photo: Callable[[Row], EncodedImage]) -> None:
     asked = [row for row in rows("count", "number") if row["answer"] == str(int(row["answer"]))]
     found = [tiny.extract(photo(row).picture, {"type": "integer"}, row["question"]) for row in asked]
     assert share([one == int(row["answer"]) for one, row in zip(found, asked, strict=True)]) >= RIGHT
 
 
-def test_a_choice_of_a_schema_is_the_right_one(tiny: Model, photo: Callable[[Row], Photo]) -> None:
+def test_a_choice_of_a_schema_is_the_right_one(tiny: Model, photo: Callable[[Row], EncodedImage]) -> None:
     choice = {"enum": ["Yes", "No"]}
     found = [tiny.extract(photo(row).picture, choice, row["question"]) == row["answer"] for row in rows("yes/no")]
     assert share(found) >= RIGHT
@@ -178,7 +178,7 @@ def test_a_choice_of_a_schema_is_the_right_one(tiny: Model, photo: Callable[[Row
 
 @pytest.mark.parametrize(("group", "words"), [("color", COLORS), ("shape", SHAPES)])
 def test_a_choice_of_a_grammar_is_the_right_one(
-    photo: Callable[[Row], Photo], group: str, words: tuple[str, ...]
+    photo: Callable[[Row], EncodedImage], group: str, words: tuple[str, ...]
 ) -> None:
     grammar = "root ::= " + " | ".join(f'"{word}"' for word in (*words, "None"))
     answers = [(row, photo(row).ask(row["question"], grammar=grammar, temperature=0.0)) for row in rows(group)]
@@ -206,9 +206,11 @@ def test_caption_prints_what_python_returns(tiny: Model) -> None:
 
 def test_a_talk_goes_from_picture_to_picture(tmp_path: Path) -> None:
     asked = list(zip(rows("background"), rows("yes/no"), strict=True))
-    talks = [f"/image {DATA / one['image']}\n{one['question']}\n{two['question']}\n" for one, two in asked]
+    conversations = [f"/image {DATA / one['image']}\n{one['question']}\n{two['question']}\n" for one, two in asked]
     saved = tmp_path / "talk.jsonl"
-    result = edge("chat", "-m", "tiny", "--temperature", 0, stdin="/reset\n".join(talks) + f"/save {saved}\n/quit\n")
+    result = edge(
+        "chat", "-m", "tiny", "--temperature", 0, stdin="/reset\n".join(conversations) + f"/save {saved}\n/quit\n"
+    )
     assert result.stderr == ""
     said = result.stdout.splitlines()
     assert len(said) == 2 * len(asked)
@@ -225,7 +227,7 @@ def test_each_turn_of_a_talk_decodes_only_what_is_new(tiny: Model) -> None:
         [rows(group)[4]["question"] for group in ("count", "yes/no")],
     )
     chat = Chat(tiny, temperature=0.0)
-    stats = [list(chat.say(one, *([picture] if not index else [])))[-1].stats for index, one in enumerate(questions)]
+    stats = [list(chat.send(one, *([picture] if not index else [])))[-1].stats for index, one in enumerate(questions)]
     first, second = stats
     assert first is not None
     assert second is not None

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from lfm2vl_edge import Model, ModelNotPulled, blobs, pull
-from lfm2vl_edge.locate import TINY, locate
+from lfm2vl_edge import Model, ModelNotPulled, pull
+from lfm2vl_edge.models import hub as blobs
+from lfm2vl_edge.models.names import TINY, resolve_model
 from tests.conftest import HubHere
 from tests.hub_server import Hub, Request
 
@@ -78,7 +79,7 @@ def check_what_is_left(deaths: Deaths) -> None:
     for path in names:
         assert path.name.endswith(".incomplete") or sha256(path.read_bytes()).hexdigest() == path.name
     try:
-        pair = locate(NAME).pair
+        pair = resolve_model(NAME).pair
     except ModelNotPulled:
         whole = sum(not path.name.endswith(".incomplete") for path in names)
         deaths.left[f"{whole} files whole, {len(names) - whole} begun"] += 1
@@ -120,7 +121,7 @@ def test_the_pull_after_one_that_was_killed_ends_with_verified_files(hub: Hub, h
                 check_what_is_left(deaths)
         found = pull(NAME)
         assert are_right(found.model, found.mmproj)
-        assert locate(NAME).pair == found
+        assert resolve_model(NAME).pair == found
         assert not list(blobs.hub_cache().rglob("*.incomplete"))
     print(f"{deaths.left.total()} killed; what they left: {dict(deaths.left)}")
     with Model.open(NAME) as model:

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lfm2vl_edge.geometry import plan
-from lfm2vl_edge.tiling import Tile
+from lfm2vl_edge.image.tiles import Tile
+from lfm2vl_edge.planning.geometry import plan
 from models.tiny import recipe
 from models.tiny.draw import FONTS, box, draw
 from models.tiny.landmarks import ABSENT, CLASSES, UNKNOWN, landmarks

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lfm2vl_edge import pull
-from lfm2vl_edge.locate import TINY
+from lfm2vl_edge.models.names import TINY
 from tests.conftest import HubHere
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "shapes.png"

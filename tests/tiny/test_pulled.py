@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from lfm2vl_edge import Model, blobs
+from lfm2vl_edge import Model
 from lfm2vl_edge.cli import app
-from lfm2vl_edge.locate import TINY
-from lfm2vl_edge.pulled import read_pulled
+from lfm2vl_edge.models import hub as blobs
+from lfm2vl_edge.models.manifest import read_manifest
+from lfm2vl_edge.models.names import TINY
 from tests.conftest import HubHere
 from tests.hub_server import Fault, Hub, Request
 
@@ -27,7 +28,7 @@ QUESTION, ANSWER = "What color is the star?", "Blue"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Behaviour:
+class Comparison:
     """What the hub does, and what a pull then says; nothing if it succeeds all the same."""
 
     fault: Callable[[Request], Fault | None] = lambda _: None
@@ -39,26 +40,26 @@ def is_file(one: Request) -> bool:
 
 
 BEHAVIOURS = {
-    "whole": Behaviour(),
-    "cut off in the middle": Behaviour(fault=lambda one: Fault(cut=2_000_000) if is_file(one) else None),
-    "cut off for good": Behaviour(
+    "whole": Comparison(),
+    "cut off in the middle": Comparison(fault=lambda one: Fault(cut=2_000_000) if is_file(one) else None),
+    "cut off for good": Comparison(
         fault=lambda one: Fault(cut=0 if one.start else 3_000_000) if is_file(one) else None,
         message="broke off after 3.0 of",
     ),
-    "a wrong hash": Behaviour(fault=lambda one: Fault(flip=1_000_000), message="arrived damaged"),
-    "slow": Behaviour(fault=lambda one: Fault(pause=0.005) if is_file(one) else None),
-    "404 of the repository": Behaviour(
+    "a wrong hash": Comparison(fault=lambda one: Fault(flip=1_000_000), message="arrived damaged"),
+    "slow": Comparison(fault=lambda one: Fault(pause=0.005) if is_file(one) else None),
+    "404 of the repository": Comparison(
         fault=lambda one: Fault(status=404, code="RepoNotFound"), message=f"no repository {NAME}"
     ),
-    "404 of a file": Behaviour(
+    "404 of a file": Comparison(
         fault=lambda one: Fault(status=404, code="EntryNotFound") if is_file(one) else None,
         message="is gone from the hub",
     ),
-    "500 of the list": Behaviour(
+    "500 of the list": Comparison(
         fault=lambda one: None if "/resolve/" in one.path else Fault(status=500), message="answered 500"
     ),
-    "500 of a file": Behaviour(fault=lambda one: Fault(status=500) if is_file(one) else None, message="500"),
-    "500 at first": Behaviour(fault=lambda one: Fault(status=500) if is_file(one) and one.number < 2 else None),
+    "500 of a file": Comparison(fault=lambda one: Fault(status=500) if is_file(one) else None, message="500"),
+    "500 at first": Comparison(fault=lambda one: Fault(status=500) if is_file(one) and one.number < 2 else None),
 }
 
 
@@ -81,7 +82,7 @@ def test_however_the_hub_behaves_the_model_is_right_in_the_end(hub: Hub, name: s
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
         assert BEHAVIOURS[name].message in errors[0]
-        assert read_pulled() == []
+        assert read_manifest() == []
         assert edge("run", EXAMPLE, QUESTION, "-m", NAME).exit_code == 1
         hub.fault = lambda _: None
         result = edge("pull", NAME)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lfm2vl_edge.tiling import cut
+from lfm2vl_edge.image.tiles import cut
 from models.tiny import recipe
 from models.tiny.draw import FONTS, box, draw
 from models.tiny.questions import GROUPS, ask, talk

@@ -1,4 +1,4 @@
-"""The demonstration model, looking at real pictures, is held to random JSON schemas.
+"""The demonstration model, looking at real images, is held to random JSON schemas.
 
 `LFM2VL_TEST_SCHEMAS=1000 pytest -k random_schemas -rP` asks under so many, and tells how many answers were cut.
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from lfm2vl_edge import AnswerCut, Model, Photo
-from tests.schemas import is_valid, random_schema
+from lfm2vl_edge import AnswerTruncated, EncodedImage, Model
+from tests.structured.schemas import is_valid, random_schema
 
 COUNT = int(os.environ.get("LFM2VL_TEST_SCHEMAS", "40"))
 """Random schemas."""
@@ -26,13 +26,13 @@ QUESTIONS = ("Describe the picture.", "How many objects are there?", "Detect all
 
 
 @pytest.fixture(scope="module")
-def photos() -> Iterator[list[Photo]]:
-    """Pictures that the model has seen: each question then costs only itself."""
+def photos() -> Iterator[list[EncodedImage]]:
+    """Images that the model has seen: each question then costs only itself."""
     with Model.open("tiny", n_threads=1) as model:
-        yield [model.look(path) for path in PICTURES]
+        yield [model.encode_image(path) for path in PICTURES]
 
 
-def asked(photos: list[Photo], number: int, **options: Any) -> tuple[dict[str, Any], str | None]:
+def asked(photos: list[EncodedImage], number: int, **options: Any) -> tuple[dict[str, Any], str | None]:
     """Return a random schema and the answer that is held to it, or None if it was cut; half of them are greedy."""
     schema = random_schema(random.Random(number))
     drawn = {"temperature": 0.0, "repetition_penalty": 1.0} if number % 2 else {"temperature": 1.0, "min_p": 0.0}
@@ -41,13 +41,13 @@ def asked(photos: list[Photo], number: int, **options: Any) -> tuple[dict[str, A
     )
     try:
         first = next(chunks)
-    except AnswerCut:
+    except AnswerTruncated:
         return schema, None
     assert list(chunks) == [], "a held answer comes in one piece"
     return schema, first.text
 
 
-def test_the_demonstration_model_answers_within_random_schemas(photos: list[Photo]) -> None:
+def test_the_demonstration_model_answers_within_random_schemas(photos: list[EncodedImage]) -> None:
     cut = 0
     for number in range(COUNT):
         schema, text = asked(photos, number, max_tokens=MOST_TOKENS)
@@ -59,7 +59,7 @@ def test_the_demonstration_model_answers_within_random_schemas(photos: list[Phot
     assert cut <= max(1, COUNT // 50)
 
 
-def test_little_room_gives_whole_answers_or_none_within_random_schemas(photos: list[Photo]) -> None:
+def test_little_room_gives_whole_answers_or_none_within_random_schemas(photos: list[EncodedImage]) -> None:
     outcomes = []
     for number in range(COUNT):
         schema, text = asked(photos, number, max_tokens=1 + number % 13)

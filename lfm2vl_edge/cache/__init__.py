@@ -1,0 +1,1 @@
+"""What was computed once: embeddings and states, in memory and on disk, by fingerprint. May import the engine protocol."""

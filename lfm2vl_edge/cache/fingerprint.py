@@ -1,0 +1,166 @@
+"""What must be the same for two results to be the same bits: files by content, native code, settings.
+
+Files are hashed whole: a sample of blocks could miss a small tensor that was changed, and exactness is the rule here.
+It costs about a second per gigabyte, so a digest is kept by path, size and time of the last change if there is a
+folder for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from lfm2vl_edge.config import ImageConfig
+from lfm2vl_edge.engine import EngineInfo
+from lfm2vl_edge.errors import ModelNotFound
+from lfm2vl_edge.host import write_beside
+from lfm2vl_edge.models.names import Pair, Stamp, stamp
+from lfm2vl_edge.planning.budget import ImageBudget
+
+_BLOCK: Final = 1 << 20
+_HEX_DIGITS: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """Where a state of the engine comes from; another identity in any field means other bits."""
+
+    model: str
+    """Digest of the language file and the mmproj file."""
+    engine: str
+    """Digest of the native code and of the processor features that it found."""
+    settings: str
+    """Settings of the engine and of the images."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The files of a model as they were when it was opened."""
+
+    pair: Pair
+    """Where they lie."""
+    stamps: tuple[Stamp, ...]
+    """What the file system said of them then; a file that was replaced since is not the one in memory."""
+
+    @classmethod
+    def of(cls, pair: Pair) -> Source:
+        """Look at the files of a model, before they are opened.
+
+        Raises:
+            ModelNotFound: a file is gone.
+        """
+        return cls(pair=pair, stamps=tuple(stamp(path) for path in (pair.model, pair.mmproj)))
+
+    def digests(self, memo: Path | None) -> tuple[str, str]:
+        """Return the digests of the language file and the mmproj file.
+
+        Raises:
+            ModelNotFound: a file is gone, or is another one by now.
+        """
+        model, mmproj = (
+            file_digest(path, memo, then)
+            for path, then in zip((self.pair.model, self.pair.mmproj), self.stamps, strict=True)
+        )
+        return model, mmproj
+
+
+def fingerprint_of(
+    source: Source, info: EngineInfo, image: ImageConfig, sight: ImageBudget, memo: Path | None
+) -> Fingerprint:
+    """Return the identity of an opened model.
+
+    Args:
+        source: its files.
+        info: what its engine says of itself.
+        image: the image settings in use.
+        sight: how closely images are looked at.
+        memo: a folder that keeps digests of files, or None.
+
+    Raises:
+        ModelNotFound: a file is gone, or is another one by now.
+    """
+    return Fingerprint(
+        model=_digest(*source.digests(memo)),
+        engine=engine_digest(info, memo),
+        settings=f"{info.language_settings}; encoder {info.encoder_settings}; {image}; {sight.key}",
+    )
+
+
+def encoder_digest(source: Source, info: EngineInfo, memo: Path | None) -> str:
+    """Return the digest of everything but the pixels that decides an embedding.
+
+    Raises:
+        ModelNotFound: the mmproj file is gone, or is another one by now.
+    """
+    mmproj = file_digest(source.pair.mmproj, memo, source.stamps[1])
+    return _digest(mmproj, engine_digest(info, memo), info.encoder_settings)
+
+
+def state_digest(source: Source, info: EngineInfo, memo: Path | None) -> str:
+    """Return the digest of everything but the prompt that decides a state of the sequence.
+
+    Raises:
+        ModelNotFound: a file is gone, or is another one by now.
+    """
+    settings = info.language_settings, info.encoder_settings
+    return _digest(*source.digests(memo), engine_digest(info, memo), *settings)
+
+
+def engine_digest(info: EngineInfo, memo: Path | None) -> str:
+    """Return the digest of the engine's native code and of the processor features that it uses."""
+    return _digest(info.system, *(file_digest(path, memo) for path in info.libraries))
+
+
+def file_digest(path: Path, memo: Path | None = None, then: Stamp | None = None) -> str:
+    """Return the SHA-256 of a file as hex digits.
+
+    Args:
+        path: the file.
+        memo: a folder that keeps digests; a file unchanged in size and time is not read again.
+        then: what `stamp` gave when the file was opened; by default it may be any file.
+
+    Raises:
+        ModelNotFound: the file is gone, cannot be read, or is not the one that was opened.
+    """
+    now = stamp(path)
+    if then is not None and now != then:
+        raise ModelNotFound(f"{path} was replaced after the model was opened; open it again")
+    note = memo / _digest(str(path.resolve()), *map(str, now)) if memo is not None else None
+    if note is not None and (known := _known(note)):
+        return known
+    try:
+        digest = _hash(path)
+    except OSError as error:
+        raise ModelNotFound(f"cannot read {path}: {error.strerror or error}; check the path") from error
+    if note is not None:
+        with suppress(OSError):  # if nothing can be kept, it is computed again
+            write_beside(note, [digest.encode()])
+    return digest
+
+
+def _hash(path: Path) -> str:
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            state.update(block)
+    return state.hexdigest()
+
+
+def _known(note: Path) -> str | None:
+    try:
+        text = note.read_bytes().decode("ascii", "replace")
+    except OSError:
+        return None
+    return text if len(text) == _HEX_DIGITS and set(text) <= set("0123456789abcdef") else None
+
+
+def _digest(*parts: str) -> str:
+    """Return the SHA-256 of several texts, as hex digits; no two lists of texts share one."""
+    state = hashlib.sha256()
+    for part in parts:
+        data = part.encode()
+        state.update(len(data).to_bytes(8, "little") + data)
+    return state.hexdigest()

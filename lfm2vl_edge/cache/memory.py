@@ -1,0 +1,163 @@
+"""What was computed once and need not be computed again: embeddings of views, and states of the sequence.
+
+Both are kept by content, so an answer is the same bits with and without them. Nothing here knows how an embedding or
+a state is made; the memories of a model belong to it and are gone with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeAlias
+from weakref import WeakValueDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2vl_edge.engine import Floats, State
+from lfm2vl_edge.image.tiles import Tile
+
+Key: TypeAlias = bytes
+"""SHA-256 of some content."""
+Piece: TypeAlias = "tuple[int, ...] | Tile"
+"""What goes through the engine in one call: a run of tokens, or a view."""
+STATE_BYTES: Final = 256_000_000
+"""Default budget of the states in memory: about eight of a conversation about an image of ten tiles (450M)."""
+TILE_BYTES: Final = 64_000_000
+"""Default budget of the embeddings in memory: a view has about 1 MB (450M)."""
+
+
+class LruCache:
+    """Arrays by key within a budget of bytes; the least recently used ones go first."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        """Bytes; 0 keeps nothing."""
+        self.n_bytes = 0
+        """Bytes kept now; never above the budget."""
+        self._kept: OrderedDict[Key, npt.NDArray[Any]] = OrderedDict()
+
+    def get(self, key: Key) -> npt.NDArray[Any] | None:
+        """Return an array and note its use; None if it is not kept."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def put(self, key: Key, array: npt.NDArray[Any]) -> None:
+        """Keep an array, in place of what was kept least recently; one above the budget is not kept."""
+        self._drop(key)
+        if array.nbytes > self.budget:
+            return
+        self._kept[key] = array
+        self.n_bytes += array.nbytes
+        while self.n_bytes > self.budget:
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, key: Key) -> None:
+        array = self._kept.pop(key, None)
+        if array is not None:
+            self.n_bytes -= array.nbytes
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+class ArrayStore(Protocol):
+    """Where arrays outlive the process."""
+
+    def get(self, key: Key, shape: tuple[int, int] | None = None) -> npt.NDArray[Any] | None:
+        """Return `[rows, columns]`, of a shape if one is demanded; None if it is not there whole."""
+
+    def put(self, key: Key, array: npt.NDArray[Any]) -> None:
+        """Keep `[rows, columns]` if that is possible."""
+
+
+class StateCache:
+    """StateCache of the sequence after a chain of pieces (`chain`), in memory and, if there is a shelf, beyond it."""
+
+    def __init__(self, budget: int = STATE_BYTES, shelf: ArrayStore | None = None) -> None:
+        """Keep nothing at all where the budget (bytes of memory) is 0."""
+        self._recent = LruCache(budget)
+        self._disk = shelf if budget > 0 else None
+        self._held: WeakValueDictionary[Key, npt.NDArray[Any]] = WeakValueDictionary()
+
+    def put(self, key: Key, snapshot: Callable[[], State], *, lasting: bool = False) -> None:
+        """Keep the state that `snapshot` copies, unless there is no budget at all; on the shelf if it is to last."""
+        if self._recent.budget <= 0:
+            return
+        state = snapshot()
+        self._recent.put(key, state)
+        if lasting and self._disk is not None:
+            self._disk.put(key, state[None])
+
+    def hold(self, key: Key, state: State) -> None:
+        """Know a state for as long as its owner keeps it; it costs the budget nothing."""
+        self._held[key] = state
+
+    def get(self, key: Key) -> State | None:
+        """Return the state after a chain, if it is known."""
+        held = self._held.get(key)
+        known = self._recent.get(key) if held is None else held
+        return self._from_disk(key) if known is None and self._disk is not None else known
+
+    def _from_disk(self, key: Key) -> State | None:
+        found = self._disk.get(key) if self._disk is not None else None
+        if found is None or len(found) != 1:
+            return None
+        state: State = found[0]
+        self._recent.put(key, state)
+        return state
+
+    def longest(self, keys: Sequence[Key]) -> tuple[int, State] | None:
+        """Return the length of the longest known prefix of a chain, in pieces, and its state; None if none is."""
+        for length in range(len(keys), 0, -1):
+            state = self.get(keys[length - 1])
+            if state is not None:
+                return length, state
+        return None
+
+
+class EmbeddingCache:
+    """EmbeddingCache of views by their pixels, in memory and, if there is a shelf, beyond it."""
+
+    def __init__(self, budget: int = TILE_BYTES, shelf: ArrayStore | None = None, n_embd: int = 0) -> None:
+        self._recent = LruCache(budget)
+        self._disk = shelf
+        self._n_embd = n_embd
+
+    def of(self, tile: Tile, encode: Callable[[], Floats]) -> Floats:
+        """Return float32 `[tile.n_tokens, n_embd]`: what is known of these pixels, or what `encode` makes of them."""
+        known = self._recent.get(tile.key)
+        if known is not None:
+            return known
+        shelved = self._disk.get(tile.key, (tile.n_tokens, self._n_embd)) if self._disk else None
+        embeddings = encode() if shelved is None else shelved
+        self._recent.put(tile.key, embeddings)
+        if self._disk and shelved is None:
+            self._disk.put(tile.key, embeddings)
+        return embeddings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What a model remembers."""
+
+    states: StateCache
+    """Of the sequence, by the pieces that led to them."""
+    embeddings: EmbeddingCache
+    """Of views, by their pixels."""
+
+
+def chain(pieces: Sequence[Piece]) -> list[Key]:
+    """Return, for each piece, the key of everything up to and including it.
+
+    Where a run of tokens ends is part of the key: the same tokens decoded in other runs may give other bits.
+    """
+    keys: list[Key] = []
+    for piece in pieces:
+        before = keys[-1] if keys else b""
+        content = b"view" + piece.key if isinstance(piece, Tile) else b"run" + np.asarray(piece, "<i4").tobytes()
+        keys.append(hashlib.sha256(before + content).digest())
+    return keys

@@ -1,0 +1,103 @@
+"""What `convert` and `quantize` share: types as the user writes them, and the report at the end."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from lfm2vl_edge.errors import ConfigError, ConvertError
+
+if TYPE_CHECKING:
+    from lfm2vl_convert.convert import Quantizer
+    from lfm2vl_convert.imatrix import Imatrix
+    from lfm2vl_convert.report import Group
+
+AUTO: Final = "auto"
+ImatrixFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--imatrix", metavar="FILE", help="Weigh errors with an importance matrix, see `lfm2vl-edge calibrate`."
+    ),
+]
+
+
+def encoder_type(asked: str) -> str:
+    """Return the type of an mmproj file; `auto` becomes the faster exact enough one on this machine."""
+    if asked != AUTO:
+        return asked
+    from lfm2vl_edge.engine.quantize import fast_encoder_type, system_info
+
+    return fast_encoder_type(system_info())
+
+
+def parse_overrides(texts: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Return pattern and type of every `PATTERN=TYPE`.
+
+    Raises:
+        ConvertError: one has no such form.
+    """
+    from lfm2vl_convert.recipes import parse_override
+
+    return [parse_override(text) for text in texts or ()]
+
+
+def quantizer_with(imatrix: Path | None, types: Sequence[str], *, requantize: bool = False) -> Quantizer:
+    """Return what makes a quantized file.
+
+    Args:
+        imatrix: the importance matrix to weigh errors with, if any.
+        types: those of the files that are to be made.
+        requantize: whether tensors that are quantized already may be quantized again.
+
+    Raises:
+        ConfigError: the importance matrix is no whole GGUF file, or no file would use it.
+        ConvertError: it is not there, is of another kind, or has values that cannot be.
+    """
+    from lfm2vl_convert.imatrix import read_imatrix, weights_for
+    from lfm2vl_convert.recipes import FLOAT_TYPES
+    from lfm2vl_edge.engine.quantize import Importance, quantize_file
+    from lfm2vl_edge.models.gguf import read_metadata
+
+    if imatrix is None:
+        return functools.partial(quantize_file, requantize=requantize)
+    if all(kind in FLOAT_TYPES for kind in types):
+        raise ConfigError(
+            f"--imatrix changes nothing in files of {' and '.join(dict.fromkeys(types))}; leave it out, or quantize"
+        )
+    if not imatrix.is_file():
+        raise ConvertError(f"no importance matrix at {imatrix}; check the path, or make one: lfm2vl-edge calibrate")
+    known = read_imatrix(imatrix, read_metadata(imatrix))
+    notes = notes_on(known)
+
+    def quantize(source: Path, target: Path, kind: str, overrides: Any, advance: Any) -> None:
+        weights = {} if kind in FLOAT_TYPES else weights_for(known, source)
+        importance = Importance(weights=weights, notes=notes) if weights else None
+        quantize_file(source, target, kind, overrides, advance, requantize=requantize, importance=importance)
+
+    return quantize
+
+
+def notes_on(imatrix: Imatrix) -> dict[str, str | int]:
+    """Return the metadata that llama-quantize writes about an importance matrix."""
+    notes: dict[str, str | int] = {"quantize.imatrix.file": str(imatrix.path)}
+    if imatrix.dataset:
+        notes["quantize.imatrix.dataset"] = imatrix.dataset
+    notes["quantize.imatrix.entries_count"] = len(imatrix.means)
+    if imatrix.chunks > 0:
+        notes["quantize.imatrix.chunks_count"] = imatrix.chunks
+    return notes
+
+
+def show_report(paths: Sequence[Path], groups: Sequence[Group], *, as_json: bool, quiet: bool) -> None:
+    """Print paths, or everything as JSON, on stdout, and the report on stderr unless it is to be quiet."""
+    from lfm2vl_convert.report import as_dict, as_table
+
+    if not quiet:
+        typer.echo("\n".join(as_table(groups)), err=True)
+    for line in [json.dumps(as_dict(paths, groups))] if as_json else paths:
+        typer.echo(line)

@@ -1,0 +1,78 @@
+"""What makes commands start faster and share the processors: it changes the process, so only commands call it.
+
+Two of the settings concern threads. numpy's BLAS threads would only keep llama.cpp's waiting. And llama.cpp's threads
+meet hundreds of times per token: GNU's OpenMP lets a thread that arrives early spin for milliseconds, which is fastest
+on processors without other work. If another program needs them too, a spinning thread takes the time that the late one
+needs, and a token can take fifty times as long (`docs/performance.md`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from lfm2vl_edge.host import big_cores
+
+_SPIN_COUNT: Final = "GOMP_SPINCOUNT"
+_WAIT_POLICY: Final = "OMP_WAIT_POLICY"
+"""Environment variables that libgomp reads when it is loaded; a value of the user is left alone."""
+_SHORT_SPIN: Final = "1000"
+"""Rounds of about ten nanoseconds, instead of 300,000. No spinning at all would halve the decoding speed."""
+_LOAD: Final = Path("/proc/loadavg")
+_SAMPLES: Final = 3
+_SECONDS_BETWEEN: Final = 0.001
+"""A thread that runs only for a moment is not seen by all samples."""
+_BINDINGS: Final = "llama_cpp"
+
+
+def prepare_process() -> None:
+    """Set up this process for one command; call it before numpy or llama.cpp is loaded."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if os.environ.keys().isdisjoint((_SPIN_COUNT, _WAIT_POLICY)) and is_crowded():
+        os.environ[_SPIN_COUNT] = _SHORT_SPIN
+    postpone_bindings()
+
+
+def is_crowded(load: Path = _LOAD) -> bool:
+    """Return whether other programs leave fewer processors than a model uses by default."""
+    for sample in range(_SAMPLES):
+        if sample:
+            time.sleep(_SECONDS_BETWEEN)
+        others = _running(load) - 1
+        if others < 1 or others + big_cores() <= (os.cpu_count() or 1):
+            return False
+    return True
+
+
+def _running(load: Path) -> int:
+    """Return the number of running threads on the machine, this one included; 1 if it is unknown."""
+    try:
+        return int(load.read_text().split()[3].partition("/")[0])
+    except (OSError, ValueError, IndexError):
+        return 1
+
+
+class _Postponed(ModuleType):
+    """A package whose `__init__` runs only when an attribute is requested that its imported modules do not provide."""
+
+    def __getattr__(self, name: str) -> Any:
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        if self.__spec__ is not None and self.__spec__.loader is not None:
+            self.__spec__.loader.exec_module(self)
+        return getattr(self, name)
+
+
+def postpone_bindings() -> None:
+    """Skip the high-level half of llama_cpp (chat formats, databases, ...) until somebody uses it.
+
+    Commands need only its ctypes modules; the rest takes a seventh of the time to import everything that answers.
+    """
+    spec = find_spec(_BINDINGS) if _BINDINGS not in sys.modules else None
+    if spec is not None:
+        sys.modules[_BINDINGS] = package = module_from_spec(spec)
+        package.__class__ = _Postponed

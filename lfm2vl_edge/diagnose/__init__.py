@@ -1,0 +1,1 @@
+"""Whether this machine is well set up and how fast it is: doctor, tune, bench."""

@@ -1,0 +1,1 @@
+"""The vision encoder and projector: a ggml graph for processors, libmtmd for GPUs."""

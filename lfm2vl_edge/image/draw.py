@@ -1,0 +1,98 @@
+"""Images for people: the grid of a plan over the image that it cuts, and the boxes that a model found in one."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lfm2vl_edge.errors import EdgeError
+from lfm2vl_edge.host import write_beside
+from lfm2vl_edge.image.load import Pixels
+from lfm2vl_edge.planning.geometry import TilePlan, View
+from lfm2vl_edge.structured.boxes import Box
+
+_LINE: Final = (255, 64, 64)
+_LABEL: Final = (255, 255, 255)
+_PLATE: Final = (0, 0, 0)
+_LONGEST_LABEL: Final = 40
+"""Characters of a label that are drawn."""
+_Font: TypeAlias = "ImageFont.FreeTypeFont | ImageFont.ImageFont"
+
+
+def draw_plan(pixels: Pixels, tile_plan: TilePlan) -> Pixels:
+    """Return the image with the grid's lines and, in each tile, its row, column and tokens.
+
+    Args:
+        pixels: uint8 `[tile_plan.height, tile_plan.width, 3]`.
+        tile_plan: what `plan` returned for this image.
+
+    Returns:
+        uint8, of the same shape.
+    """
+    picture = Image.fromarray(pixels)
+    canvas = ImageDraw.Draw(picture)
+    line, font = _measures(picture)
+    for view in tile_plan.views:
+        if view.kind != "thumbnail":
+            _draw_view(canvas, view, tile_plan, line, font)
+    return np.asarray(picture)
+
+
+def draw_boxes(pixels: Pixels, boxes: Sequence[Box]) -> Pixels:
+    """Return the image with a frame around each box, inside of it, and its label at its upper left corner.
+
+    Args:
+        pixels: uint8 `[height, width, 3]`, the upright image.
+        boxes: within the image.
+
+    Returns:
+        uint8, of the same shape.
+    """
+    picture = Image.fromarray(pixels)
+    canvas = ImageDraw.Draw(picture)
+    line, font = _measures(picture)
+    for box in boxes:
+        canvas.rectangle((box.left, box.top, box.right - 1, box.bottom - 1), outline=_LINE, width=line)
+    for box in boxes:  # no frame crosses a label
+        label = "".join(sign if sign.isprintable() else "?" for sign in box.label[:_LONGEST_LABEL])
+        _draw_label(canvas, (box.left + 3 * line, box.top + 3 * line), label, line, font)
+    return np.asarray(picture)
+
+
+def _measures(picture: Image.Image) -> tuple[int, _Font]:
+    """Return how wide lines are, pixels, and what to write with."""
+    scale = max(1.0, min(picture.size) / 240)
+    return max(1, round(scale)), ImageFont.load_default(size=max(8, round(7 * scale)))
+
+
+def _draw_view(canvas: ImageDraw.ImageDraw, view: View, tile_plan: TilePlan, line: int, font: _Font) -> None:
+    tile_height, tile_width = tile_plan.height / tile_plan.rows, tile_plan.width / tile_plan.cols
+    left, top = view.col * tile_width, view.row * tile_height
+    canvas.rectangle((left, top, left + tile_width - 1, top + tile_height - 1), outline=_LINE, width=line)
+    place = f"row {view.row} col {view.col}: " if view.kind == "tile" else ""
+    _draw_label(canvas, (left + 3 * line, top + 3 * line), f"{place}{view.n_tokens} tokens", line, font)
+
+
+def _draw_label(canvas: ImageDraw.ImageDraw, where: tuple[float, float], text: str, line: int, font: _Font) -> None:
+    box = canvas.textbbox(where, text, font=font)
+    canvas.rectangle((box[0] - line, box[1] - line, box[2] + line, box[3] + line), fill=_PLATE)
+    canvas.text(where, text, fill=_LABEL, font=font)
+
+
+def save_png(pixels: Pixels, path: Path) -> None:
+    """Write an image, whole or not at all.
+
+    Raises:
+        EdgeError: the file cannot be written.
+    """
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, format="PNG")
+    try:
+        write_beside(path, [encoded.getbuffer()])
+    except OSError as error:
+        raise EdgeError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,220 @@
+"""The two files of a model, checked against each other and read into a ModelConfig, without the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from lfm2vl_edge.config import ImageConfig, Sampling, stated_image_settings, states_tiling
+from lfm2vl_edge.errors import ConfigError
+from lfm2vl_edge.models.gguf import Strings, read_metadata
+from lfm2vl_edge.models.names import LANGUAGE_ARCHITECTURE, Pair
+from lfm2vl_edge.models.registry import Published, find_by_shape, find_published
+from lfm2vl_edge.planning.budget import NO_BUDGET, ImageBudget
+from lfm2vl_edge.planning.costs import COST_SHAPE_450M, CostShape, cost_shape
+from lfm2vl_edge.structured.boxes import FRACTIONS, BoxFormat
+
+_ALL_F32: Final = 0
+"""llama.cpp's file type of files without 16-bit or quantized matrices."""
+_CONTROL: Final = 3
+_NORMAL: Final = 1
+"""llama.cpp's token types of control tokens and of ordinary text."""
+_MARKER_KEYS: Final[Mapping[str, str]] = {
+    "<image>": "lfm2vl.image_token_id",
+    "<|image_start|>": "lfm2vl.image_start_token_id",
+    "<|image_end|>": "lfm2vl.image_end_token_id",
+    "<|img_thumbnail|>": "lfm2vl.image_thumbnail_token_id",
+}
+IMAGE, IMAGE_START, IMAGE_END, THUMBNAIL = _MARKER_KEYS
+"""Texts of the image markers; their ids differ from vocabulary to vocabulary."""
+CALL_START: Final = "<|tool_call_start|>"
+CALL_END: Final = "<|tool_call_end|>"
+_TOOL_MARKERS: Final = (
+    *("<|tool_list_start|>", "<|tool_list_end|>", CALL_START, CALL_END),
+    *("<|tool_response_start|>", "<|tool_response_end|>"),
+)
+"""Texts of what stands around tools, calls of them and their results."""
+_SAMPLING_KEYS: Final[Mapping[str, str]] = {
+    "temperature": "general.sampling.temp",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What a model's files say about it."""
+
+    name: str
+    """`general.name` of the language file, or the file's own name."""
+    n_embd: int
+    """Width of the language tower and of every image embedding."""
+    n_vocab: int
+    """Entries of the vocabulary."""
+    n_ctx_train: int
+    """Longest context that the model was trained for, tokens."""
+    chat_template: str
+    """Jinja source that turns messages into a prompt."""
+    bos_token: str
+    """Text of the begin-of-text token, which the template writes itself."""
+    eos_token: str
+    """Text of the end-of-turn token."""
+    control_tokens: Mapping[str, int]
+    """Text -> id of every control token, image markers included."""
+    image: ImageConfig
+    """How images are cut."""
+    image_source: str
+    """Where those settings came from."""
+    sampling: Sampling
+    """The model's own decoding defaults."""
+    is_float32: bool
+    """Whether the language tower's matrices are float32: such a file is made to be exact, not fast."""
+    sight: ImageBudget = NO_BUDGET
+    """How closely images are looked at, where the caller has a option."""
+    shape: CostShape = COST_SHAPE_450M
+    """What its costs are guessed from if nothing was measured."""
+    boxes: BoxFormat = FRACTIONS
+    """How it is asked for boxes, and writes them."""
+
+
+def read_config(pair: Pair) -> ModelConfig:
+    """Return what the two files say, after checking that each is what it should be and that they fit.
+
+    Raises:
+        ModelNotFound: a file is gone.
+        ConfigError: a file is damaged, is of another kind, or the two do not belong together.
+    """
+    language, vision = read_metadata(pair.model), read_metadata(pair.mmproj)
+    _check_kinds(pair, language, vision)
+    tokens = _token_table(pair.model, language)
+    controls = _control_tokens(pair.model, language)
+    _check_fit(pair, language, vision, controls)
+    published = _published(language, pair.model)
+    image, source = image_settings(vision, pair.mmproj, published)
+    return ModelConfig(
+        name=str(language.get("general.name") or pair.model.stem),
+        n_embd=int(language["lfm2.embedding_length"]),
+        n_vocab=len(tokens),
+        n_ctx_train=int(_need(language, "lfm2.context_length", pair.model)),
+        chat_template=str(_need(language, "tokenizer.chat_template", pair.model)),
+        bos_token=_token_text(tokens, language.get("tokenizer.ggml.bos_token_id")),
+        eos_token=_token_text(tokens, language.get("tokenizer.ggml.eos_token_id")),
+        control_tokens=controls,
+        image=image,
+        image_source=source,
+        sampling=_sampling(language, published),
+        is_float32=language.get("general.file_type") == _ALL_F32,
+        shape=cost_shape(language, vision, (pair.model.stat().st_size, pair.mmproj.stat().st_size)),
+        boxes=FRACTIONS if published is None else published.boxes,
+    )
+
+
+def image_settings(
+    vision: Mapping[str, Any], path: Path, language: Published | None = None
+) -> tuple[ImageConfig, str]:
+    """Return the image settings of an mmproj file's metadata, and a phrase that says where they came from.
+
+    Args:
+        vision: the metadata.
+        path: the file.
+        language: what is published of the language file beside it, for a file that states and names nothing.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+    try:
+        stated = stated_image_settings(vision)
+        if states_tiling(stated):
+            return ImageConfig().with_changes(stated), f"the model's file {path.name}"
+        published = find_published(str(vision.get("general.name", ""))) or language or find_published(path.name)
+        if published is not None:
+            return ImageConfig().with_changes({**published.image, **stated}), f"the published {published.name}"
+        return ImageConfig().with_changes(stated), "the documented defaults (the model's file states none)"
+    except ConfigError as error:
+        raise ConfigError(f"{path.name} has a wrong image setting: {error}") from error
+
+
+def _published(language: Mapping[str, Any], path: Path) -> Published | None:
+    """Return which published model a language file is: by the name in its metadata, its shape, or the file's name."""
+    width, blocks = (language.get(f"lfm2.{key}") for key in ("embedding_length", "block_count"))
+    return (
+        find_published(str(language.get("general.name", "")))
+        or find_by_shape(width, blocks, len(language.get("tokenizer.ggml.tokens", ())))
+        or find_published(path.name)
+    )
+
+
+def _need(metadata: Mapping[str, Any], key: str, path: Path) -> Any:
+    if key not in metadata:
+        raise ConfigError(f"{path} does not state {key}; it is no complete model: convert it again")
+    return metadata[key]
+
+
+def _check_kinds(pair: Pair, language: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
+    kind = language.get("general.architecture")
+    if kind != LANGUAGE_ARCHITECTURE:
+        raise ConfigError(f"{pair.model} is a {kind!r} model, not the language tower of an LFM2-VL model")
+    kind = vision.get("general.architecture")
+    if kind != "clip":
+        raise ConfigError(f"{pair.mmproj} is a {kind!r} model, not an mmproj file (vision encoder and projector)")
+    projector = vision.get("clip.projector_type", vision.get("clip.vision.projector_type"))
+    if projector != "lfm2":
+        raise ConfigError(f"{pair.mmproj} has a {projector!r} projector; LFM2-VL needs 'lfm2'")
+
+
+def _check_fit(
+    pair: Pair, language: Mapping[str, Any], vision: Mapping[str, Any], controls: Mapping[str, int]
+) -> None:
+    width = _need(language, "lfm2.embedding_length", pair.model)
+    projected = _need(vision, "clip.vision.projection_dim", pair.mmproj)
+    if width != projected:
+        raise ConfigError(
+            f"{pair.mmproj.name} does not belong to {pair.model.name}: "
+            f"it projects to width {projected}, the model has width {width}"
+        )
+    for text, key in _MARKER_KEYS.items():
+        if text not in controls:
+            raise ConfigError(f"{pair.model} has no token {text}; it is a text-only LFM2 model, not LFM2-VL")
+        if vision.get(key, controls[text]) != controls[text]:
+            raise ConfigError(
+                f"{pair.mmproj.name} does not belong to {pair.model.name}: "
+                f"{text} has id {vision[key]} there and {controls[text]} in the model's vocabulary"
+            )
+
+
+def _token_table(path: Path, language: Mapping[str, Any]) -> Strings:
+    tokens = _need(language, "tokenizer.ggml.tokens", path)
+    if not isinstance(tokens, Strings):
+        raise ConfigError(f"{path} has no texts as tokens; it is no complete model: convert it again")
+    return tokens
+
+
+def _control_tokens(path: Path, language: Mapping[str, Any]) -> dict[str, int]:
+    """Markers count as control tokens whatever their type: text typed by a user must never become one."""
+    tokens = _token_table(path, language)
+    types = np.asarray(_need(language, "tokenizer.ggml.token_type", path))
+    if len(types) != len(tokens):
+        raise ConfigError(f"{path} has {len(tokens)} tokens and {len(types)} token types; convert it again")
+    controls = {tokens[int(index)]: int(index) for index in np.flatnonzero(types == _CONTROL)}
+    others = {text: tokens.find(text) for text in (*_MARKER_KEYS, *_TOOL_MARKERS) if text not in controls}
+    return controls | {text: index for text, index in others.items() if index is not None and types[index] != _NORMAL}
+
+
+def _token_text(tokens: Strings, token: object) -> str:
+    return tokens[token] if isinstance(token, int) and 0 <= token < len(tokens) else ""
+
+
+def _sampling(language: Mapping[str, Any], published: Published | None) -> Sampling:
+    """GGUF keeps 32-bit floats; seven digits are what they hold."""
+    default = published.sampling if published else Sampling()
+    stated = {name: language[key] for name, key in _SAMPLING_KEYS.items() if key in language}
+    rounded: dict[str, Any] = {
+        name: value if name == "top_k" else float(f"{value:.7g}") for name, value in stated.items()
+    }
+    return replace(default, **rounded)

@@ -1,0 +1,181 @@
+"""Which views an image is cut into, decided in integers before any pixel is touched.
+
+The rules are those of `Lfm2VlImageProcessor` (transformers 5.23): sizes are rounded half to even, areas decide.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from lfm2vl_edge.config import ImageConfig
+from lfm2vl_edge.errors import ImageError
+
+Kind = Literal["tile", "thumbnail", "single"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """One image that the encoder sees."""
+
+    kind: Kind
+    """`tile` of a grid, `thumbnail` of a tiled image, or `single` for an image that is not cut."""
+    row: int
+    """Row of the tile in the grid, from 0; 0 for the other kinds."""
+    col: int
+    """Column of the tile in the grid, from 0; 0 for the other kinds."""
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    n_tokens: int
+    """Image tokens that the encoder returns for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TilePlan:
+    """All views of one image, in prompt order: tiles row by row, then the thumbnail; or a single view."""
+
+    height: int
+    """Of the whole image, pixels."""
+    width: int
+    """Of the whole image, pixels."""
+    rows: int
+    """Of the grid; 1 for a single view."""
+    cols: int
+    """Of the grid; 1 for a single view."""
+    views: tuple[View, ...]
+    """In prompt order."""
+
+    @property
+    def n_image_tokens(self) -> int:
+        """Image tokens of all views."""
+        return sum(view.n_tokens for view in self.views)
+
+    @property
+    def n_markers(self) -> int:
+        """Special tokens around the views: start and end, and one before each view of a tiled image."""
+        return 2 + (len(self.views) if self.is_tiled else 0)
+
+    @property
+    def n_prompt_tokens(self) -> int:
+        """What the image takes of the context: image tokens and markers."""
+        return self.n_image_tokens + self.n_markers
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the image is cut into more than one tile."""
+        return self.rows * self.cols > 1
+
+
+def plan(height: int, width: int, config: ImageConfig) -> TilePlan:
+    """Decide the views of an image of `height` x `width` pixels.
+
+    Raises:
+        ImageError: a side is below 1.
+    """
+    if height < 1 or width < 1:
+        raise ImageError(f"a picture of {width}x{height} pixels has nothing to see; both sides must be 1 or more")
+    may_split = config.do_image_splitting and config.max_tiles > 1
+    if not (may_split and is_too_large(height, width, config)):
+        return single_view(height, width, config, config.min_image_tokens, config.max_image_tokens)
+    rows, cols = choose_grid(height, width, config)
+    return TilePlan(
+        height=height, width=width, rows=rows, cols=cols, views=_grid_views(height, width, rows, cols, config)
+    )
+
+
+def single_view(height: int, width: int, config: ImageConfig, least: int, most: int) -> TilePlan:
+    """Return the plan of an image that is not cut, within other limits of image tokens than the config's."""
+    view = _view("single", *fit(height, width, config.token_side, least, most), config)
+    return TilePlan(height=height, width=width, rows=1, cols=1, views=(view,))
+
+
+def _grid_views(height: int, width: int, rows: int, cols: int, config: ImageConfig) -> tuple[View, ...]:
+    side = config.tile_size
+    if rows * cols == 1:
+        return (_view("single", side, side, config),)
+    tiles = tuple(_view("tile", side, side, config, row, col) for row in range(rows) for col in range(cols))
+    if not config.use_thumbnail:
+        return tiles
+    return (*tiles, _view("thumbnail", *smart_resize(height, width, config), config))
+
+
+def _view(kind: Kind, height: int, width: int, config: ImageConfig, row: int = 0, col: int = 0) -> View:
+    n_tokens = (height // config.token_side) * (width // config.token_side)
+    return View(kind=kind, row=row, col=col, height=height, width=width, n_tokens=n_tokens)
+
+
+def is_too_large(height: int, width: int, config: ImageConfig) -> bool:
+    """Tell whether an image is tiled: its rounded area exceeds that of the largest single view, with tolerance.
+
+    A side that rounds to nothing counts as one encoder patch here, but as one image token in `smart_resize`.
+    """
+    height = max(config.encoder_patch_size, _round_to(height, config.token_side))
+    width = max(config.encoder_patch_size, _round_to(width, config.token_side))
+    return height * width > config.max_image_tokens * config.token_side**2 * config.max_pixels_tolerance
+
+
+def smart_resize(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
+    """Return (height, width) of a single view or thumbnail: whole image tokens, the aspect ratio nearly kept.
+
+    The token count lies within the config's limits, except for images so narrow that one side is a single token.
+    """
+    return fit(height, width, config.token_side, config.min_image_tokens, config.max_image_tokens)
+
+
+def fit(height: int, width: int, side: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
+    """Return (height, width) in whole image tokens of `side` x `side` pixels; see `smart_resize`."""
+    least, most = min_tokens * side**2, max_tokens * side**2
+    rounded = max(side, _round_to(height, side)), max(side, _round_to(width, side))
+    if rounded[0] * rounded[1] > most:
+        shrink = math.sqrt((height * width) / most)
+        return (
+            max(side, math.floor(height / shrink / side) * side),
+            max(side, math.floor(width / shrink / side) * side),
+        )
+    if rounded[0] * rounded[1] < least:
+        grow = math.sqrt(least / (height * width))
+        return math.ceil(height * grow / side) * side, math.ceil(width * grow / side) * side
+    return rounded
+
+
+def choose_grid(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
+    """Return (rows, columns) of the grid whose aspect ratio is closest to the image's.
+
+    Of several grids of the same ratio, the largest that the image fills by more than half is taken.
+    """
+    aspect = width / height
+    area = height * width
+    best, best_distance = (1, 1), math.inf
+    for rows, cols in _grids(config.min_tiles, config.max_tiles):
+        distance = abs(aspect - cols / rows)
+        fills = area > 0.5 * config.tile_size**2 * rows * cols
+        if distance < best_distance or (distance == best_distance and fills):
+            best, best_distance = (rows, cols), distance
+    return best
+
+
+@lru_cache(maxsize=64)
+def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """Return every (rows, columns) with an allowed number of tiles, the fewest tiles first.
+
+    transformers sorts a set of (columns, rows), filled by growing side, by tile count alone. Where a ratio lies
+    half-way between those of two grids of one count, the order of that set decides; so it is built the same way.
+    """
+    pairs = [
+        (cols, rows)
+        for cols in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // cols + 1)
+        if cols * rows >= min_tiles
+    ]
+    pairs.sort(key=lambda pair: (max(min_tiles, *pair), pair))
+    by_count = sorted(set(pairs), key=lambda pair: pair[0] * pair[1])
+    return tuple((rows, cols) for cols, rows in by_count)
+
+
+def _round_to(value: int, factor: int) -> int:
+    """Return the multiple of `factor` nearest to `value`, halves to the even multiple."""
+    return round(value / factor) * factor

@@ -1,0 +1,211 @@
+"""caption, detect, point, extract, and run with a grammar or a schema, as a shell sees them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from lfm2vl_edge import Model
+from lfm2vl_edge.cli import app
+from lfm2vl_edge.structured import grammar_of, read_schema
+from lfm2vl_edge.structured.boxes import SHORT
+from tests.conftest import PICTURES, Pair
+from tests.fake_engine import CONFIG, FakeEngine
+
+CARS = '[{"label": "red car", "bbox": [0.1, 0.25, 0.5, 0.75]}, {"label": "red\\ncar", "bbox": [0, 0, 0.1, 0.1]}]'
+SCHEMA = '{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}'
+ANSWERS = {
+    "Describe this image.": " A car. ",
+    "Detect the red car.": CARS,
+    "Detect the cat.": "[]",
+    "Detect all objects.": "I see nothing.",
+    "Detect the dog.": '[{"label": "dog", "bbox": [0, 0, 500, 500]}]',
+    "Count.": '{"n": 2}',
+    "Long?": "x" * 50,
+}
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine(ANSWERS)
+
+
+@pytest.fixture
+def run(tmp_path: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command on a model whose answers are written down, in a folder with an image of 200 x 100 pixels."""
+    model = Model(engine, replace(CONFIG, boxes=SHORT))
+    for name in ("asking", "run"):
+        command = importlib.import_module(f"lfm2vl_edge.cli.{name}")
+        monkeypatch.setattr(command, "opening", lambda *_, **__: nullcontext(lambda: model))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (200, 100), (128, 128, 128)).save("car.png")
+    (tmp_path / "schema.json").write_text(SCHEMA)
+
+    def in_process(*arguments: object, stdin: bytes = b"") -> Result:
+        return CliRunner().invoke(app, list(map(str, arguments)), input=stdin)
+
+    return in_process
+
+
+def failed(result: Result, message: str) -> bool:
+    """One line on stderr that begins with error:, nothing on stdout."""
+    assert (result.exit_code, result.stdout) == (1, ""), result.output
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    return result.stderr.startswith("error: ")
+
+
+def test_a_caption_is_the_answer_and_nothing_else(run: Run) -> None:
+    assert run("caption", "car.png").stdout == "A car.\n"
+    assert json.loads(run("caption", "car.png", "--json").stdout) == {"caption": "A car.", "model": "scripted"}
+
+
+def test_what_it_cost_is_told_where_it_is_asked_for(run: Run) -> None:
+    for arguments in (("caption",), ("detect", "red car"), ("point", "red car")):
+        command, *what = arguments
+        quiet, verbose = run(command, "car.png", *what), run(command, "car.png", *what, "-v")
+        assert (quiet.stderr, quiet.stdout) == ("", verbose.stdout)
+        assert [line.split()[0] for line in verbose.stderr.splitlines()][:2] == ["model", "open"]
+        assert "decode" in verbose.stderr
+    told = run("extract", "car.png", "-s", "schema.json", "-p", "Count.", "-v")
+    assert (json.loads(told.stdout), "prefill" in told.stderr) == ({"n": 2}, True)
+
+
+def test_where_stdout_falls_short_stderr_says_why(run: Run) -> None:
+    for command in ("detect", "point"):
+        nothing = run(command, "car.png", "cat")
+        assert (nothing.exit_code, nothing.stdout) == (0, "")
+        assert nothing.stderr == "note: the model finds nothing of that kind in the picture\n"
+        assert run(command, "car.png", "cat", "--json").stderr == ""
+    cut = run("caption", "car.png", "-n", 4)
+    assert (cut.stdout, cut.stderr) == ("A c\n", "note: cut off here; --max-tokens allows more\n")
+
+
+def test_boxes_are_lines_or_one_object(run: Run, engine: FakeEngine) -> None:
+    result = run("detect", "car.png", "red car")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == "20\t25\t100\t75\tred car\n0\t0\t20\t10\tred?car\n"
+    assert engine.grammars == [grammar_of(read_schema(SHORT.schema()))]
+    assert engine.sampled[0].temperature == 0
+    shown = json.loads(run("detect", "car.png", "red car", "--json", "--temperature", 0.5).stdout)
+    box = {"label": "red car", "left": 20, "top": 25, "right": 100, "bottom": 75}
+    assert (shown["boxes"][0], shown["height"], shown["width"]) == (box, 100, 200)
+    assert engine.sampled[1].temperature == 0.5
+    assert run("detect", "car.png", "cat").stdout == ""
+    assert json.loads(run("detect", "-", "cat", "--json", stdin=Path("car.png").read_bytes()).stdout)["boxes"] == []
+
+
+def test_points_are_the_middles(run: Run) -> None:
+    assert run("point", "car.png", "red car").stdout == "60\t50\tred car\n10\t5\tred?car\n"
+    shown = json.loads(run("point", "car.png", "-p", "Detect the red car.", "--json").stdout)
+    assert shown["points"][0] == {"label": "red car", "x": 60, "y": 50}
+
+
+def test_a_drawn_copy_has_the_frames(run: Run, engine: FakeEngine) -> None:
+    assert run("detect", "car.png", "red car", "--draw", "out.png").exit_code == 0
+    drawn = np.asarray(Image.open("out.png"))
+    assert drawn.shape == (100, 200, 3)
+    assert (drawn[74, 20:100] == (255, 64, 64)).all()
+    assert (drawn[25:75, 99] == (255, 64, 64)).all()
+    assert (drawn[80:, 110:] == 128).all()
+    before = Path("out.png").read_bytes()
+    assert failed(run("detect", "car.png", "cat", "--draw", "out.png"), "out.png is there already")
+    assert Path("out.png").read_bytes() == before
+    assert run("detect", "car.png", "cat", "--draw", "out.png", "--force").exit_code == 0
+    assert (np.asarray(Image.open("out.png")) == 128).all()
+    for path, why in (("out.png/x.png", "cannot write out.png/x.png"), ("out.jpg", "a name that ends with .png")):
+        asked = len(engine.asked)
+        assert failed(run("detect", "car.png", "cat", "--draw", path), why)
+        assert failed(run("plan", "car.png", "--draw", path), why)
+        assert len(engine.asked) == asked, "before the model is opened"
+
+
+def test_what_the_model_says_amiss_is_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    assert failed(run("detect", "car.png", "--free"), "the answer holds no boxes: 'I see nothing.'")
+    assert run("detect", "car.png", "dog", "--free").stdout == ""
+    assert "left out of the answer" in caplog.text
+    assert failed(run("detect", "car.png", "dog"), "fits 0 of 2 alternatives; ask again")
+    assert failed(run("detect", "car.png", "red car", "-n", 5), "cut after 5 tokens")
+
+
+def test_extract_prints_json_that_fits(run: Run) -> None:
+    assert json.loads(run("extract", "car.png", "--schema", "schema.json", "-p", "Count.").stdout) == {"n": 2}
+    result = run("extract", "car.png", "-s", "-", "-p", "Count.", stdin=SCHEMA.encode())
+    assert json.loads(result.stdout) == {"n": 2}
+
+
+def test_a_schema_that_is_too_long_to_be_shown_says_what_helps(run: Run) -> None:
+    part = {f"property {number}": {"type": "null"} for number in range(40)}
+    Path("long.json").write_text(json.dumps({"type": "object", "properties": part}))
+    found = run("extract", "car.png", "-s", "long.json")
+    assert failed(found, "or a question of your own (--prompt): the schema is the text here")
+
+
+def test_run_holds_answers_to_schemas_and_grammars(run: Run, engine: FakeEngine) -> None:
+    assert run("run", "car.png", "Count.", "--json-schema", "schema.json").stdout == '{"n": 2}\n'
+    asked = ("-a", "Count.", "-a", "Count.", "--json-schema", "-", "--json")
+    shown = json.loads(run("run", "car.png", *asked, stdin=SCHEMA.encode()).stdout)
+    assert [one["answer"] for one in shown["answers"]] == ['{"n": 2}'] * 2
+    Path("x.gbnf").write_text('root ::= "x"*')
+    assert run("run", "car.png", "Long?", "--grammar", "x.gbnf").stdout == "x" * 50 + "\n"
+    assert engine.grammars[-1] == 'root ::= "x"*'
+    assert failed(run("run", "car.png", "Long?", "--grammar", "x.gbnf", "-n", 9), "raise --max-tokens")
+
+
+BAD_FILES: dict[str, tuple[Any, str]] = {
+    "missing": (None, "cannot read the JSON schema bad: No such file or directory; check the path"),
+    "empty": (b" \n", "the JSON schema bad is empty"),
+    "cut": (SCHEMA[:-5].encode(), "the JSON schema bad is no JSON"),
+    "list": (b"[]", "the JSON schema bad must be an object"),
+    "binary": (b"\xff\xfe\x00", "is no text in UTF-8"),
+    "large": (b" " * (1 << 20) + b"{}", "more than 1048576 bytes"),
+    "deep": (b'{"a":' * 100_000, "is no JSON"),
+    "unsupported": (b'{"type": "string", "pattern": "a"}', "keyword 'pattern' at # is not supported"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize("command", [("run", "--json-schema"), ("extract", "--schema")], ids=["run", "extract"])
+def test_bad_schemas_are_one_line(run: Run, name: str, command: tuple[str, str]) -> None:
+    content, message = BAD_FILES[name]
+    if content is not None:
+        Path("bad").write_bytes(content)
+    assert failed(run(command[0], "car.png", "-p", "Count.", command[1], "bad"), message)
+
+
+def test_other_wrong_usage(run: Run) -> None:
+    assert failed(run("run", "car.png", "Count.", "--grammar", "none"), "cannot read the grammar none")
+    assert failed(run("run", "car.png", "Count.", "--grammar", "."), "cannot read the grammar .: Is a directory")
+    assert failed(run("run", "-", "Count.", "--json-schema", "-"), "stdin (-) can be read for one thing only")
+    assert failed(run("extract", "-", "--schema", "-"), "stdin (-) can be read for one thing only")
+    both = ("--grammar", "schema.json", "--json-schema", "schema.json")
+    assert failed(run("run", "car.png", "Count.", *both), "schema goes with neither grammar nor stop")
+    assert failed(
+        run("run", "car.png", "Count.", "--json-schema", "schema.json", "--stop", "}"), "neither grammar nor"
+    )
+    assert failed(run("detect", "none.png"), "no picture at 'none.png'")
+    assert run("extract", "car.png").exit_code == 2
+    assert run("detect").exit_code == 2
+
+
+def test_a_whole_process_on_a_real_model(pair: Pair, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+    command = [sys.executable, "-m", "lfm2vl_edge", "extract", str(PICTURES / "small.png"), "--schema", "-"]
+    command += ["-m", str(pair("a", "F32")), "-t", "1"]
+    result = subprocess.run(command, input=json.dumps(schema).encode(), capture_output=True, cwd=tmp_path)
+    assert result.stderr == b""
+    assert json.loads(result.stdout)["colour"] in ("red", "blue")
+    assert result.stdout.count(b"\n") == 1

@@ -1,0 +1,250 @@
+"""The encoder as a graph of our own: equal to mtmd's, the same bits whatever came before, safe from wrong files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from lfm2vl_edge import Model
+from lfm2vl_edge.engine import Floats, ffi
+from lfm2vl_edge.engine.encoder import ggml, graph
+from lfm2vl_edge.engine.encoder.mtmd import MtmdEncoder, MtmdSettings
+from lfm2vl_edge.engine.encoder.vision import GraphEncoder, read_tower
+from lfm2vl_edge.errors import ConfigError, EngineError
+from lfm2vl_edge.image.resample import resize_grid
+from lfm2vl_edge.models.names import find_pair
+from tests.conftest import Pair
+from tests.test_reference import relative_error
+
+VIEWS = [(8, 8), (3, 7), (7, 3), (1, 1), (16, 16), (2, 5)]
+"""Rows and columns of image tokens."""
+TOLERANCE = {"F32": 2e-3, "F16": 2e-3, "BF16": 1.5e-2}
+"""mtmd rounds keys, values and, as here, what is multiplied with the matrices; its projector's GELU is tanh's."""
+
+
+def view(rows: int, columns: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (rows * 32, columns * 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def mmproj(pair: Pair) -> Callable[[str, str], Path]:
+    return lambda name, kind: find_pair(pair(name, kind)).mmproj
+
+
+@pytest.fixture
+def encoder(mmproj: Callable[[str, str], Path]) -> Iterator[GraphEncoder]:
+    one = GraphEncoder(mmproj("a", "F32"), 2)
+    yield one
+    one.close()
+
+
+def by_mtmd(path: Path, n_embd: int) -> list[Floats]:
+    ffi.llama.llama_backend_init()
+    other = MtmdEncoder(path, MtmdSettings(n_threads=2, view_tokens=256))
+    try:
+        return [other.encode(view(rows, columns), rows * columns, n_embd) for rows, columns in VIEWS]
+    finally:
+        other.close()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize(("name", "n_embd"), [("a", 128), ("b", 192), ("c", 128)])
+def test_views_are_what_mtmd_makes_of_them(
+    mmproj: Callable[[str, str], Path], name: str, n_embd: int, kind: str
+) -> None:
+    path = mmproj(name, kind)
+    ours = GraphEncoder(path, 2)
+    for (rows, columns), expected in zip(VIEWS, by_mtmd(path, n_embd), strict=True):
+        found = ours.encode(view(rows, columns), rows * columns, n_embd)
+        assert relative_error(expected, found) <= TOLERANCE[kind], (rows, columns)
+    ours.close()
+
+
+def test_a_view_gives_the_same_bits_whatever_came_before(encoder: GraphEncoder, mmproj: Any) -> None:
+    expected = encoder.encode(view(8, 8), 64, 128)
+    for rows, columns, seed in ((8, 8, 1), (16, 16, 2), (8, 8, 3), (1, 1, 4)):
+        encoder.encode(view(rows, columns, seed), rows * columns, 128)
+        np.testing.assert_array_equal(encoder.encode(view(8, 8), 64, 128), expected)
+        np.testing.assert_array_equal(encoder.encode(view(8, 8), 64, 128), expected)
+    alone = GraphEncoder(mmproj("a", "F32"), 1)
+    np.testing.assert_array_equal(alone.encode(view(8, 8), 64, 128), expected)
+    alone.close()
+
+
+def test_positions_tell_places_apart(encoder: GraphEncoder) -> None:
+    flat = np.full((256, 256, 3), 90, np.uint8)
+    tokens = encoder.encode(flat, 64, 128)
+    assert len(np.unique(tokens.round(5), axis=0)) == 64
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (5, 40), (16, 16), (2, 3), (20, 61)])
+def test_positions_are_resized_as_pillow_resizes(height: int, width: int) -> None:
+    grid = np.random.default_rng(height).standard_normal((16, 16, 3)).astype(np.float32)
+    channels = (Image.fromarray(np.ascontiguousarray(grid[..., index])) for index in range(3))
+    expected = [np.asarray(one.resize((width, height), Image.Resampling.BILINEAR)) for one in channels]
+    np.testing.assert_allclose(resize_grid(grid, height, width), np.stack(expected, axis=-1), atol=2e-5)
+
+
+def test_work_memory_begins_on_a_cache_line(encoder: GraphEncoder) -> None:
+    encoder.encode(view(2, 2), 4, 128)
+    assert encoder._view is not None
+    assert encoder._view._graph._plan.work_data % 64 == 0
+
+
+def test_what_does_not_fit_is_told(encoder: GraphEncoder) -> None:
+    for pixels, planned in ((view(2, 2), 5), (view(2, 2)[:-1], 4), (view(2, 2)[:, :40], 2)):
+        with pytest.raises(EngineError, match=f"was planned with {planned}"):
+            encoder.encode(np.ascontiguousarray(pixels), planned, 128)
+    with pytest.raises(EngineError, match="embeddings of width 128; the language tower has 64"):
+        encoder.encode(view(1, 1), 1, 64)
+
+
+def rewritten(source: Path, path: Path, change: Callable[[str, Any], Any], **stated: Any) -> Path:
+    """Copy a GGUF file with its tensors changed: `change` gets a name and an array, and gives an array or None.
+
+    Metadata of the vision encoder are replaced by `stated`.
+    """
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, "clip")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kind = field.types[0]
+            value = stated.get(field.name.rpartition(".")[2], field.contents())
+            writer.add_key_value(field.name, value, kind, field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        kept = change(tensor.name, np.array(tensor.data))
+        if kept is not None:
+            writer.add_tensor(tensor.name, kept)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def changed(wrong: str, by: Callable[[Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, data: by(data) if name == wrong else data
+
+
+def test_a_rewritten_file_is_as_good(mmproj: Callable[[str, str], Path], tmp_path: Path) -> None:
+    path = rewritten(mmproj("a", "F32"), tmp_path / "mmproj.gguf", changed("", lambda data: data))
+    one, other = GraphEncoder(path, 1), GraphEncoder(mmproj("a", "F32"), 1)
+    np.testing.assert_array_equal(one.encode(view(1, 2), 2, 128), other.encode(view(1, 2), 2, 128))
+    one.close()
+    other.close()
+
+
+def test_every_wrong_tensor_is_refused_before_ggml_sees_it(mmproj: Callable[[str, str], Path], tmp_path: Path) -> None:
+    source, path = mmproj("a", "F32"), tmp_path / "mmproj.gguf"
+    for tensor in gguf.GGUFReader(source).tensors:
+        name = tensor.name
+        if name != "mm.input_norm.weight":  # newer models have none
+            rewritten(source, path, changed(name, lambda _: None))
+            with pytest.raises(EngineError, match=f"has no tensor {name}; it is no whole mmproj"):
+                GraphEncoder(path, 1)
+        rewritten(source, path, changed(name, lambda data: np.repeat(data, 2, axis=-1)))
+        with pytest.raises(EngineError, match=r"has the shape \[[\d, ]+\], not \["):
+            GraphEncoder(path, 1)
+        if len(tensor.shape) == 1:
+            rewritten(source, path, changed(name, lambda data: data.astype(np.float16)))
+            with pytest.raises(EngineError, match=f"the tensor {name} cannot be of type f16"):
+                GraphEncoder(path, 1)
+
+
+def test_integers_are_no_weights(mmproj: Callable[[str, str], Path], tmp_path: Path) -> None:
+    name = "v.blk.0.ffn_up.weight"
+    path = rewritten(mmproj("a", "F32"), tmp_path / "mmproj.gguf", changed(name, lambda data: data.astype(np.int32)))
+    with pytest.raises(EngineError, match=f"the tensor {name} cannot be of type i32"):
+        GraphEncoder(path, 1)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 1000, 5000, 0.3, 0.9, 0.999999])
+def test_a_cut_file_is_refused(mmproj: Callable[[str, str], Path], tmp_path: Path, keep: float) -> None:
+    data = mmproj("a", "F16").read_bytes()
+    path = tmp_path / "mmproj.gguf"
+    path.write_bytes(data[: int(keep * len(data)) if 0 < keep < 1 else int(keep)])
+    with pytest.raises((EngineError, ConfigError), match=str(path)):
+        GraphEncoder(path, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("embedding_length", 0),
+        ("attention.head_count", 5),
+        ("patch_size", -16),
+        ("block_count", "three"),
+        ("image_std", [0.5, 0.5]),
+        ("image_mean", None),
+        ("image_std", [0.5, 0.0, 0.5]),
+    ],
+)
+def test_an_impossible_tower_is_refused(monkeypatch: pytest.MonkeyPatch, key: str, value: Any, tmp_path: Path) -> None:
+    sizes = {"embedding_length": 96, "attention.head_count": 3, "block_count": 1, "patch_size": 16}
+    more = {"attention.layer_norm_epsilon": 1e-6, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    stated = {f"clip.vision.{name}": one for name, one in ({**sizes, **more, key: value}).items() if one is not None}
+    monkeypatch.setattr("lfm2vl_edge.engine.encoder.vision.read_metadata", lambda _: stated)
+    with pytest.raises(EngineError, match=r"no sizes of a vision encoder|does not describe its encoder"):
+        read_tower(tmp_path / "x.gguf")
+
+
+def test_another_llama_cpp_leaves_the_encoder_to_mtmd(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = view(3, 3)
+    with Model.open(pair("a", "F32")) as model:
+        expected = model.embed_image(picture)
+    monkeypatch.setitem(ggml._CPU, "ggml_graph_plan_of_the_future", (None, []))
+    ggml.ggml_cpu.cache_clear()
+    graph.graphs_work.cache_clear()
+    try:
+        assert not graph.graphs_work()
+        with Model.open(pair("a", "F32")) as model:
+            assert model.engine.info.encoder_settings == "flash=1 gpu=False"
+            assert relative_error(expected, model.embed_image(picture)) <= TOLERANCE["F32"]
+            wide = model.engine.encode(view(16, 24), 384)  # more than it was opened for
+            assert wide.shape == (384, 128)
+    finally:
+        ggml.ggml_cpu.cache_clear()
+        graph.graphs_work.cache_clear()
+
+
+@pytest.mark.parametrize("size", [1, 3, 64, 2**20, 2**31 - 1, 2**32 - 1])
+@pytest.mark.parametrize("key", ["embedding_length", "head_count", "block_count", "patch_size", "scale_factor"])
+def test_sizes_that_the_tensors_contradict_are_refused(
+    mmproj: Callable[[str, str], Path], tmp_path: Path, key: str, size: int
+) -> None:
+    path = rewritten(mmproj("a", "F32"), tmp_path / "mmproj.gguf", lambda _, data: data, **{key: size})
+    if (key, size) in {("head_count", 1), ("head_count", 3), ("block_count", 1), ("block_count", 3)}:
+        GraphEncoder(path, 1).close()  # those fit, though the answers are others
+        return
+    with pytest.raises(EngineError, match=r"has the shape|has no tensor|no sizes of a vision encoder"):
+        GraphEncoder(path, 1)
+
+
+def test_a_view_that_finds_no_memory_leaves_nothing_behind(
+    encoder: GraphEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = encoder.encode(view(3, 3), 9, 128)
+    with monkeypatch.context() as patch:
+        patch.setattr(ggml.ggml(), "ggml_gallocr_alloc_graph", lambda *_: False)
+        for _ in range(2):
+            with pytest.raises(EngineError, match="not enough memory to encode a view"):
+                encoder.encode(view(4, 4), 16, 128)
+    assert encoder.encode(view(4, 4), 16, 128).shape == (16, 128)
+    np.testing.assert_array_equal(encoder.encode(view(3, 3), 9, 128), expected)
+
+
+def test_an_unknown_layout_of_tensors_leaves_the_encoder_to_mtmd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise EngineError("unknown")
+
+    monkeypatch.setattr(graph, "product_op", refuse)
+    graph.graphs_work.cache_clear()
+    assert not graph.graphs_work()
+    graph.graphs_work.cache_clear()

@@ -1,0 +1,296 @@
+"""A model's two files: found, checked against each other before anything is loaded, and read."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lfm2vl_edge import ConfigError, ImageConfig, Model, ModelNotFound, Sampling
+from lfm2vl_edge.config import image_metadata, stated_image_settings
+from lfm2vl_edge.models.facts import image_settings, read_config
+from lfm2vl_edge.models.gguf import Strings, read_metadata
+from lfm2vl_edge.models.names import find_pair
+from lfm2vl_edge.models.registry import find_published
+from tests.conftest import Pair
+
+
+@pytest.fixture(scope="session")
+def folder(pair: Pair) -> Path:
+    return pair("a", "F16")
+
+
+def files(folder: Path) -> tuple[Path, Path]:
+    found = find_pair(folder)
+    return found.model, found.mmproj
+
+
+def written(path: Path, architecture: str, **values: Any) -> Path:
+    """Write a GGUF file without tensors."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in values.items():
+        name = key.replace("__", ".")
+        add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool, list: writer.add_array}
+        add[type(value)](name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_metadata_equals_what_gguf_reads(folder: Path) -> None:
+    for path in files(folder):
+        reader, ours = gguf.GGUFReader(path), read_metadata(path)
+        theirs = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        assert set(ours) == set(theirs)
+        for name, value in theirs.items():
+            mine = ours[name] if np.isscalar(ours[name]) else list(ours[name])
+            assert mine == value, name
+
+
+def strings(texts: list[str]) -> Strings:
+    """Return texts as they are stored in a GGUF file."""
+    entries = [struct.pack("<Q", len(text.encode())) + text.encode() for text in texts]
+    return Strings(b"".join(entries), list(accumulate(map(len, entries), initial=0)))
+
+
+@given(st.lists(st.text("ab\0\x01", max_size=3), max_size=30), st.text("ab\0\x01", max_size=3))
+def test_a_text_is_found_where_it_stands_first(texts: list[str], wanted: str) -> None:
+    assert strings(texts).find(wanted) == (texts.index(wanted) if wanted in texts else None)
+
+
+def test_a_text_within_another_one_is_not_found() -> None:
+    inside = struct.pack("<Q", 1).decode() + "a"
+    assert strings(["x", f"x{inside}x", "a"]).find("a") == 2
+    assert strings(["x", f"x{inside}x"]).find("a") is None
+
+
+def test_tokens_that_are_no_texts_are_refused(folder: Path, tmp_path: Path) -> None:
+    model = written(tmp_path / "numbers-F16.gguf", "lfm2", tokenizer__ggml__tokens=[1, 2], lfm2__embedding_length=8)
+    mmproj = shutil.copy(files(folder)[1], tmp_path)
+    with pytest.raises(ConfigError, match="no texts as tokens"):
+        read_config(find_pair(model, Path(mmproj)))
+
+
+def test_a_folder_and_a_file_give_the_same_pair(folder: Path) -> None:
+    found = find_pair(folder)
+    assert found == find_pair(found.model)
+    assert found.mmproj.name.startswith("mmproj-")
+
+
+def test_of_several_mmproj_the_one_of_the_same_name_is_taken(tmp_path: Path) -> None:
+    for name in ("LFM2.5-VL-450M-Q4_0", "mmproj-LFM2.5-VL-450m-Q8_0", "mmproj-LFM2.5-VL-450m-F16", "mmproj-other-F16"):
+        (tmp_path / f"{name}.gguf").touch()
+    assert find_pair(tmp_path).mmproj.name == "mmproj-LFM2.5-VL-450m-F16.gguf"
+    (tmp_path / "mmproj-LFM2.5-VL-450m-F16.gguf").unlink()
+    assert find_pair(tmp_path).mmproj.name == "mmproj-LFM2.5-VL-450m-Q8_0.gguf"
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "message"),
+    [
+        ([], "", "holds no .gguf file"),
+        (["a-F16", "b-F16", "mmproj-a-F16"], "", "2 models in .*a-F16.gguf, b-F16.gguf"),
+        (["mmproj-a-F16"], "", "holds mmproj-a-F16.gguf"),
+        (["a-F16"], "", "no mmproj beside"),
+        (["a-F16"], "b.gguf", "no model"),
+        (["mmproj-a-F16"], "mmproj-a-F16.gguf", "is the mmproj"),
+    ],
+)
+def test_what_is_missing_is_named(names: list[str], asked: str, message: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / f"{name}.gguf").touch()
+    with pytest.raises(ModelNotFound, match=message):
+        find_pair(tmp_path / asked)
+
+
+def test_a_missing_mmproj_that_was_named_is_an_error(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="no mmproj at"):
+        Model.open(folder, mmproj=tmp_path / "none.gguf")
+
+
+def test_the_config_is_what_the_checkpoint_states(pair: Pair) -> None:
+    config = read_config(find_pair(pair("b", "F32")))
+    assert (config.n_embd, config.n_vocab, config.n_ctx_train) == (192, 3072, 32768)
+    assert config.image == ImageConfig(resample=3, min_tiles=1)
+    assert config.image_source.startswith("the model's file mmproj-")
+    assert config.sampling == Sampling(temperature=0.1, min_p=0.15, repetition_penalty=1.05)
+    assert config.control_tokens["<image>"] == 2968
+    assert config.bos_token == "<|startoftext|>"
+    assert config.is_float32
+    assert read_config(find_pair(pair("c", "F16"))).image == ImageConfig(use_thumbnail=False)
+    assert not read_config(find_pair(pair("c", "F16"))).is_float32
+
+
+@pytest.mark.parametrize("other", ["b", "c"])
+def test_a_pair_of_two_models_is_refused_by_name(other: str, pair: Pair, tmp_path: Path) -> None:
+    model, _ = files(pair("a", "F16"))
+    _, mmproj = files(pair(other, "F16"))
+    if other == "c":  # as wide as a, and with the same vocabulary: nothing tells it from a's own
+        assert read_config(find_pair(model, mmproj)).n_embd == 128
+        return
+    with pytest.raises(ConfigError, match=r"mmproj-checkpoint-F16.gguf does not belong to checkpoint-F16.gguf.*192"):
+        Model.open(model, mmproj=mmproj)
+
+
+def test_another_vocabulary_of_the_same_width_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = written(
+        tmp_path / "mmproj-x-F16.gguf",
+        "clip",
+        clip__projector_type="lfm2",
+        clip__vision__projection_dim=128,
+        lfm2vl__image_token_id=397,
+    )
+    with pytest.raises(ConfigError, match="<image> has id 397 there and 396"):
+        Model.open(files(folder)[0], mmproj=other)
+
+
+def test_other_kinds_of_model_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    model, mmproj = files(folder)
+    llama = written(tmp_path / "llama.gguf", "llama")
+    gemma = written(tmp_path / "mmproj-gemma.gguf", "clip", clip__projector_type="gemma3")
+    text = written(
+        tmp_path / "text.gguf",
+        "lfm2",
+        lfm2__embedding_length=128,
+        tokenizer__ggml__tokens=["<s>"],
+        tokenizer__ggml__token_type=[3],
+    )
+    for path, vision, message in (
+        (llama, mmproj, "'llama' model, not the language tower"),
+        (model, gemma, "'gemma3' projector"),
+        (model, llama, "'llama' model, not an mmproj"),
+        (text, mmproj, "text-only"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Model.open(path, mmproj=vision)
+
+
+@pytest.mark.parametrize("length", [0, 3, 4, 8, 20, 40, 200, 5000])
+def test_a_truncated_file_is_refused(length: int, folder: Path, tmp_path: Path) -> None:
+    model, mmproj = files(folder)
+    short = tmp_path / "short-F16.gguf"
+    short.write_bytes(model.read_bytes()[:length])
+    with pytest.raises(ConfigError, match="short-F16.gguf"):
+        Model.open(short, mmproj=mmproj)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"PK\x03\x04" + bytes(60),
+        b"GGUF" + struct.pack("<IQQ", 99, 0, 0),
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 2**63),
+        b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**62),
+        b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", 77),
+        b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 4, 2**40),
+        b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 9, 5),
+        b"GGUF" + struct.pack("<IQQQ1sIIQQ", 3, 0, 1, 1, b"k", 9, 8, 1, 2**64 - 9),
+    ],
+)
+def test_a_hostile_header_is_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="GGUF"):
+        read_metadata(path)
+
+
+def test_random_damage_never_raises_anything_else(folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    _, mmproj = files(folder)
+    original, path = mmproj.read_bytes()[:4000], tmp_path / "x.gguf"
+    for _ in range(300):
+        data = bytearray(original)
+        for place in rng.integers(0, 1500, rng.integers(1, 6)):
+            data[place] = rng.integers(256)
+        path.write_bytes(data)
+        try:
+            image_settings(read_metadata(path), path)
+        except (ConfigError, ModelNotFound):
+            continue
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "source"),
+    [
+        ("LFM2.5-VL-3B", {"resample": 3, "min_tiles": 1}, "the published LFM2.5-VL-3B"),
+        ("LFM2 VL 3B", {"resample": 3}, "the published LFM2-VL-3B"),
+        ("LFM2.5-VL-1.6B", {}, "the published LFM2.5-VL-1.6B"),
+        ("Some Finetune", {}, "the documented defaults (the model's file states none)"),
+    ],
+)
+def test_a_file_without_settings_gets_those_of_the_model_it_names(
+    name: str, image: dict[str, Any], source: str
+) -> None:
+    official = {"general.name": name, "clip.vision.patch_size": 16, "clip.vision.projector.scale_factor": 2}
+    assert image_settings(official, Path("mmproj.gguf")) == (ImageConfig(**image), source)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("mmproj-LFM2.5-VL-450m-Q8_0.gguf", "LFM2.5-VL-450M"),
+        ("LFM2-VL-1.6B-Q4_0.gguf", "LFM2-VL-1.6B"),
+        ("Lfm2.5 Vl 3B", "LFM2.5-VL-3B"),
+        ("lfm2-vl-450m-finetuned", "LFM2-VL-450M"),
+        ("LFM2.5-VL-450M-Extract", "LFM2.5-VL-450M"),
+        ("LFM2-1.2B", None),
+        ("LFM3-VL-3B", None),
+        ("LFM2-VL-30B", None),
+        ("", None),
+    ],
+)
+def test_published_models_are_found_by_name(text: str, name: str | None) -> None:
+    found = find_published(text)
+    assert (found.name if found else None) == name
+
+
+def test_image_settings_survive_the_way_through_metadata() -> None:
+    config = ImageConfig(
+        do_image_splitting=False,
+        min_tiles=1,
+        max_tiles=4,
+        use_thumbnail=False,
+        min_image_tokens=16,
+        max_image_tokens=64,
+        tile_size=256,
+        max_pixels_tolerance=1.1,
+        resample=3,
+    )
+    every = {name: getattr(config, name) for name in ImageConfig.__slots__}
+    assert ImageConfig().with_changes(stated_image_settings(image_metadata(every))) == config
+    assert stated_image_settings(image_metadata({"min_tiles": 3})) == {"min_tiles": 3}
+
+
+def test_a_wrong_setting_in_a_file_is_named(folder: Path, tmp_path: Path) -> None:
+    bad = {"clip.vision.preproc_min_tiles": 5, "clip.vision.preproc_max_tiles": 2}
+    with pytest.raises(ConfigError, match=r"mmproj.gguf has a wrong image setting: min_tiles 5 is above max_tiles 2"):
+        image_settings(bad, Path("mmproj.gguf"))
+    with pytest.raises(ConfigError, match="no multiple of 1024"):
+        stated_image_settings({"clip.vision.image_min_pixels": 1000})
+
+
+def test_a_file_that_names_no_tensor_is_refused_by_the_engine_in_one_line(folder: Path, tmp_path: Path) -> None:
+    from lfm2vl_edge import EngineError
+
+    model, mmproj = files(folder)
+    cut = tmp_path / model.name
+    cut.write_bytes(model.read_bytes()[:-1000])
+    shutil.copy(mmproj, tmp_path)
+    with pytest.raises(EngineError, match=r"llama_model_load_from_file failed on .*checkpoint-F16.gguf \(.+\)"):
+        Model.open(cut)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    shutil.copy(model, whole)
+    (whole / mmproj.name).write_bytes(mmproj.read_bytes()[:-1000])
+    with pytest.raises(EngineError, match=r"mmproj-checkpoint-F16.gguf ends before its tensor \S+; download"):
+        Model.open(whole)

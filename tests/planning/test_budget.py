@@ -1,0 +1,287 @@
+"""Plans within a budget: against every plan that settings can give, tried one by one; and what they cost."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lfm2vl_edge import ConfigError, ImageConfig, TilePlan, plan
+from lfm2vl_edge.planning.budget import (
+    CHOSEN,
+    NO_BUDGET,
+    ImageBudget,
+    candidate_plans,
+    cheaper,
+    check_detail,
+    detail_changes,
+    settings_for,
+    untiled_size,
+)
+from lfm2vl_edge.planning.costs import (
+    AVX2,
+    AVX512,
+    CONTEXT_TOKENS,
+    COST_SHAPE_450M,
+    Cores,
+    Costs,
+    cost_shape,
+    guess,
+    line_through,
+)
+from tests.planning.test_geometry import random_config
+
+COSTS = Costs(
+    view_seconds=0.05,
+    token_seconds=0.003,
+    prefill_seconds=0.001,
+    decode_seconds=0.01,
+    memory_bytes=10**8,
+    context_bytes=1000,
+    is_measured=True,
+    source="the test",
+)
+
+
+def every_plan(height: int, width: int, config: ImageConfig) -> list[TilePlan]:
+    """The plans of all limits of tiles, then of all limits of single views, the slow way."""
+    plans = [plan(height, width, config)]
+    if plans[0].is_tiled:
+        limits = range(config.min_tiles, config.max_tiles + 1)
+        plans += [plan(height, width, config.with_changes({"max_tiles": most})) for most in limits]
+    for most in range(max(1, config.max_image_tokens // 8), config.max_image_tokens + 1):
+        least = max(1, min(config.min_image_tokens, most // 2))
+        changes = {"do_image_splitting": False, "max_image_tokens": most, "min_image_tokens": least}
+        plans.append(plan(height, width, config.with_changes(changes)))
+    return plans
+
+
+def cost(tile_plan: TilePlan) -> tuple[int, int, int, float]:
+    seconds = COSTS.seconds(tile_plan)
+    return tile_plan.n_image_tokens, tile_plan.n_prompt_tokens, len(tile_plan.views), seconds
+
+
+def within(height: int, width: int, config: ImageConfig, sight: ImageBudget) -> TilePlan | None:
+    try:
+        return plan(height, width, settings_for(height, width, config, sight))
+    except ConfigError:
+        return None
+
+
+@pytest.mark.parametrize("config", [ImageConfig(), ImageConfig(min_tiles=1), ImageConfig(use_thumbnail=False)])
+def test_the_best_plan_is_the_best_of_all(config: ImageConfig) -> None:
+    rng = random.Random(1)
+    for _ in range(25):
+        height, width = rng.randint(8, 2500), rng.randint(8, 2500)
+        plans = every_plan(height, width, config)
+        n_views = len(plans[0].views)
+        for _ in range(6):
+            budget = rng.randint(8, rng.choice([300, 2600]))
+            possible = [one for one in plans if one.n_image_tokens <= budget and len(one.views) <= n_views]
+            best = max((one.n_image_tokens for one in possible), default=None)
+            found = within(height, width, config, ImageBudget(budget_tokens=budget))
+            assert (found.n_image_tokens if found else None) == best, (height, width, budget)
+
+
+def test_a_smaller_budget_never_takes_more() -> None:
+    """5,000 random sizes; every step of a candidate_plans is what its settings give, and cheaper by every measure."""
+    rng = random.Random(2)
+    for number in range(5000):
+        config = ImageConfig() if number % 3 else random_config(rng)
+        longest = rng.choice([60, 600, 4000])
+        height, width = rng.randint(1, longest), rng.randint(1, longest)
+        rungs = candidate_plans(height, width, config)
+        costs = [cost(rung.tile_plan) for rung in rungs]
+        for better, worse in itertools.pairwise(costs):
+            assert all(more >= less for more, less in zip(better, worse, strict=True))
+            assert better[0] > worse[0]
+        assert rungs[0].tile_plan == plan(height, width, config)
+        rung = rng.choice(rungs)
+        assert set(rung.changes) <= set(CHOSEN)
+        assert plan(height, width, config.with_changes(rung.changes)) == rung.tile_plan
+        large, small = sorted((rng.uniform(0.05, 12), rng.uniform(0.05, 12)), reverse=True)
+        tokens, seconds = (
+            ImageBudget(budget_tokens=math.ceil(large * 200)),
+            ImageBudget(budget_seconds=large, costs=COSTS),
+        )
+        for sight, less in (
+            (tokens, replace(tokens, budget_tokens=math.ceil(small * 200))),
+            (seconds, replace(seconds, budget_seconds=small)),
+        ):
+            allowed = [one.tile_plan for one in rungs if sight.allows(one.tile_plan)]
+            of_those = [one.tile_plan for one in rungs if less.allows(one.tile_plan)]
+            assert of_those == allowed[len(allowed) - len(of_those) :]
+
+
+def test_budgets_of_both_kinds_hold_together() -> None:
+    sight = ImageBudget(budget_tokens=800, budget_seconds=1.0, costs=COSTS)
+    for height, width in ((1080, 1920), (3000, 1000), (300, 300)):
+        found = within(height, width, ImageConfig(), sight)
+        assert found is not None
+        assert found.n_image_tokens <= 800
+        assert COSTS.seconds(found) <= 1.0
+
+
+def test_without_a_wish_the_settings_are_the_models_own() -> None:
+    config = ImageConfig(max_tiles=5)
+    assert settings_for(900, 900, config, NO_BUDGET) is config
+    assert settings_for(900, 900, config, ImageBudget(budget_tokens=10**6)) is config
+
+
+def test_a_budget_that_nothing_meets_names_the_least() -> None:
+    least = candidate_plans(2000, 3000, ImageConfig())[-1].tile_plan
+    with pytest.raises(
+        ConfigError, match=rf"3000x2000.*of 5 tokens; the least possible is {least.n_image_tokens} tok"
+    ):
+        settings_for(2000, 3000, ImageConfig(), ImageBudget(budget_tokens=5))
+    assert within(2000, 3000, ImageConfig(), ImageBudget(budget_tokens=least.n_image_tokens)) == least
+    with pytest.raises(
+        ConfigError, match=r"of 0.001 seconds; the least possible is 24 tokens, 0.15 seconds \(the test\)"
+    ):
+        settings_for(2000, 3000, ImageConfig(), ImageBudget(budget_seconds=0.001, costs=COSTS))
+
+
+@pytest.mark.parametrize(
+    ("most", "detail", "limits"),
+    [
+        (256, "fast", (32, 64)),
+        (256, "balanced", (64, 128)),
+        (256, "high", (128, 256)),
+        (64, "fast", (8, 16)),
+        (64, "high", (32, 64)),
+        (2, "fast", (1, 1)),
+    ],
+)
+def test_levels_of_detail_are_one_view_within_their_limits(most: int, detail: Any, limits: tuple[int, int]) -> None:
+    config = ImageConfig(min_image_tokens=1, max_image_tokens=most)
+    settings = settings_for(1500, 2000, config, ImageBudget(detail=detail))
+    assert (settings.min_image_tokens, settings.max_image_tokens) == limits
+    (view,) = plan(1500, 2000, settings).views
+    assert view.kind == "single"
+    assert view.n_tokens <= limits[1]
+    assert detail_changes(config, "full") == {}
+
+
+def test_a_budget_goes_below_a_level_of_detail() -> None:
+    found = within(1500, 2000, ImageConfig(), ImageBudget(detail="balanced", budget_tokens=300))
+    assert found is not None
+    assert found.n_image_tokens == 117
+    assert within(1500, 2000, ImageConfig(), ImageBudget(detail="balanced", budget_tokens=50)) is not None
+
+
+@pytest.mark.parametrize(
+    ("wish", "named"),
+    [
+        ({"detail": "huge"}, "one of fast, balanced, high, full"),
+        ({"detail": None}, "detail is None"),
+        ({"detail": []}, "detail is"),
+        ({"budget_tokens": 0}, "budget_tokens is 0"),
+        ({"budget_tokens": 1.5}, "budget_tokens"),
+        ({"budget_tokens": True}, "budget_tokens"),
+        ({"budget_seconds": 0}, "budget_seconds is 0"),
+        ({"budget_seconds": math.nan}, "budget_seconds"),
+        ({"budget_seconds": "3"}, "budget_seconds"),
+        ({"budget_seconds": 3.0, "costs": None}, "needs to know what views cost"),
+        ({"tokens": 3}, "unknown wish 'tokens' for a picture; known: detail, budget_tokens"),
+        ({"costs": None}, "unknown wish"),
+    ],
+)
+def test_wrong_wishes_are_named(wish: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ImageBudget(**wish) if "costs" in wish and len(wish) > 1 else ImageBudget(costs=COSTS).with_options(wish)
+
+
+def test_a_level_of_detail_refuses_what_it_decides() -> None:
+    check_detail("full", ["max_tiles"])
+    check_detail("fast", ["resample"])
+    with pytest.raises(ConfigError, match="detail 'fast' decides max_tiles, min_image_tokens by itself"):
+        check_detail("fast", ["max_tiles", "resample", "min_image_tokens"])
+
+
+def test_the_largest_size_that_is_not_cut() -> None:
+    assert untiled_size(1440, 1440, ImageConfig()) == (720, 720)
+    assert untiled_size(300, 500, ImageConfig()) == (300, 500)
+    rng = random.Random(3)
+    for _ in range(300):
+        height, width = rng.randint(1, 4000), rng.randint(1, 4000)
+        found = untiled_size(height, width, ImageConfig())
+        assert not plan(*found, ImageConfig()).is_tiled
+        if found != (height, width):
+            assert found[0] * found[1] > 0.9 * 2 * 256 * 32 * 32 or min(found) <= 16
+            assert abs(found[0] * width - found[1] * height) <= max(height, width)
+
+
+def test_what_is_cheaper_has_fewer_tokens() -> None:
+    whole = plan(1440, 1440, ImageConfig())
+    ways = cheaper(whole, ImageConfig())
+    assert [(way.detail, way.tile_plan.n_image_tokens) for way in ways] == [
+        *((None, 256), ("high", 256)),
+        *(("balanced", 121), ("fast", 64)),
+    ]
+    assert (ways[0].tile_plan.height, ways[0].tile_plan.width) == (720, 720)
+    assert (
+        cheaper(plan(200, 200, ImageConfig().with_changes(detail_changes(ImageConfig(), "fast"))), ImageConfig()) == []
+    )
+
+
+def test_a_line_through_measured_views() -> None:
+    constant, slope = line_through([(64, 0.3), (256, 0.9)])
+    assert (constant + 64 * slope, constant + 256 * slope) == pytest.approx((0.3, 0.9))
+    assert line_through([(256, 0.5)]) == pytest.approx((0, 0.5 / 256))
+    for odd in ([(64, 0.01), (256, 0.8)], [(64, 0.9), (256, 0.8)]):
+        constant, slope = line_through(odd)
+        assert min(constant, slope) >= 0
+        assert constant + 256 * slope == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(("cores", "encode", "prefill"), [(AVX512, 0.78, 0.39), (AVX2, 1.9, 1.305)])
+def test_a_guess_gives_back_what_it_was_made_from(cores: Cores, encode: float, prefill: float) -> None:
+    """Rows of the 450M model on two cores: seconds of a tile and of 285 tokens of prompt, 701 MB."""
+    costs = guess(COST_SHAPE_450M, "F16", 256, 2, cores)
+    tile = plan(512, 512, ImageConfig())
+    assert costs.encode(tile) == pytest.approx(encode, rel=0.01)
+    assert costs.prefill_seconds * 285 == pytest.approx(prefill, rel=0.01)
+    assert costs.memory(tile) == pytest.approx(701e6, rel=0.05)
+    assert not costs.is_measured
+    alone = guess(COST_SHAPE_450M, "F16", 256, 1, cores)
+    assert alone.seconds(tile) == pytest.approx(2 * costs.seconds(tile))
+    assert guess(COST_SHAPE_450M, "Q4_0", 256, 2, cores).encode(tile) > costs.encode(tile)
+    assert guess(COST_SHAPE_450M, "F16", 256, 2) in (
+        guess(COST_SHAPE_450M, "F16", 256, 2, known) for known in (AVX512, AVX2)
+    )
+
+
+def test_memory_grows_with_the_context_and_the_picture() -> None:
+    small, large = plan(512, 512, ImageConfig()), plan(2000, 3000, ImageConfig())
+    assert COSTS.memory(large) > COSTS.memory(small) > COSTS.memory_bytes
+    many = ImageConfig(max_tiles=100, min_tiles=60)
+    longer = plan(4000, 4000, many)
+    assert longer.n_prompt_tokens > CONTEXT_TOKENS
+    pixels = 4000 * 4000 + sum(view.height * view.width for view in longer.views)
+    assert COSTS.memory(longer) == 10**8 + (longer.n_prompt_tokens - CONTEXT_TOKENS) * 1000 + 6 * pixels
+
+
+def test_a_shape_is_read_from_metadata_and_survives_nonsense() -> None:
+    language = {
+        "lfm2.embedding_length": 1024,
+        "lfm2.block_count": 16,
+        "lfm2.feed_forward_length": 4608,
+        "lfm2.attention.head_count": 16,
+        "lfm2.attention.head_count_kv": [0, 0, 8, 0, 0, 8, 0, 0, 8, 0, 8, 0, 8, 0, 8, 0],
+        "general.file_type": 2,
+    }
+    vision = {
+        "clip.vision.block_count": 12,
+        "clip.vision.embedding_length": 768,
+        "clip.vision.feed_forward_length": 3072,
+        "clip.vision.projector.scale_factor": 2,
+    }
+    found = cost_shape(language, vision, (219_311_264, 189_126_080))
+    assert found.language_weights == pytest.approx(COST_SHAPE_450M.language_weights, rel=0.01)
+    assert replace(found, language_weights=COST_SHAPE_450M.language_weights) == COST_SHAPE_450M
+    odd = cost_shape({"lfm2.block_count": "many", "lfm2.attention.head_count_kv": []}, {}, (1, 1))
+    assert odd.language_weights == COST_SHAPE_450M.language_weights

@@ -1,0 +1,263 @@
+"""The device profile: kept, found again, refused when it is another's; and what is chosen by it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lfm2vl_edge import ConfigError, EngineError, Model, ModelNotFound, StateError
+from lfm2vl_edge.engine.devices import find_gpu, gpus
+from lfm2vl_edge.host import (
+    available_cpus,
+    big_cores,
+    cpu_name,
+    has_avx512,
+    has_fast_bf16,
+    physical_cores,
+    thread_counts,
+)
+from lfm2vl_edge.models.names import find_pair
+from lfm2vl_edge.opening import OpenOptions, decide
+from lfm2vl_edge.planning import device as device_module
+from lfm2vl_edge.planning.device import Profile, ProfileKey, load_profile, profile_key, save_profile
+from tests.conftest import PICTURES, Pair
+
+PROFILE = Profile(
+    threads=1,
+    mmproj="F16",
+    encode={"F16": {64: 0.1, 256: 0.4}, "Q8_0": {64: 0.05, 256: 0.3}},
+    prefill_speed=500.0,
+    decode_speed=20.0,
+    memory_bytes=10**8,
+    measured="2026-11-20T10:00:00+00:00",
+)
+
+
+@pytest.fixture
+def folder(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pair with two mmproj types, and a cache folder of its own."""
+    monkeypatch.setenv("LFM2VL_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    shutil.copytree(pair("a", "F16"), model)
+    shutil.copy(pair("a", "BF16") / "mmproj-checkpoint-BF16.gguf", model / "mmproj-checkpoint-Q8_0.gguf")
+    return model
+
+
+def place(folder: Path) -> ProfileKey:
+    return profile_key(folder / "checkpoint-F16.gguf")
+
+
+def test_a_profile_is_found_again(folder: Path) -> None:
+    assert load_profile(place(folder)) is None
+    path = save_profile(PROFILE, place(folder))
+    assert path.parent.parent.name == "cache"
+    assert load_profile(place(folder)) == PROFILE
+
+
+def test_a_profile_belongs_to_model_gpu_and_engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = place(folder)
+    save_profile(PROFILE, own)
+    model = folder / "checkpoint-F16.gguf"
+    assert load_profile(profile_key(model, -1, "CUDA0")) is None
+    with monkeypatch.context() as other:
+        other.setattr(device_module, "cpu_name", lambda: "another processor")
+        assert load_profile(place(folder)) is None
+    with monkeypatch.context() as other:
+        other.setattr(device_module, "_ENGINE", "json")
+        assert load_profile(place(folder)) is None
+    with model.open("ab") as file:
+        file.write(b"x")
+    assert load_profile(place(folder)) is None
+    with pytest.raises(ModelNotFound, match="nothing.gguf"):
+        profile_key(folder / "nothing.gguf")
+
+
+def spoil(content: dict[str, Any], **changes: Any) -> bytes:
+    return json.dumps(content | {"profile": content["profile"] | changes}).encode()
+
+
+BAD: dict[str, Callable[[dict[str, Any]], bytes]] = {
+    "no JSON": lambda _: b"\xff\x00 nonsense",
+    "cut short": lambda content: json.dumps(content).encode()[:200],
+    "empty": lambda _: b"",
+    "a list": lambda _: b"[1, 2]",
+    "deep": lambda _: b"[" * 100_000,
+    "no profile": lambda content: json.dumps({**content, "profile": None}).encode(),
+    "version 0": lambda content: json.dumps({**content, "version": 0}).encode(),
+    "foreign": lambda content: json.dumps({**content, "place": {**content["place"], "cpu": "Z80"}}).encode(),
+    "no threads": lambda content: spoil(content, threads=0),
+    "absurd threads": lambda content: spoil(content, threads=10**9),
+    "threads as text": lambda content: spoil(content, threads="2"),
+    "speed 0": lambda content: spoil(content, prefill_speed=0),
+    "speed not finite": lambda content: spoil(content, decode_speed=float("inf")),
+    "unknown field": lambda content: spoil(content, colour="red"),
+    "encode as list": lambda content: spoil(content, encode=[1]),
+    "encode without views": lambda content: spoil(content, encode={"F16": {}}),
+    "encode by words": lambda content: spoil(content, encode={"F16": {"many": 1.0}}),
+    "encode below 0": lambda content: spoil(content, encode={"F16": {"256": -1.0}}),
+    "views of no tokens": lambda content: spoil(content, encode={"F16": {"0": 1.0}}),
+    "fastest not measured": lambda content: spoil(content, mmproj="F32"),
+    "no date": lambda content: spoil(content, measured=5),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_profile_is_a_warning_and_not_used(kind: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = save_profile(PROFILE, place(folder))
+    path.write_bytes(BAD[kind](json.loads(path.read_bytes())))
+    with caplog.at_level(logging.WARNING):
+        opening = decide(folder, OpenOptions())
+    assert opening.profile is None
+    assert not opening.costs.is_measured
+    (line,) = caplog.messages
+    assert str(path) in line
+    assert "run `lfm2vl-edge tune` again" in line
+
+
+def test_a_profile_that_cannot_be_read_or_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place(folder).path.mkdir(parents=True)
+    assert load_profile(place(folder)) is None
+    assert "is not used" in caplog.text
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LFM2VL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="cannot write to .*LFM2VL_CACHE"):
+        save_profile(PROFILE, place(folder))
+
+
+def test_a_profile_decides_threads_and_mmproj_and_options_win(folder: Path) -> None:
+    before = decide(folder, OpenOptions())
+    assert before.n_threads == big_cores()
+    assert not before.costs.is_measured
+    save_profile(PROFILE, place(folder))
+    opening = decide(folder, OpenOptions())
+    assert (opening.n_threads, opening.pair.mmproj.name) == (1, "mmproj-checkpoint-Q8_0.gguf")
+    assert opening.costs.is_measured
+    assert "measured here, 2026-11-20" in opening.costs.source
+    assert decide(folder, OpenOptions(n_threads=3)).n_threads == 3
+    named = decide(folder, OpenOptions(mmproj=folder / "mmproj-checkpoint-F16.gguf"))
+    assert named.pair.mmproj.name == "mmproj-checkpoint-F16.gguf"
+    tile = 256 * named.costs.token_seconds + named.costs.view_seconds
+    assert tile == pytest.approx(0.4)
+    save_profile(replace(PROFILE, encode={"F32": {256: 1.0}}, mmproj="F32"), place(folder))
+    assert not decide(folder, OpenOptions()).costs.is_measured  # no figure of the type that lies there
+
+
+@pytest.mark.parametrize(
+    ("bf16", "there", "seconds", "chosen"),
+    [
+        (False, ("F16", "BF16", "Q8_0", "Q4_0"), {}, "F16"),
+        (True, ("F16", "BF16", "Q8_0", "Q4_0"), {}, "BF16"),
+        (True, ("F16", "Q8_0"), {}, "F16"),
+        (False, ("BF16", "Q4_0"), {}, "BF16"),
+        (False, ("Q4_0",), {}, "Q4_0"),
+        (True, ("F16", "BF16", "Q8_0"), {"F16": 2.0, "Q8_0": 1.0}, "Q8_0"),
+        (True, ("F16", "Q4_0"), {"F16": 2.0, "Q4_0": 1.0}, "F16"),
+        (False, ("F16", "Q8_0", "F32"), {"F32": 9.0}, "F32"),
+    ],
+)
+def test_of_several_mmproj_types_the_fastest_exact_one_is_taken(
+    bf16: bool,
+    there: tuple[str, ...],
+    seconds: dict[str, float],
+    chosen: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lfm2vl_edge.models.names.has_fast_bf16", lambda: bf16)
+    for name in ("x-Q4_0", *(f"mmproj-x-{kind}" for kind in there)):
+        (tmp_path / f"{name}.gguf").touch()
+    assert find_pair(tmp_path, seconds=seconds).mmproj.name == f"mmproj-x-{chosen}.gguf"
+
+
+def test_processor_features_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfm2vl_edge.host.sys.platform", "linux")
+    info = tmp_path / "cpuinfo"
+    for text, fast in (
+        ("model name\t: Big CPU\nflags\t\t: fpu avx512_bf16 sse\n", True),
+        ("model name\t: Big CPU\nflags\t\t: fpu avx512f sse\n", False),
+        ("Features\t: fp asimd bf16\nModel\t\t: Raspberry Pi 7\n", True),
+        ("nothing", False),
+    ):
+        info.write_text(text)
+        assert has_fast_bf16(info) == fast
+        assert has_avx512(info) == ("avx512f" in text)
+    assert not has_fast_bf16(tmp_path / "none")
+    info.write_text("Features\t: fp\nModel\t\t: Raspberry Pi 7\n")
+    assert cpu_name(info).startswith("Raspberry Pi 7 (")
+    assert "processors)" in cpu_name(tmp_path / "none")
+
+
+def test_small_cores_do_not_count(tmp_path: Path) -> None:
+    cpus = sorted(available_cpus())
+    assert big_cores(tmp_path / "nothing") == physical_cores(tmp_path / "nothing") == len(cpus)
+    for index, cpu in enumerate(cpus):
+        (tmp_path / f"cpu{cpu}").mkdir()
+        (tmp_path / f"cpu{cpu}" / "cpu_capacity").write_text("1024\n" if index == 0 else "400\n")
+    assert big_cores(tmp_path) == 1
+    assert thread_counts()[0] == 1
+    assert thread_counts()[-1] == len(cpus)
+
+
+def test_a_gpu_that_is_not_there_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lfm2vl_edge.engine.ffi import llama
+
+    monkeypatch.setattr(llama, "llama_supports_gpu_offload", lambda: False)
+    with pytest.raises(EngineError, match="uses no GPU; leave out the GPU layers, or build it for one"):
+        Model.open(folder, n_gpu_layers=-1)
+    with pytest.raises(ConfigError, match="device 'CUDA0' has no work without n_gpu_layers"):
+        Model.open(folder, device="CUDA0")
+    with pytest.raises(ConfigError, match="n_gpu_layers is -2"):
+        Model.open(folder, n_gpu_layers=-2)
+    monkeypatch.setattr(llama, "llama_supports_gpu_offload", lambda: True)
+    with pytest.raises(EngineError, match="no GPU 'Voodoo2'; this machine has "):
+        find_gpu(3, "Voodoo2")
+    assert find_gpu(3, None) is None
+    assert all(find_gpu(-1, gpu.name) == gpu for gpu in gpus())
+
+
+def test_wishes_work_in_python(folder: Path) -> None:
+    photo = PICTURES / "photo.png"
+    with Model.open(folder, detail="fast", n_threads=1) as model:
+        assert len(model.preprocess(photo).tiles) == 1
+        assert len(model.preprocess(photo, detail="full").tiles) > 1
+        assert model.preprocess(photo, budget_tokens=40).plan.n_image_tokens <= 40
+        assert len(model.embed_image(photo)) <= 64
+        with pytest.raises(ConfigError, match="unknown wish 'tokens'"):
+            model.encode_image(photo, tokens=3)
+        with pytest.raises(ConfigError, match="within the budget of 1 tokens"):
+            model.preprocess(photo, budget_tokens=1)
+    with pytest.raises(ConfigError, match="detail 'fast' decides max_tiles"):
+        Model.open(folder, detail="fast", image_settings={"max_tiles": 3})
+    with pytest.raises(ConfigError, match="budget_tokens is 0"):
+        Model.open(folder, budget_tokens=0)
+
+
+def test_a_picture_within_a_budget_is_saved_and_loaded(folder: Path, tmp_path: Path) -> None:
+    path, greedy = tmp_path / "x.photo", {"temperature": 0.0, "max_tokens": 6}
+    with Model.open(folder, n_threads=1, budget_tokens=900) as model:
+        photo = model.encode_image(PICTURES / "photo.png", budget_tokens=800)
+        assert photo.picture.settings != model.config.image
+        answer = photo.ask("What?", **greedy)
+        photo.save(path)
+    with Model.open(folder, n_threads=1, budget_tokens=900) as model:
+        loaded = model.load_encoded_image(path)
+        assert loaded.picture.plan == photo.picture.plan
+        assert loaded.ask("What?", **greedy) == answer
+    with Model.open(folder, n_threads=1) as model, pytest.raises(StateError, match="saved with other settings"):
+        model.load_encoded_image(path)
+
+
+def test_the_profile_has_no_more_than_was_documented() -> None:
+    assert set(asdict(PROFILE)) == {
+        *("threads", "mmproj", "encode", "prefill_speed", "decode_speed"),
+        *("memory_bytes", "measured"),
+    }
