@@ -22,12 +22,11 @@ import typer
 
 from benchmarks.equal_llama_cpp import make_tiny
 from lfm2vl_convert import convert_checkpoint
-from lfm2vl_convert.ggufile import read_tensors
 from lfm2vl_convert.imatrix import matrix_widths, write_imatrix
 from lfm2vl_edge.cli._quantizing import quantizer_with
 from lfm2vl_edge.engine.llama import EngineSettings
 from lfm2vl_edge.engine.observe import ObservedEngine
-from lfm2vl_edge.models.gguf import read_metadata
+from lfm2vl_edge.models.gguf import read_metadata, read_tensors
 from tests.convert.listing import describe
 
 REFERENCE: Final = Path(__file__).parents[1] / "tests/data/reference/a/checkpoint"

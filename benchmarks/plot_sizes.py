@@ -25,7 +25,7 @@ from PIL import Image
 from benchmarks.chart import Bars, Series, draw_chart
 from lfm2vl_edge import Model
 from lfm2vl_edge.evaluate.verify import drawn
-from lfm2vl_edge.host import write_beside
+from lfm2vl_edge.host import write_whole
 from lfm2vl_edge.opening import OpenOptions, decide
 from lfm2vl_edge.stats import Stats
 
@@ -84,7 +84,7 @@ def measure(
                 )
     points = [asdict(point_of(size, runs_of_it)) for size, runs_of_it in stats.items()]
     kept = {"model": pair.model.name, "mmproj": pair.mmproj.name, "threads": n_threads, "points": points}
-    write_beside(out, [f"{json.dumps(kept, indent=1)}\n".encode()])
+    write_whole(out, [f"{json.dumps(kept, indent=1)}\n".encode()])
 
 
 def ask(model: Model, size: tuple[int, int], number: int) -> Stats:

@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lfm2vl_edge.chat import Chat
-    from lfm2vl_edge.config import ImageConfig, Options, Sampling
-    from lfm2vl_edge.encoded_image import EncodedImage
+    from lfm2vl_edge.config import (
+        AskOptions,
+        Box,
+        BoxFormat,
+        ImageConfig,
+        ModelConfig,
+        Options,
+        Point,
+        Sampling,
+        SamplingOptions,
+    )
     from lfm2vl_edge.errors import (
         AnswerError,
         AnswerTruncated,
@@ -32,49 +41,89 @@ if TYPE_CHECKING:
         StateError,
         ToolError,
     )
-    from lfm2vl_edge.generate import Chunk, Turn
-    from lfm2vl_edge.image.load import load_image
-    from lfm2vl_edge.image.tiles import Tile, preprocess
-    from lfm2vl_edge.model import Model
+    from lfm2vl_edge.generate import Chunk, FinishReason, Turn
+    from lfm2vl_edge.image.load import ImageInput, load_image
+    from lfm2vl_edge.image.tiles import PreprocessedImage, Tile, preprocess
+    from lfm2vl_edge.model import ChatOptions, EncodedImage, Model, ModelOptions
     from lfm2vl_edge.models.download import pull
     from lfm2vl_edge.models.names import Pair
+    from lfm2vl_edge.planning.budget import BudgetOptions, Detail, ImageBudget
+    from lfm2vl_edge.planning.costs import Costs
     from lfm2vl_edge.planning.geometry import TilePlan, View, plan
-    from lfm2vl_edge.prompt.tools import ToolCall
+    from lfm2vl_edge.prompt.messages import Message
+    from lfm2vl_edge.prompt.tools import ToolCall, ToolInput
     from lfm2vl_edge.stats import Stats
-    from lfm2vl_edge.structured.boxes import Box, Point
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "chat": "Chat",
+    "config": "AskOptions Box BoxFormat ImageConfig ModelConfig Options Point Sampling SamplingOptions",
+    "errors": (
+        "AnswerError AnswerTruncated ConfigError ContextFull ConvertError DataError DownloadError EdgeError "
+        "EngineError ImageError ModelNotFound ModelNotPulled PromptError StateError ToolError"
+    ),
+    "generate": "Chunk FinishReason Turn",
+    "image.load": "ImageInput load_image",
+    "image.tiles": "PreprocessedImage Tile preprocess",
+    "model": "ChatOptions EncodedImage Model ModelOptions",
+    "models.download": "pull",
+    "models.names": "Pair",
+    "planning.budget": "BudgetOptions Detail ImageBudget",
+    "planning.costs": "Costs",
+    "planning.geometry": "TilePlan View plan",
+    "prompt.messages": "Message",
+    "prompt.tools": "ToolCall ToolInput",
+    "stats": "Stats",
+}
+"""Module -> its public names. They are imported on first use: a command that only prints its help needs none."""
+_PLACES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
     "AnswerError",
     "AnswerTruncated",
+    "AskOptions",
     "Box",
+    "BoxFormat",
+    "BudgetOptions",
     "Chat",
+    "ChatOptions",
     "Chunk",
     "ConfigError",
     "ContextFull",
     "ConvertError",
+    "Costs",
     "DataError",
+    "Detail",
     "DownloadError",
     "EdgeError",
     "EncodedImage",
     "EngineError",
+    "FinishReason",
+    "ImageBudget",
     "ImageConfig",
     "ImageError",
+    "ImageInput",
+    "Message",
     "Model",
+    "ModelConfig",
     "ModelNotFound",
     "ModelNotPulled",
+    "ModelOptions",
     "Options",
     "Pair",
     "Point",
+    "PreprocessedImage",
     "PromptError",
     "Sampling",
+    "SamplingOptions",
     "StateError",
     "Stats",
     "Tile",
     "TilePlan",
     "ToolCall",
     "ToolError",
+    "ToolInput",
     "Turn",
     "View",
     "load_image",
@@ -82,29 +131,6 @@ __all__ = [
     "preprocess",
     "pull",
 ]
-
-_MODULES = {
-    "chat": "Chat",
-    "config": "ImageConfig Options Sampling",
-    "encoded_image": "EncodedImage",
-    "errors": (
-        "AnswerError AnswerTruncated ConfigError ContextFull ConvertError DataError DownloadError "
-        "EdgeError EngineError ImageError ModelNotFound ModelNotPulled PromptError StateError "
-        "ToolError"
-    ),
-    "generate": "Chunk Turn",
-    "image.load": "load_image",
-    "image.tiles": "Tile preprocess",
-    "model": "Model",
-    "models.download": "pull",
-    "models.names": "Pair",
-    "planning.geometry": "TilePlan View plan",
-    "prompt.tools": "ToolCall",
-    "stats": "Stats",
-    "structured.boxes": "Box Point",
-}
-"""Where the names lie. They are imported when they are first used: a command that only prints its help needs none."""
-_PLACES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,22 +1,26 @@
-"""The line itself: messages -> images -> segments -> prefill -> tokens -> text.
+"""The line itself: from messages to text. Open this file first.
 
-`stream` is the only path to an answer; not streaming is joining its pieces.
+    path ─load_image→ image ─plan→ TilePlan ─preprocess→ [Tile] ─render→ [Segment] ─tokenize→ Prompt
+      ─engine.encode→ embeddings ─engine.decode→ logits ─engine.sample→ token ─TextStream→ str
+
+`stream` is the only path to an answer; an answer that is not streamed is the join of its chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from lfm2vl_edge.cache.memory import Key, Memory, Piece, chain
-from lfm2vl_edge.config import Options
+from lfm2vl_edge.cache.memory import Caches, Key, Piece, chain
+from lfm2vl_edge.config import ModelConfig, Options
 from lfm2vl_edge.engine import Engine, Floats
 from lfm2vl_edge.errors import AnswerTruncated, ConfigError, ContextFull, ToolError
-from lfm2vl_edge.image.tiles import Tile
-from lfm2vl_edge.models.facts import ModelConfig
-from lfm2vl_edge.prompt.prepare import Prompt, n_tokens, prepare, split
-from lfm2vl_edge.prompt.render import Message, images_of
+from lfm2vl_edge.image.tiles import Tile, preprocess_image
+from lfm2vl_edge.planning.budget import ImageBudget
+from lfm2vl_edge.prompt.messages import Message, images_in, parse_messages
+from lfm2vl_edge.prompt.prepare import Prompt, n_tokens, split, tokenize
+from lfm2vl_edge.prompt.render import render
 from lfm2vl_edge.prompt.tools import CallReader, Tool, ToolCall
 from lfm2vl_edge.stats import Stats, Stopwatch
 from lfm2vl_edge.stream import TextStream
@@ -30,16 +34,19 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """A piece of an answer."""
+    """A piece of an answer.
+
+    Attributes:
+        text: what is new; it may be empty in the last chunk.
+        finish_reason: why the answer ended; only in the last chunk.
+        tool_calls: the model's calls of the tools that it was given; only in the last chunk.
+        stats: what the answer cost; only in the last chunk.
+    """
 
     text: str
-    """What is new; it may be empty in the last chunk."""
     finish_reason: FinishReason | None = None
-    """Why the answer ended; only in the last chunk."""
     tool_calls: tuple[ToolCall, ...] = ()
-    """What the model calls of the tools that it was given; only in the last chunk."""
     stats: Stats | None = None
-    """What the answer cost; only in the last chunk."""
 
     def __str__(self) -> str:
         return self.text
@@ -47,16 +54,19 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """A whole turn of the model: the chunks of its answer, joined."""
+    """A whole turn of the model: the chunks of its answer, joined.
+
+    Attributes:
+        text: the answer.
+        tool_calls: the model's calls of the tools that it was given.
+        finish_reason: why it ended.
+        stats: what it cost.
+    """
 
     text: str
-    """What it says."""
     tool_calls: tuple[ToolCall, ...]
-    """What it calls of the tools that it was given."""
     finish_reason: FinishReason | None
-    """Why it ended."""
     stats: Stats | None
-    """What it cost."""
 
     @classmethod
     def of(cls, chunks: Iterable[Chunk]) -> Turn:
@@ -72,58 +82,61 @@ class Turn:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The turn as a message, for the conversation that goes on."""
+        """The turn as a message, for the conversation that continues."""
         calls = {"tool_calls": [call.as_dict() for call in self.tool_calls]} if self.tool_calls else {}
         return {"role": "assistant", "content": self.text, **calls}
 
     @property
     def answer(self) -> str:
-        """The text, where there is nothing else.
+        """The text, if there is nothing else.
 
         Raises:
             ToolError: the model calls a tool, which a text cannot hold.
         """
         if self.tool_calls:
             names = ", ".join(call.name for call in self.tool_calls)
-            raise ToolError(
-                f"the model calls {names}; take Model.turn or the last chunk of a stream, which have calls"
-            )
+            raise ToolError(f"the model calls {names}; use Model.turn or the last chunk of a stream: tool_calls")
         return self.text
 
 
-def stream(
-    engine: Engine,
-    config: ModelConfig,
-    messages: Sequence[Message],
-    options: Options,
-    memory: Memory,
-    tools: Sequence[Tool] = (),
-) -> Iterator[Chunk]:
-    """Yield the answer piece by piece; the last chunk carries `finish_reason`, `stats`, and what the model calls of `tools`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """What every answer of an opened model shares."""
 
-    An answer that is held to a grammar or a schema comes in one piece, or not at all.
+    engine: Engine
+    config: ModelConfig
+    budget: ImageBudget
+    caches: Caches
+
+
+def stream(
+    runtime: Runtime, messages: Sequence[Message], options: Options, tools: Sequence[Tool] = ()
+) -> Generator[Chunk, None, None]:
+    """Yield the answer piece by piece; the last chunk carries `finish_reason`, `tool_calls` and `stats`.
+
+    An answer under a grammar or a schema comes in one piece, or not at all.
 
     Raises:
-        ConfigError: the grammar or schema is none, or stands beside tools.
-        ImageError: an image of the messages is none.
+        ConfigError: the grammar or schema is not valid, or is combined with tools.
+        ImageError: an image of the messages is not valid.
         PromptError: the messages have no valid form, (ContextFull) do not fit into the model's context, or the model
-            knows no tools.
-        ToolError: a call of a tool is cut off or malformed; the text of the answer has come before.
+            does not support tools.
+        ToolError: a tool call is truncated or malformed; the text of the answer has come before.
         EngineError: a native call failed, or the answer was cancelled.
-        AnswerTruncated: max_tokens or the context was full before an answer was whole that is held to a grammar or schema.
+        AnswerTruncated: max_tokens or the context was full before an answer under a grammar or schema was complete.
         AnswerError: the answer breaks a rule of the schema that no grammar expresses.
     """
-    schema, grammar = _held_to(options)
+    schema, grammar = _constraint(options)
     if tools and grammar is not None:
-        raise ConfigError("an answer that is held to a grammar or a schema can call no tool; give one or the other")
+        raise ConfigError("an answer under a grammar or a schema cannot call a tool; give one or the other")
     if options.grammar is not None:
-        engine.check_grammar(options.grammar)
-    chunks = _stream(engine, config, messages, options, memory, grammar, tools)
+        runtime.engine.check_grammar(options.grammar)
+    chunks = _stream(runtime, messages, options, grammar, tools)
     yield from chunks if grammar is None else _whole(chunks, options, schema)
 
 
-def _held_to(options: Options) -> tuple[Schema | None, str | None]:
-    """Return what the answer is held to; schemas are imported only if there is one."""
+def _constraint(options: Options) -> tuple[Schema | None, str | None]:
+    """Return the schema and the grammar of an answer; the code for schemas is imported only if there is one."""
     if options.schema is None:
         return None, options.grammar
     from lfm2vl_edge.structured import grammar_of, read_schema
@@ -133,27 +146,30 @@ def _held_to(options: Options) -> tuple[Schema | None, str | None]:
 
 
 def _stream(
-    engine: Engine,
-    config: ModelConfig,
-    messages: Sequence[Message],
-    options: Options,
-    memory: Memory,
-    grammar: str | None,
-    tools: Sequence[Tool],
-) -> Iterator[Chunk]:
+    runtime: Runtime, messages: Sequence[Message], options: Options, grammar: str | None, tools: Sequence[Tool]
+) -> Generator[Chunk, None, None]:
+    engine, config = runtime.engine, runtime.config
     watch = Stopwatch()
     reader = CallReader(tools, config.control_tokens)
+
+    # Messages become a prompt: each image is loaded, planned and preprocessed, the template decides the order.
     with watch.phase("preprocess"):
-        prompt = prepare(engine, config, messages, tools)
+        parsed = parse_messages(messages)
+        images = [preprocess_image(image, config.image, runtime.budget) for image in images_in(parsed)]
+        prompt = tokenize(engine, config, render(parsed, images, config, tools))
+
+    # The prompt goes through encoder and language tower; what is known from earlier answers is restored instead.
     room = _make_room(engine, config, prompt, options.max_tokens)
-    prefill(engine, split(prompt), memory, watch)
+    prefill(engine, split(prompt), runtime.caches, watch)
+
+    # Tokens are sampled one by one and become text; those of tool calls are collected instead.
     text = TextStream(options.stop)
     finish_reason: FinishReason = "length"
     n_sampled = 0
-    seen = [segment for segment in prompt.segments if isinstance(segment, int)]
     if grammar is not None:
-        room += 1  # one more is drawn, but not decoded: it is the end of the turn if the answer is whole
-    for token in engine.sample(options.sampling(config.sampling), options.seed, seen, grammar):
+        room += 1  # one more is sampled, but not decoded: it is the end of the turn if the answer is complete
+    in_prompt = [segment for segment in prompt.segments if isinstance(segment, int)]
+    for token in engine.sample(options.sampling(config.sampling), options.seed, in_prompt, grammar):
         if n_sampled == 0:
             watch.first_token()
         if engine.is_end(token):
@@ -167,25 +183,23 @@ def _stream(
             break
     if piece := text.flush():
         yield Chunk(text=piece)
-    yield Chunk(
-        text="",
-        finish_reason=finish_reason,
-        tool_calls=reader.calls(),
-        stats=_stats(prompt, messages, n_sampled, watch),
-    )
+    stats = _stats(prompt, len(images), n_sampled, watch)
+    yield Chunk(text="", finish_reason=finish_reason, tool_calls=reader.tool_calls(), stats=stats)
 
 
-def _whole(chunks: Iterator[Chunk], options: Options, schema: Schema | None) -> Iterator[Chunk]:
-    """Yield an answer in one piece, once it is whole and right."""
+def _whole(
+    chunks: Generator[Chunk, None, None], options: Options, schema: Schema | None
+) -> Generator[Chunk, None, None]:
+    """Yield an answer in one piece, once it is complete and valid."""
     *pieces, last = chunks
     text = "".join(chunk.text for chunk in (*pieces, last))
     if last.finish_reason == "length":
-        n_tokens = last.stats.completion_tokens - 1 if last.stats else 0
+        count = last.stats.completion_tokens - 1 if last.stats else 0
         remedy = "raise --max-tokens (max_tokens)"
-        if n_tokens < options.max_tokens:
-            remedy = "the context is full: use a smaller picture or a shorter text"
-        tokens = "1 token" if n_tokens == 1 else f"{n_tokens} tokens"
-        raise AnswerTruncated(f"the answer was cut after {tokens}, before it was whole; {remedy}")
+        if count < options.max_tokens:
+            remedy = "the context is full: use a smaller image or a shorter text"
+        tokens = "1 token" if count == 1 else f"{count} tokens"
+        raise AnswerTruncated(f"the answer was truncated after {tokens}, before it was complete; {remedy}")
     if schema is not None:
         from lfm2vl_edge.structured import parse_answer
 
@@ -194,7 +208,7 @@ def _whole(chunks: Iterator[Chunk], options: Options, schema: Schema | None) -> 
 
 
 def _make_room(engine: Engine, config: ModelConfig, prompt: Prompt, max_tokens: int) -> int:
-    """Reserve context before anything is paid for, and return how many tokens the answer may have."""
+    """Reserve context before anything is computed, and return how many tokens the answer may have."""
     n_prompt = len(prompt.token_ids)
     room = min(max_tokens, config.n_ctx_train - n_prompt)
     if room < 1:
@@ -206,26 +220,26 @@ def _make_room(engine: Engine, config: ModelConfig, prompt: Prompt, max_tokens: 
     return room
 
 
-def prefill(engine: Engine, pieces: Sequence[Piece], memory: Memory, watch: Stopwatch) -> None:
+def prefill(engine: Engine, pieces: Sequence[Piece], caches: Caches, watch: Stopwatch) -> None:
     """Put pieces through the engine, after the longest known prefix of them; the last one is always decoded.
 
     The states after the last view and after the last piece are kept; the first of them is worth keeping on disk.
     """
     with watch.phase("prefill"):
         keys = chain(pieces)
-        done = _restore(engine, keys[:-1], memory)
+        done = _restore(engine, keys[:-1], caches)
     watch.restored_tokens = sum(map(n_tokens, pieces[:done]))
     views = [index for index, piece in enumerate(pieces) if isinstance(piece, Tile)]
     for index in range(done, len(pieces)):
-        _decode(engine, pieces[index], memory, watch, more=index < len(pieces) - 1)
+        _decode(engine, pieces[index], caches, watch, more=index < len(pieces) - 1)
         if index in (*views[-1:], len(pieces) - 1):
             with watch.phase("prefill"):
-                memory.states.put(keys[index], engine.snapshot, lasting=index in views[-1:])
+                caches.states.put(keys[index], engine.snapshot, lasting=index in views[-1:])
 
 
-def _restore(engine: Engine, keys: Sequence[Key], memory: Memory) -> int:
+def _restore(engine: Engine, keys: Sequence[Key], caches: Caches) -> int:
     """Restore the state after the longest known prefix and return how many pieces it has."""
-    found = memory.states.longest(keys)
+    found = caches.states.longest(keys)
     if found is None:
         return 0
     length, state = found
@@ -233,7 +247,7 @@ def _restore(engine: Engine, keys: Sequence[Key], memory: Memory) -> int:
     return length
 
 
-def _decode(engine: Engine, piece: Piece, memory: Memory, watch: Stopwatch, *, more: bool) -> None:
+def _decode(engine: Engine, piece: Piece, caches: Caches, watch: Stopwatch, *, more: bool) -> None:
     if isinstance(piece, tuple):
         with watch.phase("prefill"):
             engine.decode_tokens(piece, more=more)
@@ -244,14 +258,14 @@ def _decode(engine: Engine, piece: Piece, memory: Memory, watch: Stopwatch, *, m
         return engine.encode(piece.pixels, piece.n_tokens)
 
     with watch.phase("encode"):
-        embeddings = memory.embeddings.of(piece, encode)
+        embeddings = caches.embeddings.of(piece, encode)
     with watch.phase("prefill"):
         engine.decode_embeddings(embeddings, more=more)
 
 
-def _stats(prompt: Prompt, messages: Sequence[Message], n_sampled: int, watch: Stopwatch) -> Stats:
+def _stats(prompt: Prompt, n_images: int, n_sampled: int, watch: Stopwatch) -> Stats:
     return Stats(
-        images=len(images_of(messages)),
+        images=n_images,
         views=len(prompt.tiles),
         encoded_views=watch.encoded_views,
         image_tokens=sum(tile.n_tokens for tile in prompt.tiles),

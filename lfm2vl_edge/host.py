@@ -121,7 +121,7 @@ DATA_VARIABLE: Final = "LFM2VL_DATA"
 _NAME: Final = "lfm2vl-edge"
 
 
-def write_beside(path: Path, blocks: Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
+def write_whole(path: Path, blocks: Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
     """Write a file under another name in its folder, which is made if needed, and rename it when it is complete.
 
     Args:
@@ -181,7 +181,9 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def begin(work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Future[Result]:
+def start_worker(
+    work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Future[Result]:
     """Begin some work now, and return what will hold its result, or the error that it raised.
 
     An executor's threads would have to end before the interpreter does, even if nobody wants their result any more.

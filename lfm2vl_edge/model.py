@@ -1,47 +1,115 @@
-"""Model: two files opened, images and questions in, answers out."""
+"""Model and EncodedImage: two files opened, images and questions in, answers out."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lfm2vl_edge.answers import TypedAnswers
-from lfm2vl_edge.cache.disk import CACHE_BYTES, STATE, Disk, DiskCache, digests_folder
-from lfm2vl_edge.cache.fingerprint import Fingerprint, Source, encoder_digest, fingerprint_of, state_digest
-from lfm2vl_edge.cache.memory import STATE_BYTES, EmbeddingCache, Key, Memory, Piece, StateCache, chain
-from lfm2vl_edge.config import DEFAULT_PROMPT, Options
-from lfm2vl_edge.encoded_image import EncodedImage, load_saved
+from lfm2vl_edge.cache.disk import CACHE_BYTES, STATE, CacheFolder, DiskCache, digests_folder
+from lfm2vl_edge.cache.fingerprint import Fingerprint, OpenedFiles, encoder_digest, fingerprint_of, state_digest
+from lfm2vl_edge.cache.memory import STATE_BYTES, Caches, EmbeddingCache, Key, Piece, StateCache, chain
+from lfm2vl_edge.cache.saved_image import SavedImage, load_saved_image, save_image
+from lfm2vl_edge.config import DEFAULT_PROMPT, GREEDY, AskOptions, Box, ModelConfig, Options, Point, SamplingOptions
 from lfm2vl_edge.engine import Engine, Floats, State
-from lfm2vl_edge.errors import EngineError, StateError
-from lfm2vl_edge.generate import Chunk, Turn, prefill, stream
+from lfm2vl_edge.errors import ContextFull, EngineError, StateError
+from lfm2vl_edge.generate import Chunk, Runtime, Turn, prefill, stream
 from lfm2vl_edge.host import cache_folder
-from lfm2vl_edge.image.load import ImageInput
-from lfm2vl_edge.image.tiles import Tile
-from lfm2vl_edge.models.facts import ModelConfig
+from lfm2vl_edge.image.tiles import PreprocessedImage, Tile, preprocess_image
 from lfm2vl_edge.models.names import FALLBACK_NOTE, resolve_model
-from lfm2vl_edge.opening import Loaded, OpenOptions, check_count, open_pair
-from lfm2vl_edge.planning.budget import Detail
-from lfm2vl_edge.planning.costs import CONTEXT_TOKENS
-from lfm2vl_edge.prompt.prepare import look, n_tokens, prepare, split
-from lfm2vl_edge.prompt.render import Message, Picture, user_message
-from lfm2vl_edge.prompt.tools import Tool, ToolInput, as_tools
+from lfm2vl_edge.opening import LoadOptions, ModelName, OpenedModel, OpenOptions, check_count, open_model
+from lfm2vl_edge.planning.budget import NO_BUDGET, BudgetOptions, ImageBudget
+from lfm2vl_edge.prompt.messages import AnyImage, Message, user_message
+from lfm2vl_edge.prompt.prepare import n_tokens, prepare, split
+from lfm2vl_edge.prompt.tools import ToolInput, as_tools
 from lfm2vl_edge.stats import Stopwatch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _LOG: Final = logging.getLogger(__name__)
 
 
-class Model(TypedAnswers):
+class ModelOptions(LoadOptions, total=False):
+    """Keywords of `Model.open`: those of `OpenOptions`, and what is kept for later answers.
+
+    `state_bytes` (bytes) limits the memory for states of earlier prompts, so that another question about an image or
+    the next turn of a conversation decodes only what is new; 0 keeps none. `cache` is a folder that keeps embeddings
+    of views and states after images for later processes; True means LFM2VL_CACHE or the user's cache folder. Problems
+    there are logged by `lfm2vl_edge.cache.disk`. `cache_bytes` limits what all processes together keep there.
+    """
+
+    state_bytes: int
+    cache: bool | str | os.PathLike[str]
+    cache_bytes: int
+
+
+class ChatOptions(AskOptions, total=False):
+    """Keywords of an answer: those of `Options`, and `tools`.
+
+    `tools` are what the model may call: functions with annotations and docstrings, or definitions in the OpenAI form.
+    The last chunk has its `tool_calls`; nothing is ever called here.
+    """
+
+    tools: Sequence[ToolInput]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EncodedImage:
+    """An image that a model has encoded; every question about it costs only the question. See `Model.encode_image`.
+
+    Attributes:
+        model: the model that encoded it, which must stay open.
+        image: its views; they may also be part of a message, as `{"type": "image", "image": encoded.image}`.
+        key: key of the prompt up to its last view.
+        state: uint8 `[n_bytes]`: the engine's sequence up to its last view, known to the model while this lives.
+    """
+
+    model: Model = field(repr=False)
+    image: PreprocessedImage
+    key: Key = field(repr=False)
+    state: State = field(repr=False)
+
+    def ask(self, prompt: str = DEFAULT_PROMPT, **options: Unpack[ChatOptions]) -> str:
+        """Return the answer to a question about the image; options and errors as for `Model.ask`."""
+        return Turn.of(self.stream(prompt, **options)).answer
+
+    def stream(self, prompt: str = DEFAULT_PROMPT, **options: Unpack[ChatOptions]) -> Generator[Chunk, None, None]:
+        """Yield the answer piece by piece; see `Model.stream`."""
+        return self.model.chat([user_message(self.image, prompt)], **options)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the image and its state to a file, for `Model.load_encoded_image`; an existing file is replaced.
+
+        Whoever can read the file can see the image.
+
+        Raises:
+            StateError: the file cannot be written; nothing is left behind.
+            ModelNotFound: the model's files were replaced since it was opened.
+        """
+        save_image(Path(path), SavedImage(image=self.image, key=self.key, state=self.state), self.model.fingerprint())
+
+
+class Model:
     """An opened model. Use it in a `with` block, or call `close`.
 
     It answers one request at a time; a second one meanwhile is an EngineError, not a mixed-up answer.
+
+    Attributes:
+        engine: the inference engine; for those who need more than this class offers.
+        config: what the model's files say, and the image settings in use.
+        budget: what one image may take unless options say otherwise.
+        last: the last turn that came to its end, with `finish_reason` and `stats`; None before the first one.
+        load_seconds: time that opening took.
     """
 
     def __init__(
@@ -49,99 +117,72 @@ class Model(TypedAnswers):
         engine: Engine,
         config: ModelConfig,
         *,
-        memory: Memory | None = None,
-        source: Source | None = None,
+        budget: ImageBudget = NO_BUDGET,
+        caches: Caches | None = None,
+        files: OpenedFiles | None = None,
         digests: Path | None = None,
         load_seconds: float = 0.0,
     ) -> None:
         self.engine = engine
-        """The inference engine; for those who need more than this class offers."""
         self.config = config
-        """What the model's files say, and the image settings in use."""
+        self.budget = budget
+        self.last: Turn | None = None
         self.load_seconds = load_seconds
-        """Time that opening took."""
-        self._memory = memory or Memory(states=StateCache(), embeddings=EmbeddingCache())
-        self._source = source
+        self._runtime = Runtime(engine=engine, config=config, budget=budget, caches=caches or Caches())
+        self._files = files
         self._digests = digests
         self._fingerprint: Fingerprint | None = None
         self._answering = threading.Lock()
         self._is_closed = False
 
     @classmethod
-    def open(
-        cls,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        mmproj: str | os.PathLike[str] | None = None,
-        image_settings: Mapping[str, Any] | None = None,
-        detail: Detail = "full",
-        budget_tokens: int | None = None,
-        budget_seconds: float | None = None,
-        n_ctx: int = CONTEXT_TOKENS,
-        n_threads: int | None = None,
-        n_gpu_layers: int = 0,
-        device: str | None = None,
-        state_bytes: int = STATE_BYTES,
-        cache: bool | str | os.PathLike[str] = False,
-        cache_bytes: int = CACHE_BYTES,
-    ) -> Model:
-        """Open a model's two files.
+    def open(cls, name: ModelName = None, **options: Unpack[ModelOptions]) -> Model:
+        """Open a model's two files. Nothing is downloaded.
 
         Args:
-            path: the language GGUF, the folder that holds it, or the name of a model that was pulled. Without it:
-                LFM2VL_MODEL, else the model that was pulled last. Nothing is ever fetched here.
-            mmproj: the vision encoder's GGUF; by default the fastest beside the language GGUF.
-            image_settings: fields of `ImageConfig` that replace the model's own.
-            detail: how closely images are looked at: full, high, balanced or fast; see `detail_changes`.
-            budget_tokens: most image tokens of an image, which is then cut as well as that allows.
-            budget_seconds: the same for predicted seconds in encoder and language tower; see `Costs`.
-            n_ctx: tokens of context to begin with; it grows when a prompt needs more.
-            n_threads: threads that compute; by default what `tune` found, else one per physical core.
-            n_gpu_layers: layers that a GPU takes, where the installed llama.cpp was built for one; -1 means all.
-            device: name of that GPU; by default llama.cpp chooses.
-            state_bytes: memory for states of earlier prompts, so that another question about an image or the next
-                turn of a conversation decodes only what is new; 0 keeps none.
-            cache: a folder that keeps embeddings of views and states after images for later processes; `True` means
-                LFM2VL_CACHE or the user's cache folder. What goes wrong there, `lfm2vl_edge.cache.disk` logs.
-            cache_bytes: what all processes together may keep there.
+            name: the language GGUF, the folder that holds it, the name of a downloaded model, or the two files that
+                `pull` returned. Without it: LFM2VL_MODEL, else the model that was downloaded last.
+            **options: fields of `OpenOptions`, and `state_bytes`, `cache`, `cache_bytes`, see `ModelOptions`.
 
         Raises:
-            ModelNotFound: a file is missing, or no model of that name is here; the message says how to pull it.
-            ConfigError: the files do not fit together, or a setting is out of range.
+            ModelNotFound: a file is missing, or there is no model of that name; the message says how to pull it.
+            ConfigError: the files do not fit together, or an option is unknown or out of range.
             EngineError: llama.cpp refuses a file.
         """
-        located = resolve_model(path, Path(mmproj) if mmproj is not None else None)
-        if located.is_fallback:
-            _LOG.warning(FALLBACK_NOTE)
-        wishes = OpenOptions(
-            mmproj=located.mmproj,
-            image_settings=image_settings,
-            detail=detail,
-            budget_tokens=budget_tokens,
-            budget_seconds=budget_seconds,
-            n_ctx=n_ctx,
-            n_threads=n_threads,
-            n_gpu_layers=n_gpu_layers,
-            device=device,
-        )
-        folder = None if cache is False else cache_folder() if cache is True else Path(cache)
+        state_bytes = options.pop("state_bytes", STATE_BYTES)
+        cache = options.pop("cache", False)
+        cache_bytes = options.pop("cache_bytes", CACHE_BYTES)
         check_count("state_bytes", state_bytes, least=0)
         check_count("cache_bytes", cache_bytes)
-        return cls.of(open_pair(located.model, wishes), folder, state_bytes, cache_bytes)
+        chosen = OpenOptions.of(**options)
+        resolved = resolve_model(name, None if chosen.mmproj is None else Path(chosen.mmproj))
+        if resolved.is_fallback:
+            _LOG.warning(FALLBACK_NOTE)
+        folder = None if cache is False else cache_folder() if cache is True else Path(cache)
+        return cls.of(open_model(resolved, chosen), folder, state_bytes, cache_bytes)
 
     @classmethod
-    def of(cls, loaded: Loaded, folder: Path | None, state_bytes: int, cache_bytes: int = CACHE_BYTES) -> Model:
-        """Return a model of files that were opened already; `folder` is that of the cache on disk, if there is one."""
+    def of(cls, opened: OpenedModel, folder: Path | None, state_bytes: int, cache_bytes: int = CACHE_BYTES) -> Model:
+        """Return a model of files that were opened already; `folder` is that of the disk cache, if there is one."""
+        opening = opened.opening
         return cls(
-            loaded.engine,
-            loaded.config,
-            memory=_memory(loaded.engine, loaded.source, folder, state_bytes, cache_bytes),
-            source=loaded.source,
+            opened.engine,
+            opening.config,
+            budget=opening.budget,
+            caches=_caches(opened.engine, opening.files, folder, state_bytes, cache_bytes),
+            files=opening.files,
             digests=None if folder is None else digests_folder(folder),
-            load_seconds=loaded.seconds,
+            load_seconds=opened.seconds,
         )
 
-    def ask(self, images: ImageInput | Sequence[ImageInput], prompt: str = DEFAULT_PROMPT, **options: Any) -> str:
+    def __repr__(self) -> str:
+        info = self.engine.info
+        state = "closed, " if self._is_closed else ""
+        return f"<Model {self.config.name!r}: {state}{info.n_threads} threads, context {info.n_ctx}>"
+
+    def ask(
+        self, images: AnyImage | Sequence[AnyImage], prompt: str = DEFAULT_PROMPT, **options: Unpack[ChatOptions]
+    ) -> str:
         """Return the answer to a question about one or several images.
 
         Args:
@@ -150,107 +191,202 @@ class Model(TypedAnswers):
             **options: fields of `Options`, such as `temperature=0.0, max_tokens=64`, and `tools` as for `chat`.
 
         Raises:
-            ToolError: the model calls a tool: `turn` returns calls.
+            ToolError: the model calls a tool: `turn` returns tool calls.
             EdgeError: see `stream`.
         """
         return Turn.of(self.stream(images, prompt, **options)).answer
 
     def stream(
-        self, images: ImageInput | Sequence[ImageInput], prompt: str = DEFAULT_PROMPT, **options: Any
-    ) -> Iterator[Chunk]:
+        self, images: AnyImage | Sequence[AnyImage], prompt: str = DEFAULT_PROMPT, **options: Unpack[ChatOptions]
+    ) -> Generator[Chunk, None, None]:
         """Yield the answer piece by piece; the last chunk carries `finish_reason` and `stats`. Arguments as for `ask`.
+
+        The generator can be closed; the model is then free for the next request.
 
         Raises:
             ConfigError: an option is unknown or out of range.
-            ImageError: an input is no image.
+            ImageError: an input is not a valid image.
             PromptError: no prompt can be made of it, or (ContextFull) none that fits into the model's context.
             EngineError: a native call failed, or the model is busy.
-            AnswerError: an answer that is to fit a schema or grammar does not, or was cut.
+            AnswerError: an answer under a schema or grammar does not match it, or was truncated.
         """
         return self.chat([user_message(images, prompt)], **options)
 
-    def chat(self, messages: Sequence[Message], *, tools: Sequence[ToolInput] = (), **options: Any) -> Iterator[Chunk]:
-        """Yield the model's next turn of a conversation in the Hugging Face form, piece by piece.
+    def chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Generator[Chunk, None, None]:
+        """Yield the model's next turn of a conversation piece by piece.
 
         Args:
-            messages: the conversation; see `Message`.
-            tools: what the model may call: functions with annotations and docstrings, or definitions in the OpenAI
-                form. The last chunk has its `calls`; nothing is ever called here.
-            **options: as for `ask`.
+            messages: the conversation, in the Hugging Face form; see `Message`.
+            **options: as for `ask`; `tools` see `ChatOptions`.
 
         Raises:
-            ToolError: a call is cut off or malformed.
+            ToolError: a tool call is truncated or malformed.
             EdgeError: see `stream`.
         """
-        return self._stream(messages, Options.of(**options), as_tools(tools))
+        tools = as_tools(options.pop("tools", ()))
+        return self._stream(messages, Options.of(**options), tools)
 
-    def turn(self, messages: Sequence[Message], **options: Any) -> Turn:
-        """Return the model's next turn, whole: text, calls, and `message` for the conversation that goes on. As for `chat`."""
+    def turn(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Turn:
+        """Return the model's next turn, whole: text, tool calls, and `message` to continue with. As for `chat`."""
         return Turn.of(self.chat(messages, **options))
 
-    def _stream(self, messages: Sequence[Message], options: Options, tools: Sequence[Tool]) -> Iterator[Chunk]:
+    def _stream(self, messages: Sequence[Message], options: Options, tools: Any) -> Generator[Chunk, None, None]:
+        pieces: list[Chunk] = []
         with self._exclusive():
-            yield from stream(self.engine, self.config, messages, options, self._memory, tools)
+            for chunk in stream(self._runtime, messages, options, tools):
+                pieces.append(chunk)
+                if chunk.finish_reason is not None:
+                    self.last = Turn.of(pieces)
+                yield chunk
 
-    def preprocess(self, image: ImageInput | Picture, **wishes: Any) -> Picture:
-        """Return an image planned and cut, which may stand in several messages without being opened again.
+    def caption(self, image: AnyImage, **options: Unpack[AskOptions]) -> str:
+        """Return a description of an image. Errors as for `stream`; `last` has the finish reason and statistics."""
+        return self.ask(image, DEFAULT_PROMPT, **options).strip()
+
+    def detect(
+        self,
+        image: AnyImage,
+        what: str | None = None,
+        *,
+        prompt: str | None = None,
+        free: bool = False,
+        **options: Unpack[AskOptions],
+    ) -> list[Box]:
+        """Return the boxes of objects in an image, in pixels of the upright image.
+
+        An entry of the answer that is not a valid box of the image is left out, with a warning in the log
+        `lfm2vl_edge.structured.boxes`. `last` has the finish reason and statistics of the answer.
 
         Args:
-            image: in any form that `load_image` takes; one that was cut already is returned as it is.
-            **options: `detail`, `budget_tokens`, `budget_seconds` for this image, as for `open`.
+            image: an image, or a preprocessed one.
+            what: such as "red car"; None means everything.
+            prompt: the whole question, instead of the one that the model was trained on.
+            free: let the model answer freely, and search boxes in that, instead of constraining it to their format.
+            **options: fields of `Options`; the most likely answer is taken unless they say otherwise.
 
         Raises:
-            ConfigError: a option is unknown or out of range, or no plan is within the budget.
-            ImageError: the input is no image.
+            AnswerTruncated: max_tokens ended the answer before its list of boxes was complete.
+            AnswerError: a free answer holds no boxes.
+            EdgeError: see `stream`.
         """
-        return look(image, self.config.image, self.config.sight.with_options(wishes))
+        from lfm2vl_edge.structured.boxes import box_question, box_schema, read_boxes
 
-    def encode_image(self, image: ImageInput, **wishes: Any) -> EncodedImage:
-        """Return an image that the model has seen: every question about it then costs only the question.
+        boxes = self.config.boxes
+        preprocessed = self.preprocess(image)
+        question = box_question(boxes, what) if prompt is None else prompt
+        constraint: AskOptions = {} if free else {"schema": box_schema(boxes)}
+        chosen: AskOptions = {**GREEDY, **constraint, **options}
+        answer = self.ask(preprocessed, question, **chosen)
+        return read_boxes(answer, boxes, preprocessed.plan.height, preprocessed.plan.width)
 
-        Arguments as for `cut`.
+    def point(
+        self,
+        image: AnyImage,
+        what: str | None = None,
+        *,
+        prompt: str | None = None,
+        free: bool = False,
+        **options: Unpack[AskOptions],
+    ) -> list[Point]:
+        """Return the centers of the boxes that `detect` finds; arguments and errors as there."""
+        return [box.center for box in self.detect(image, what, prompt=prompt, free=free, **options)]
+
+    def extract(
+        self, image: AnyImage, schema: Any, prompt: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> Any:
+        """Return what a schema describes, read from an image. `last` has the finish reason and statistics.
+
+        Args:
+            image: an image, or a preprocessed one.
+            schema: a JSON schema as a dictionary; or a dataclass or a model class of pydantic.
+            prompt: the question; by default the schema is shown, with its titles and descriptions.
+            **options: fields of `Options`; the most likely answer is taken unless they say otherwise.
+
+        Returns:
+            The JSON value, or an instance of the class.
 
         Raises:
-            ConfigError: a option is unknown or out of range, or no plan is within the budget.
-            ImageError: the input is no image.
+            ConfigError: the schema has a keyword, or the class a type, that is not supported.
+            AnswerTruncated: max_tokens ended the answer before it was complete.
+            ContextFull: image and question do not fit into the model's context.
+            AnswerError: the answer breaks a rule that is checked afterwards, or the class refuses it.
+            EdgeError: see `stream`.
+        """
+        from lfm2vl_edge.structured.check import instance_of, schema_of
+
+        described = schema_of(schema)
+        shown = json.dumps(described, ensure_ascii=False, default=str)
+        question = f"Extract from the image, as JSON with this schema: {shown}" if prompt is None else prompt
+        constraint: AskOptions = {"schema": described}
+        chosen: AskOptions = {**GREEDY, **constraint, **options}
+        try:
+            answer = self.ask(image, question, **chosen)
+        except ContextFull as error:
+            if prompt is not None:
+                raise
+            raise ContextFull(f"{error}; or a question of your own (--prompt): the schema is the text here") from error
+        return instance_of(schema, answer)
+
+    def preprocess(self, image: AnyImage, **budget: Unpack[BudgetOptions]) -> PreprocessedImage:
+        """Return an image planned and tiled, which may be part of several messages without being loaded again.
+
+        Args:
+            image: in any form that `load_image` takes; a preprocessed one is returned as it is.
+            **budget: `detail`, `budget_tokens`, `budget_seconds` for this image, as for `open`.
+
+        Raises:
+            ConfigError: an option is unknown or out of range, or no plan is within the budget.
+            ImageError: the input is not a valid image.
+        """
+        return preprocess_image(image, self.config.image, self.budget.with_options(budget))
+
+    def encode_image(self, image: AnyImage, **budget: Unpack[BudgetOptions]) -> EncodedImage:
+        """Return an image that is encoded and decoded once: every question about it then costs only the question.
+
+        Arguments as for `preprocess`.
+
+        Raises:
+            ConfigError: an option is unknown or out of range, or no plan is within the budget.
+            ImageError: the input is not a valid image.
             ContextFull: the image does not fit into the model's context.
             EngineError: a native call failed, or the model is busy.
         """
-        picture = self.preprocess(image, **wishes)
+        preprocessed = self.preprocess(image, **budget)
+        states = self._runtime.caches.states
         with self._exclusive():
-            pieces = self._up_to(picture)
+            pieces = self._up_to(preprocessed)
             key = chain(pieces)[-1]
-            state = self._memory.states.get(key)
+            state = states.get(key)
             if state is None:
-                prefill(self.engine, pieces, self._memory, Stopwatch())
-                known = self._memory.states.get(key)
+                prefill(self.engine, pieces, self._runtime.caches, Stopwatch())
+                known = states.get(key)
                 state = self.engine.snapshot() if known is None else known
-        return self._photo(picture, key, state)
+        return self._encoded(preprocessed, key, state)
 
     def load_encoded_image(self, path: str | os.PathLike[str]) -> EncodedImage:
         """Return an image that `EncodedImage.save` wrote; load only files that you trust.
 
         Raises:
-            StateError: the file is none, is damaged, or was saved with another model, engine or settings.
+            StateError: the file is not a saved image, is damaged, or was saved with another model, engine or settings.
             EngineError: the model is busy.
         """
-        saved = load_saved(Path(path), self.fingerprint(), self.config.image)
+        saved = load_saved_image(Path(path), self.fingerprint(), self.config.image)
         with self._exclusive():
-            if chain(self._up_to(saved.picture))[-1] != saved.key:
-                raise StateError(f"{path} was saved by another version of this program; open the picture again")
+            if chain(self._up_to(saved.image))[-1] != saved.key:
+                raise StateError(f"{path} was saved by another version of this program; encode the image again")
             try:
                 self.engine.restore(saved.state)
             except EngineError as error:
-                raise StateError(f"{path} holds no state of this model: {error}; open the picture again") from error
-        return self._photo(saved.picture, saved.key, saved.state)
+                raise StateError(f"{path} holds no state of this model: {error}; encode the image again") from error
+        return self._encoded(saved.image, saved.key, saved.state)
 
-    def _photo(self, picture: Picture, key: Key, state: State) -> EncodedImage:
-        self._memory.states.hold(key, state)
-        return EncodedImage(model=self, picture=picture, key=key, state=state)
+    def _encoded(self, image: PreprocessedImage, key: Key, state: State) -> EncodedImage:
+        self._runtime.caches.states.hold(key, state)
+        return EncodedImage(model=self, image=image, key=key, state=state)
 
-    def _up_to(self, picture: Picture) -> list[Piece]:
+    def _up_to(self, image: PreprocessedImage) -> list[Piece]:
         """Return the pieces of a prompt up to an image's last view, and make room for them."""
-        pieces = split(prepare(self.engine, self.config, [user_message(picture, "")]))
+        pieces = split(prepare(self.engine, self.config, [user_message(image, "")]))
         while not isinstance(pieces[-1], Tile):
             pieces.pop()
         self.engine.reserve(sum(map(n_tokens, pieces)))
@@ -263,13 +399,11 @@ class Model(TypedAnswers):
             StateError: the model was not opened from files.
             ModelNotFound: its files were replaced since it was opened.
         """
-        if self._source is None:
+        if self._files is None:
             raise StateError("this model was not opened from files, so its states cannot be saved or loaded")
         if self._fingerprint is None:
-            config = self.config
-            self._fingerprint = fingerprint_of(
-                self._source, self.engine.info, config.image, config.sight, self._digests
-            )
+            info, image = self.engine.info, self.config.image
+            self._fingerprint = fingerprint_of(self._files, info, image, self.budget, self._digests)
         return self._fingerprint
 
     def token_ids(self, messages: Sequence[Message], *, tools: Sequence[ToolInput] = ()) -> list[int]:
@@ -279,13 +413,13 @@ class Model(TypedAnswers):
             EdgeError: see `stream`.
         """
         with self._exclusive():
-            return prepare(self.engine, self.config, messages, as_tools(tools)).token_ids
+            return prepare(self.engine, self.config, messages, as_tools(tools), self.budget).token_ids
 
-    def embed_image(self, image: ImageInput) -> Floats:
+    def embed_image(self, image: AnyImage) -> Floats:
         """Return float32 `[n, n_embd]`: the embeddings of all views of an image, in prompt order.
 
         Raises:
-            ImageError: the input is no image.
+            ImageError: the input is not a valid image.
             EngineError: a native call failed.
         """
         tiles = self.preprocess(image).tiles
@@ -293,19 +427,19 @@ class Model(TypedAnswers):
             return np.concatenate([self.engine.encode(tile.pixels, tile.n_tokens) for tile in tiles])
 
     def next_token_logits(self, messages: Sequence[Message]) -> Floats:
-        """Return float32 `[n_vocab]`: the scores of the first token of the model's next turn.
+        """Return float32 `[n_vocab]`: the logits of the first token of the model's next turn.
 
         Raises:
             EdgeError: see `stream`.
         """
         with self._exclusive():
-            prompt = prepare(self.engine, self.config, messages)
+            prompt = prepare(self.engine, self.config, messages, budget=self.budget)
             self.engine.reserve(len(prompt.token_ids))
-            prefill(self.engine, split(prompt), self._memory, Stopwatch())
+            prefill(self.engine, split(prompt), self._runtime.caches, Stopwatch())
             return self.engine.logits()
 
     def cancel(self) -> None:
-        """Stop the answer that is being made, from any thread; its stream raises EngineError."""
+        """Stop the running answer, from any thread; its stream raises EngineError."""
         self.engine.cancel()
 
     def close(self) -> None:
@@ -333,12 +467,12 @@ class Model(TypedAnswers):
             self._answering.release()
 
 
-def _memory(engine: Engine, source: Source, folder: Path | None, state_bytes: int, cache_bytes: int) -> Memory:
-    """Return the memory of states and embeddings, with shelves on disk if there is a folder for them."""
+def _caches(engine: Engine, files: OpenedFiles, folder: Path | None, state_bytes: int, cache_bytes: int) -> Caches:
+    """Return the caches of states and embeddings, with disk caches if there is a folder for them."""
     if folder is None:
-        return Memory(states=StateCache(state_bytes), embeddings=EmbeddingCache())
-    disk, memo = Disk(folder, cache_bytes), digests_folder(folder)
-    views = DiskCache(disk, lambda: encoder_digest(source, engine.info, memo))
-    states = DiskCache(disk, lambda: state_digest(source, engine.info, memo), STATE)
-    embeddings = EmbeddingCache(shelf=views, n_embd=engine.info.n_embd)
-    return Memory(states=StateCache(state_bytes, states), embeddings=embeddings)
+        return Caches(states=StateCache(state_bytes))
+    shared, memo = CacheFolder(folder, cache_bytes), digests_folder(folder)
+    views = DiskCache(shared, lambda: encoder_digest(files, engine.info, memo))
+    states = DiskCache(shared, lambda: state_digest(files, engine.info, memo), STATE)
+    embeddings = EmbeddingCache(disk=views, n_embd=engine.info.n_embd)
+    return Caches(states=StateCache(state_bytes, states), embeddings=embeddings)

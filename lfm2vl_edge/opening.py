@@ -1,198 +1,259 @@
-"""What is decided before a model is loaded: its files, its settings, threads, and what things will cost."""
+"""The one way from a name or path to an opened model: which files, which settings, how many threads, what it costs.
+
+`open_model` is what the command line, `Model.open` and every worker call. `decide` is its first half, without the
+engine, for those who only plan.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lfm2vl_edge.cache.fingerprint import Source
+from lfm2vl_edge.cache.fingerprint import OpenedFiles
+from lfm2vl_edge.config import DEFAULT_N_CTX, ModelConfig, is_integer
 from lfm2vl_edge.engine import Engine
 from lfm2vl_edge.errors import ConfigError
 from lfm2vl_edge.host import big_cores
-from lfm2vl_edge.models.facts import ModelConfig, read_config
-from lfm2vl_edge.models.names import Pair, find_model, find_pair, mmproj_type
-from lfm2vl_edge.planning.budget import Detail, ImageBudget, check_detail
-from lfm2vl_edge.planning.costs import CONTEXT_TOKENS, Costs, guess
+from lfm2vl_edge.models.facts import read_facts
+from lfm2vl_edge.models.names import Pair, ResolvedModel, find_pair, mmproj_type, resolve_model
+from lfm2vl_edge.planning.budget import BudgetOptions, Detail, ImageBudget, check_detail
+from lfm2vl_edge.planning.costs import Costs, CostShape, cost_shape, guess
 from lfm2vl_edge.planning.device import Profile, load_profile, profile_key
 
 if TYPE_CHECKING:
     from lfm2vl_edge.engine.language import LanguageFile
     from lfm2vl_edge.engine.llama import EngineSettings
 
+ModelName: TypeAlias = "str | os.PathLike[str] | Pair | ResolvedModel | None"
+"""A language GGUF, its folder, the name of a downloaded model, the two files, or None for the default model."""
+
+
+class LoadOptions(BudgetOptions, total=False):
+    """Keywords that open a model; see `OpenOptions`."""
+
+    mmproj: str | os.PathLike[str] | None
+    image_settings: Mapping[str, Any] | None
+    n_ctx: int
+    n_threads: int | None
+    n_gpu_layers: int
+    device: str | None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenOptions:
-    """What a caller may ask for when a model is opened; `None` leaves the choice to us.
+    """How a model is opened; None leaves the choice to this program.
+
+    Attributes:
+        mmproj: the vision file; by default the fastest beside the language file.
+        image_settings: fields of `ImageConfig` that replace the model's own.
+        detail: see `ImageBudget`.
+        budget_tokens: see `ImageBudget`.
+        budget_seconds: see `ImageBudget`.
+        n_ctx: tokens of context to start with; it grows if a prompt needs more.
+        n_threads: threads that compute; by default what `tune` found, else one per physical, big core.
+        n_gpu_layers: layers that a GPU takes, if the installed llama.cpp was built for one; -1 means all.
+        device: name of that GPU; by default llama.cpp chooses.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: a value is out of range.
     """
 
-    mmproj: Path | None = None
-    """The vision file; by default the fastest beside the language file."""
+    mmproj: str | os.PathLike[str] | None = None
     image_settings: Mapping[str, Any] | None = None
-    """Fields of `ImageConfig` that replace the model's own."""
     detail: Detail = "full"
-    """See `ImageBudget.detail`."""
     budget_tokens: int | None = None
-    """See `ImageBudget.budget_tokens`."""
     budget_seconds: float | None = None
-    """See `ImageBudget.budget_seconds`."""
-    n_ctx: int = CONTEXT_TOKENS
-    """Tokens of context to begin with."""
+    n_ctx: int = DEFAULT_N_CTX
     n_threads: int | None = None
-    """Threads that compute; by default what `tune` found, else one per physical, big core."""
     n_gpu_layers: int = 0
-    """Layers that a GPU takes; -1 means all."""
     device: str | None = None
-    """Name of the GPU; by default the engine chooses."""
 
     def __post_init__(self) -> None:
         check_count("n_ctx", self.n_ctx)
         check_count("n_threads", 1 if self.n_threads is None else self.n_threads)
         check_count("n_gpu_layers", self.n_gpu_layers, least=-1)
         if self.device is not None and self.n_gpu_layers == 0:
-            raise ConfigError(f"device {self.device!r} has no work without n_gpu_layers; say how many, or -1 for all")
+            raise ConfigError(f"device {self.device!r} has no effect without n_gpu_layers; give their number, or -1")
+
+    @classmethod
+    def of(cls, **values: Any) -> OpenOptions:
+        """Return options from keywords.
+
+        Raises:
+            ConfigError: a keyword is unknown or a value is out of range.
+        """
+        known = [one.name for one in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}; known: {', '.join(known)}")
+        return cls(**values)
+
+    def budget(self, costs: Costs) -> ImageBudget:
+        """Return what one image may take."""
+        return ImageBudget(
+            detail=self.detail, budget_tokens=self.budget_tokens, budget_seconds=self.budget_seconds, costs=costs
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:
-    """What was decided."""
+    """What was decided about a model before it is loaded."""
 
-    pair: Pair
-    """The two files."""
+    files: OpenedFiles
+    """The two files, as they were before they were read."""
     config: ModelConfig
-    """What they say, with the caller's image settings and options."""
+    """What they say, with the caller's image settings."""
+    vision: Mapping[str, Any]
+    """Metadata of the mmproj file."""
+    shape: CostShape
+    """What costs are guessed from if nothing was measured."""
     n_threads: int
     """Threads that compute."""
     profile: Profile | None
     """What `tune` measured of this model here, if it did."""
     costs: Costs
     """What views and tokens cost: measured, else guessed."""
+    budget: ImageBudget
+    """What one image may take."""
 
-
-def decide(path: Path, wishes: OpenOptions, *, use_profile: bool = True) -> Opening:
-    """Find and read a model's files and decide how it is opened, without the engine.
-
-    Args:
-        path: the language GGUF, or the folder that holds it.
-        options: what the caller asked for.
-        use_profile: whether what `tune` measured is honoured.
-
-    Raises:
-        ModelNotFound: a file is missing.
-        ConfigError: the files do not fit together, or the options contradict each other.
-    """
-    pair, profile = _choose(path, wishes, use_profile)
-    threads = wishes.n_threads or (profile.threads if profile else big_cores())
-    changes = wishes.image_settings or {}
-    check_detail(wishes.detail, changes)
-    config = with_image_settings(read_config(pair), changes)
-    costs = _costs(pair, config, profile, threads)
-    sight = ImageBudget(
-        detail=wishes.detail,
-        budget_tokens=wishes.budget_tokens,
-        budget_seconds=wishes.budget_seconds,
-        costs=costs,
-    )
-    return Opening(pair=pair, config=replace(config, sight=sight), n_threads=threads, profile=profile, costs=costs)
-
-
-def _choose(path: Path, wishes: OpenOptions, use_profile: bool = True) -> tuple[Pair, Profile | None]:
-    """Return the files of a model, and what `tune` measured of it here."""
-    model = find_model(path)
-    profile = load_profile(profile_key(model, wishes.n_gpu_layers, wishes.device)) if use_profile else None
-    return find_pair(model, wishes.mmproj, _seconds(profile)), profile
-
-
-def _seconds(profile: Profile | None) -> dict[str, float]:
-    """Return what the largest view takes, by type of mmproj file."""
-    return {} if profile is None else {kind: points[max(points)] for kind, points in profile.encode.items()}
-
-
-def _costs(pair: Pair, config: ModelConfig, profile: Profile | None, threads: int) -> Costs:
-    """Return measured costs if there are any of this type of mmproj file, else guessed ones."""
-    kind = mmproj_type(pair.mmproj)
-    measured = profile.costs(kind, config.shape.context_bytes) if profile else None
-    return measured or guess(config.shape, kind, config.image.tile_tokens, threads)
+    @property
+    def pair(self) -> Pair:
+        """The two files."""
+        return self.files.pair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """A model in memory; what `Model` is made of."""
+class OpenedModel:
+    """A model in memory."""
 
     engine: Engine
-    """It owns native memory: whoever has it closes it."""
-    config: ModelConfig
-    """What the files say, with the caller's image settings and options."""
-    source: Source
-    """The files as they were."""
+    """It owns native memory: close it."""
+    opening: Opening
     seconds: float
-    """Time that it took."""
+    """Time that opening took."""
 
 
-def open_pair(path: Path, wishes: OpenOptions, language: LanguageFile | None = None) -> Loaded:
-    """Decide how a model is opened, and open it.
+def decide(name: ModelName, options: OpenOptions, *, use_profile: bool = True) -> Opening:
+    """Find and read a model's files and decide how it is opened, without the engine.
 
     Args:
-        path: the language GGUF, or the folder that holds it.
-        options: what the caller asked for.
-        language: the language file, where it is being read already.
+        name: which model.
+        options: what the caller chose.
+        use_profile: whether what `tune` measured is used.
 
     Raises:
-        ModelNotFound: a file is missing.
+        ModelNotFound: a file is missing, or there is no such model.
+        ConfigError: the files do not fit together, or the options contradict each other.
+    """
+    return _decide(*_find(name, options, use_profile), options)
+
+
+def _find(name: ModelName, options: OpenOptions, use_profile: bool = True) -> tuple[OpenedFiles, Profile | None]:
+    """Return the files of a model, and what `tune` measured of it here."""
+    resolved = resolve_model(name, None if options.mmproj is None else Path(options.mmproj))
+    profile = None
+    if use_profile:
+        profile = load_profile(profile_key(resolved.model, options.n_gpu_layers, options.device))
+    return OpenedFiles.of(find_pair(resolved.model, resolved.mmproj, _view_seconds(profile))), profile
+
+
+def _view_seconds(profile: Profile | None) -> dict[str, float]:
+    """Return how long the largest view takes, by type of mmproj file."""
+    return {} if profile is None else {kind: points[max(points)] for kind, points in profile.encode.items()}
+
+
+def _decide(files: OpenedFiles, profile: Profile | None, options: OpenOptions) -> Opening:
+    changes = options.image_settings or {}
+    check_detail(options.detail, changes)
+    facts = read_facts(files.pair)
+    config = with_image_settings(facts.config, changes)
+    shape = cost_shape(facts.language, facts.vision, (files.stamps[0][0], files.stamps[1][0]))
+    threads = options.n_threads or (profile.threads if profile else big_cores())
+    costs = _costs(files.pair, config, shape, profile, threads)
+    return Opening(
+        files=files,
+        config=config,
+        vision=facts.vision,
+        shape=shape,
+        n_threads=threads,
+        profile=profile,
+        costs=costs,
+        budget=options.budget(costs),
+    )
+
+
+def _costs(pair: Pair, config: ModelConfig, shape: CostShape, profile: Profile | None, threads: int) -> Costs:
+    """Return measured costs if this type of mmproj file was measured, else guessed ones."""
+    kind = mmproj_type(pair.mmproj)
+    measured = profile.costs(kind, shape.context_bytes) if profile else None
+    return measured or guess(shape, kind, config.image.tile_tokens, threads)
+
+
+def open_model(
+    name: ModelName = None, options: OpenOptions | None = None, language: LanguageFile | None = None
+) -> OpenedModel:
+    """Open a model: the only function that does.
+
+    Args:
+        name: which model. Nothing is downloaded.
+        options: how.
+        language: the language file, if it is being read already; whoever made it closes it.
+
+    Raises:
+        ModelNotFound: a file is missing, or there is no such model.
         ConfigError: the files do not fit together, or the options contradict each other.
         EngineError: llama.cpp refuses a file, or has no such GPU.
     """
-    begin = time.perf_counter()
-    pair, _ = _choose(path, wishes)
-    source = Source.of(pair)
-    with _reading(source, wishes, language) as file:
-        opening = decide(pair.model, replace(wishes, mmproj=pair.mmproj))
-        engine = load(opening, wishes, file)
-    return Loaded(engine=engine, config=opening.config, source=source, seconds=time.perf_counter() - begin)
+    start = time.perf_counter()
+    options = options or OpenOptions()
+    files, profile = _find(name, options)
+    with _reading(files, options, language) as file:
+        opening = _decide(files, profile, options)
+        engine = load(opening, options, file)
+    return OpenedModel(engine=engine, opening=opening, seconds=time.perf_counter() - start)
 
 
 def _reading(
-    source: Source, wishes: OpenOptions, begun: LanguageFile | None
+    files: OpenedFiles, options: OpenOptions, started: LanguageFile | None
 ) -> AbstractContextManager[LanguageFile | None]:
-    """Let the language file be read while it is decided how it is opened; what was begun will do, unless replaced."""
-    from lfm2vl_edge.engine.language import begin_reading
+    """Read the language file in a worker thread; one that is being read already is used, unless it was replaced."""
+    from lfm2vl_edge.engine.language import start_reading
 
-    if begun is not None and begun.stamp == source.stamps[0]:
-        return nullcontext(begun)  # its owner closes it
-    language = begin_reading(source.pair.model, wishes.n_gpu_layers, wishes.device)
+    if started is not None and started.stamp == files.stamps[0]:
+        return nullcontext(started)  # its owner closes it
+    language = start_reading(files.pair.model, options.n_gpu_layers, options.device)
     return nullcontext() if language is None else closing(language)
 
 
-def load(opening: Opening, wishes: OpenOptions, language: LanguageFile | None = None) -> Engine:
-    """Return the engine with both files, of which the language file may be read already.
+def load(opening: Opening, options: OpenOptions, language: LanguageFile | None = None) -> Engine:
+    """Return the engine with both files, of which the language file may have been read already.
 
     Raises:
         EngineError: llama.cpp refuses a file, or has no such GPU.
     """
     from lfm2vl_edge.engine.llama import LlamaEngine
 
-    settings = engine_settings(opening.config, opening.n_threads, wishes)
-    return LlamaEngine(language or opening.pair.model, opening.pair.mmproj, settings)
+    settings = engine_settings(opening.config, opening.n_threads, options)
+    return LlamaEngine(language or opening.pair.model, opening.pair.mmproj, settings, opening.vision)
 
 
-def engine_settings(config: ModelConfig, n_threads: int, wishes: OpenOptions) -> EngineSettings:
-    """Return what the engine is told about a model."""
+def engine_settings(config: ModelConfig, n_threads: int, options: OpenOptions) -> EngineSettings:
+    """Return the engine's settings for a model."""
     from lfm2vl_edge.engine.llama import EngineSettings
 
     return EngineSettings(
         n_threads=n_threads,
-        n_ctx=min(wishes.n_ctx, config.n_ctx_train),
+        n_ctx=min(options.n_ctx, config.n_ctx_train),
         n_ctx_max=config.n_ctx_train,
         max_view_tokens=max(config.image.max_image_tokens, config.image.tile_tokens),
         exact=config.is_float32,
-        n_gpu_layers=wishes.n_gpu_layers,
-        device=wishes.device,
+        n_gpu_layers=options.n_gpu_layers,
+        device=options.device,
     )
 
 
@@ -209,10 +270,10 @@ def with_image_settings(config: ModelConfig, changes: Mapping[str, Any]) -> Mode
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Refuse what is no integer of at least `least`.
+    """Check an integer of at least `least`.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is something else.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+    if not is_integer(value, least):
+        raise ConfigError(f"{name} is {value!r}; it must be an integer, {least} or more")

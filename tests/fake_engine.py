@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from lfm2vl_edge import EngineError, ImageConfig, Model, Sampling
-from lfm2vl_edge.cache.fingerprint import Source
+from lfm2vl_edge.cache.fingerprint import OpenedFiles
+from lfm2vl_edge.config import IMAGE_END, IMAGE_START, IMAGE_TOKEN, THUMBNAIL, ModelConfig
 from lfm2vl_edge.engine import EngineInfo, Floats, State
 from lfm2vl_edge.image.load import Pixels
-from lfm2vl_edge.models.facts import IMAGE, IMAGE_END, IMAGE_START, THUMBNAIL, ModelConfig
 from lfm2vl_edge.models.names import Pair
 
 END = 299
-CONTROLS = {IMAGE: 256, IMAGE_START: 257, IMAGE_END: 258, THUMBNAIL: 259}
+CONTROLS = {IMAGE_TOKEN: 256, IMAGE_START: 257, IMAGE_END: 258, THUMBNAIL: 259}
 TEMPLATE = (
     "{% for message in messages %}{% for part in message.content %}"
     "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
@@ -82,7 +82,7 @@ class FakeEngine:
         self._sequence += tokens
 
     def decode_embeddings(self, embeddings: Floats, *, more: bool = False) -> None:
-        self._sequence += [CONTROLS[IMAGE]] * len(embeddings)
+        self._sequence += [CONTROLS[IMAGE_TOKEN]] * len(embeddings)
 
     def logits(self) -> Floats:
         return np.zeros(300, np.float32)
@@ -121,4 +121,4 @@ def scripted(folder: Path, answers: Mapping[str, str], weights: bytes = b"weight
     pair.model.write_bytes(weights)
     pair.mmproj.write_bytes(weights)
     engine = FakeEngine(answers)
-    return Model(engine, CONFIG, source=Source.of(pair)), engine
+    return Model(engine, CONFIG, source=OpenedFiles.of(pair)), engine

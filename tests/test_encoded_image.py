@@ -15,7 +15,7 @@ import pytest
 
 from lfm2vl_edge import EncodedImage, EngineError, ImageError, Model, ModelNotFound, StateError
 from lfm2vl_edge.cache.fingerprint import file_digest
-from lfm2vl_edge.cache.memory import EmbeddingCache, Memory, StateCache
+from lfm2vl_edge.cache.memory import Caches, EmbeddingCache, StateCache
 from tests.conftest import PICTURES, Pair
 
 WIDE = PICTURES / "wide.png"
@@ -32,7 +32,7 @@ def model(pair: Pair) -> Iterator[Model]:
 @pytest.fixture(scope="module")
 def forgetful(pair: Pair) -> Iterator[Model]:
     with Model.open(pair("a", "F16"), n_threads=1) as opened:
-        yield Model(opened.engine, opened.config, memory=Memory(states=StateCache(0), embeddings=EmbeddingCache(0)))
+        yield Model(opened.engine, opened.config, memory=Caches(states=StateCache(0), embeddings=EmbeddingCache(0)))
 
 
 @pytest.fixture(scope="module")

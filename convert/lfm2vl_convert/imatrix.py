@@ -16,10 +16,10 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from lfm2vl_convert.ggufile import StoredTensor, read_tensors
 from lfm2vl_convert.recipes import Rule, padded_width, recipe_of
 from lfm2vl_convert.write import write_together
 from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.models.gguf import StoredTensor, read_tensors
 
 SUMS: Final = ".in_sum2"
 COUNTS: Final = ".counts"

@@ -12,8 +12,9 @@ from lfm2vl_convert.checkpoint import Checkpoint
 from lfm2vl_convert.config import ProjectorConfig, TextConfig, VisionConfig
 from lfm2vl_convert.plan import Rearrangement, Wanted
 from lfm2vl_convert.recipes import block_size, padded_width
-from lfm2vl_edge.config import ImageConfig, image_metadata
+from lfm2vl_edge.config import ImageConfig
 from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.models.gguf import image_metadata
 
 ARCHITECTURE: Final = "clip"
 PROJECTOR: Final = "lfm2"

@@ -10,10 +10,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lfm2vl_convert.ggufile import StoredTensor, read_tensors
 from lfm2vl_convert.plan import TensorPlan
 from lfm2vl_convert.recipes import recipe_of
 from lfm2vl_convert.write import rearranged_rows
+from lfm2vl_edge.models.gguf import StoredTensor, read_tensors
 
 SAMPLED_VALUES: Final = 2**16
 """Values of each tensor that the error is measured on, in runs of rows spread over it."""

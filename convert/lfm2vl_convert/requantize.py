@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lfm2vl_convert.convert import Progress, Quantizer, byte_counter, check_overrides, refuse_existing
-from lfm2vl_convert.ggufile import StoredTensor, read_tensors
 from lfm2vl_convert.recipes import ENCODER_TYPES, FLOAT_TYPES, LANGUAGE_TYPES, Overrides, Rule, recipe_of
 from lfm2vl_convert.write import remove_leftovers, write_together
 from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.models.gguf import StoredTensor, read_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

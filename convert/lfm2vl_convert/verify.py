@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from lfm2vl_convert import lm, mmproj
 from lfm2vl_convert.config import ProjectorConfig, TextConfig, VisionConfig
-from lfm2vl_convert.ggufile import StoredTensor, read_tensors
 from lfm2vl_convert.report import Rows, relative, squares
 from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.models.gguf import StoredTensor, read_tensors
 
 _CHUNK_VALUES: Final = 2**22
 _SAMPLED_VALUES: Final = 2**18

@@ -1,6 +1,6 @@
-"""EmbeddingCache and states on disk: a folder that processes share, within a budget, and that may fail at any time.
+"""The disk cache: embeddings and states in a folder that processes share, within a budget, and that may fail any time.
 
-An entry is a file of its own, written beside and renamed, with a checksum; what is damaged is dropped. No failure here
+An entry is a file of its own, written beside and renamed, with a checksum; a damaged one is dropped. No failure here
 ends an answer: it is a warning (in the log `lfm2vl_edge.cache.disk`), and what was not found is computed again.
 """
 
@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import re
-import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,41 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import numpy.typing as npt
 
+from lfm2vl_edge.cache.container import OVERHEAD_BYTES, read_container, write_container
 from lfm2vl_edge.errors import EdgeError
-from lfm2vl_edge.host import PARTIAL, write_beside
+from lfm2vl_edge.host import PARTIAL
 
 CACHE_BYTES: Final = 1_000_000_000
-"""Default budget on disk: about a thousand views, or thirty states of a conversation about an image of ten tiles (450M)."""
-_START: Final = struct.Struct("<8sQQ")
-"""Magic, rows, columns."""
-_CHECKSUM_BYTES: Final = 32
+"""Default budget on disk: about a thousand views, or thirty states of a conversation about ten tiles (450M)."""
+VIEW: Final = ".view"
+"""Suffix of embeddings of a view: float32 `[n_tokens, n_embd]`."""
+STATE: Final = ".state"
+"""Suffix of a state of the engine's sequence: uint8 `[1, n_bytes]`."""
 _ABANDONED_SECONDS: Final = 3600
-"""A file that was begun this long ago belongs to a process that was killed."""
+"""A partial file of this age belongs to a process that was killed."""
 _ENTRY: Final = re.compile(r"[0-9a-f]{64}\.(view|state)")
-_BEGUN: Final = re.compile(r"\.[0-9a-f]{64}(\.view|\.state)?\.\d+-[0-9a-f]{8}" + re.escape(PARTIAL))
-_NOTE: Final = re.compile(r"[0-9a-f]{64}")
+_PARTIAL: Final = re.compile(r"\.[0-9a-f]{64}(\.view|\.state)?\.\d+-[0-9a-f]{8}" + re.escape(PARTIAL))
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _LOG: Final = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
-    """What the entries of a shelf are."""
-
-    suffix: str
-    """Of their files."""
-    magic: bytes
-    """Eight bytes that begin them."""
-    dtype: type[np.generic]
-    """Of their values."""
-
-
-VIEW: Final = Kind(suffix=".view", magic=b"LFM2VLE2", dtype=np.float32)
-"""EmbeddingCache of a view: `[n_tokens, n_embd]`."""
-STATE: Final = Kind(suffix=".state", magic=b"LFM2VLS1", dtype=np.uint8)
-"""The engine's sequence: `[1, n_bytes]`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,144 +42,109 @@ class Entry:
     """A file of the cache."""
 
     path: Path
-    """Where it lies."""
     n_bytes: int
-    """Its size."""
     used: float
     """When it was written or last read, seconds since 1970."""
 
 
 def entries_folder(folder: Path) -> Path:
-    """Return where a cache folder has its embeddings and states."""
+    """Return where a cache folder stores its embeddings and states."""
     return folder / "views"
 
 
 def digests_folder(folder: Path) -> Path:
-    """Return where a cache folder has the digests of files."""
+    """Return where a cache folder stores the digests of files."""
     return folder / "files"
 
 
-class Disk:
+class CacheFolder:
     """A folder with a budget, until something there fails. Several processes may use one."""
 
     def __init__(self, folder: Path, budget: int) -> None:
-        """Use a folder, which is made when something is written.
+        """Use a cache folder, which is created when something is written.
 
         Args:
             folder: the cache folder.
-            budget: bytes that all entries may take together.
+            budget: bytes that all entries together may take.
         """
         self.folder = entries_folder(folder)
-        """Where the entries lie."""
+        """Where the entries are stored."""
         self.budget = budget
-        """Bytes."""
         self.is_off = False
         """Whether it is out of use."""
 
     def give_up(self, action: str, error: Exception) -> None:
-        """Warn once and go on without the disk: what fails now would fail every time."""
+        """Warn once and continue without the disk: what fails now would fail every time."""
         self.is_off = True
-        _LOG.warning("cannot %s the cache in %s: %s; going on without it", action, self.folder, error)
+        _LOG.warning("cannot %s the cache in %s: %s; continuing without it", action, self.folder, error)
 
 
 class DiskCache:
-    """Entries of one kind; see `lfm2vl_edge.cache.memory.ArrayStore`."""
+    """Entries of one kind in a cache folder."""
 
-    def __init__(self, disk: Disk, origin: Callable[[], str], kind: Kind = VIEW) -> None:
-        """Keep entries on a disk that other shelves may share.
+    def __init__(self, folder: CacheFolder, origin: Callable[[], str], suffix: str = VIEW) -> None:
+        """Keep entries in a folder that other caches may share.
 
         Args:
-            disk: where.
-            origin: gives the digest of everything but the key that decides an entry.
-            kind: what they are.
+            folder: where.
+            origin: returns the digest of everything but the key that decides an entry.
+            suffix: of the entries' files: `VIEW` or `STATE`.
         """
-        self._disk = disk
+        self._folder = folder
         self._origin = origin
-        self._kind = kind
+        self._suffix = suffix
         self._known_origin: str | None = None
 
     def get(self, key: bytes, shape: tuple[int, int] | None = None) -> npt.NDArray[Any] | None:
-        """Return an entry, read-only and of a shape if one is demanded; None if it is not there whole."""
+        """Return an entry `[rows, columns]`, read-only and of a shape if one is demanded; None if there is no such."""
         path = self._path(key)
         if path is None:
             return None
         try:
-            data = self._read(path, shape)
+            found = read_container(path, self._folder.budget)
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._disk.give_up("read", error)
+            self._folder.give_up("read", error)
             return None
-        found = self._array(data, path, shape)
-        if found is None:
+        except ValueError:
+            found = None
+        array = found.arrays[0] if found and found.header.get("name") == path.name and len(found.arrays) == 1 else None
+        if array is None or array.ndim != 2 or shape not in (None, array.shape):
             _LOG.warning("a damaged entry of the cache was dropped: %s", path)
             _remove(path)
             return None
-        with suppress(OSError):  # gone or read-only: then its use is not noted
+        with suppress(OSError):  # removed or read-only: then its use is not noted
             os.utime(path)
-        return found
+        return array
 
     def put(self, key: bytes, array: npt.NDArray[Any]) -> None:
-        """Keep an array `[rows, columns]` of the shelf's kind if budget and disk take it."""
+        """Keep an array `[rows, columns]` if budget and disk allow it."""
         path = self._path(key)
-        if path is None or array.nbytes + _START.size + _CHECKSUM_BYTES > self._disk.budget:
+        if path is None or array.nbytes + OVERHEAD_BYTES > self._folder.budget:
             return
-        start, body = _START.pack(self._kind.magic, *array.shape), np.ascontiguousarray(array).data.cast("B")
         try:
-            write_beside(path, [start, body, _checksum(path, start, body)])
+            write_container(path, {"name": path.name}, [array])
         except OSError as error:
-            self._disk.give_up("write to", error)
+            self._folder.give_up("write to", error)
             return
-        trim(self._disk.folder, self._disk.budget)
-
-    def _read(self, path: Path, shape: tuple[int, int] | None) -> bytes:
-        """Return a file, or of one that is longer than it can be at most so much that this can be told."""
-        n_bytes = self._disk.budget if shape is None else _START.size + self._values_bytes(shape) + _CHECKSUM_BYTES
-        with path.open("rb") as file:
-            return file.read(min(n_bytes, os.fstat(file.fileno()).st_size) + 1)
-
-    def _array(self, data: bytes, path: Path, shape: tuple[int, int] | None) -> npt.NDArray[Any] | None:
-        """Return what a file holds; None if it is damaged."""
-        if len(data) < _START.size + _CHECKSUM_BYTES:
-            return None
-        magic, rows, columns = _START.unpack_from(data)
-        end = _START.size + self._values_bytes((rows, columns))
-        whole = memoryview(data)
-        if (
-            magic != self._kind.magic
-            or shape not in (None, (rows, columns))
-            or len(data) != end + _CHECKSUM_BYTES
-            or _checksum(path, whole[:end]) != whole[end:]
-        ):
-            return None
-        return np.frombuffer(data, self._kind.dtype, rows * columns, _START.size).reshape(rows, columns)
-
-    def _values_bytes(self, shape: tuple[int, int]) -> int:
-        return shape[0] * shape[1] * np.dtype(self._kind.dtype).itemsize
+        trim(self._folder.folder, self._folder.budget)
 
     def _path(self, key: bytes) -> Path | None:
-        """Return where an entry lies; None when the shelf is out of use."""
-        if self._disk.is_off:
+        """Return the path of an entry; None if the folder is out of use."""
+        if self._folder.is_off:
             return None
         try:
             self._known_origin = self._known_origin or self._origin()
         except EdgeError as error:
-            self._disk.give_up("use", error)
+            self._folder.give_up("use", error)
             return None
         name = hashlib.sha256(self._known_origin.encode() + key).hexdigest()
-        return self._disk.folder / f"{name}{self._kind.suffix}"
-
-
-def _checksum(path: Path, *parts: bytes | memoryview) -> bytes:
-    """Return the SHA-256 of an entry's name and content: a renamed entry is damaged too."""
-    state = hashlib.sha256(path.name.encode())
-    for part in parts:
-        state.update(part)
-    return state.digest()
+        return self._folder.folder / f"{name}{self._suffix}"
 
 
 def entries(folder: Path) -> list[Entry]:
-    """Return what is stored in a folder, the least recently used first; another process may change it meanwhile."""
+    """Return the entries of a folder, the least recently used first; another process may change it meanwhile."""
     return sorted(_files(folder, _ENTRY), key=lambda entry: entry.used)
 
 
@@ -211,7 +158,7 @@ def _files(folder: Path, pattern: re.Pattern[str]) -> Iterator[Entry]:
 
 
 def trim(folder: Path, budget: int) -> None:
-    """Remove what was used least recently until the rest fits into a budget, and what killed processes left."""
+    """Remove the least recently used entries until the rest fits a budget, and what killed processes left."""
     kept = entries(folder)
     total = sum(entry.n_bytes for entry in kept)
     for entry in kept:
@@ -219,20 +166,20 @@ def trim(folder: Path, budget: int) -> None:
             break
         total -= entry.n_bytes
         _remove(entry.path)
-    for entry in _files(folder, _BEGUN):
+    for entry in _files(folder, _PARTIAL):
         if time.time() - entry.used > _ABANDONED_SECONDS:
             _remove(entry.path)
 
 
 def clear(folder: Path) -> int:
     """Remove the entries and digests of a cache folder, nothing else, and return how many bytes they had."""
-    places = ((entries_folder(folder), (_ENTRY, _BEGUN)), (digests_folder(folder), (_NOTE, _BEGUN)))
+    places = ((entries_folder(folder), (_ENTRY, _PARTIAL)), (digests_folder(folder), (_DIGEST, _PARTIAL)))
     found = [entry for place, patterns in places for pattern in patterns for entry in _files(place, pattern)]
     return sum(entry.n_bytes for entry in found if _remove(entry.path))
 
 
 def _remove(path: Path) -> bool:
-    """Remove a file, and tell whether it was this process that did."""
+    """Remove a file, and return whether it was this process that did."""
     try:
         path.unlink()
     except OSError:

@@ -1,8 +1,7 @@
-"""What must be the same for two results to be the same bits: files by content, native code, settings.
+"""What must be equal for two results to be the same bits: files by content, native code, settings.
 
-Files are hashed whole: a sample of blocks could miss a small tensor that was changed, and exactness is the rule here.
-It costs about a second per gigabyte, so a digest is kept by path, size and time of the last change if there is a
-folder for it.
+Files are hashed whole: a sample of blocks could miss a small tensor that changed, and exactness is the rule here. It
+takes about a second per gigabyte, so a digest is kept by path, size and modification time if there is a folder for it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Final
 from lfm2vl_edge.config import ImageConfig
 from lfm2vl_edge.engine import EngineInfo
 from lfm2vl_edge.errors import ModelNotFound
-from lfm2vl_edge.host import write_beside
+from lfm2vl_edge.host import write_whole
 from lfm2vl_edge.models.names import Pair, Stamp, stamp
 from lfm2vl_edge.planning.budget import ImageBudget
 
@@ -26,87 +25,88 @@ _HEX_DIGITS: Final = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """Where a state of the engine comes from; another identity in any field means other bits."""
+    """Where a state of the engine comes from; a difference in any field means other bits.
+
+    Attributes:
+        model: digest of the language file and the mmproj file.
+        engine: digest of the native code and of the processor features that it found.
+        settings: settings of the engine and of the images.
+    """
 
     model: str
-    """Digest of the language file and the mmproj file."""
     engine: str
-    """Digest of the native code and of the processor features that it found."""
     settings: str
-    """Settings of the engine and of the images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class OpenedFiles:
     """The files of a model as they were when it was opened."""
 
     pair: Pair
-    """Where they lie."""
-    stamps: tuple[Stamp, ...]
-    """What the file system said of them then; a file that was replaced since is not the one in memory."""
+    stamps: tuple[Stamp, Stamp]
+    """State of both files in the file system then; a file that was replaced since is not the one in memory."""
 
     @classmethod
-    def of(cls, pair: Pair) -> Source:
-        """Look at the files of a model, before they are opened.
+    def of(cls, pair: Pair) -> OpenedFiles:
+        """Note the state of a model's files, before they are opened.
 
         Raises:
-            ModelNotFound: a file is gone.
+            ModelNotFound: a file is missing.
         """
-        return cls(pair=pair, stamps=tuple(stamp(path) for path in (pair.model, pair.mmproj)))
+        return cls(pair=pair, stamps=(stamp(pair.model), stamp(pair.mmproj)))
 
     def digests(self, memo: Path | None) -> tuple[str, str]:
         """Return the digests of the language file and the mmproj file.
 
         Raises:
-            ModelNotFound: a file is gone, or is another one by now.
+            ModelNotFound: a file is missing, or was replaced.
         """
-        model, mmproj = (
-            file_digest(path, memo, then)
-            for path, then in zip((self.pair.model, self.pair.mmproj), self.stamps, strict=True)
+        return (
+            file_digest(self.pair.model, memo, self.stamps[0]),
+            file_digest(self.pair.mmproj, memo, self.stamps[1]),
         )
-        return model, mmproj
 
 
 def fingerprint_of(
-    source: Source, info: EngineInfo, image: ImageConfig, sight: ImageBudget, memo: Path | None
+    files: OpenedFiles, info: EngineInfo, image: ImageConfig, budget: ImageBudget, memo: Path | None
 ) -> Fingerprint:
-    """Return the identity of an opened model.
+    """Return the fingerprint of an opened model.
 
     Args:
-        source: its files.
-        info: what its engine says of itself.
+        files: its files.
+        info: facts about its engine.
         image: the image settings in use.
-        sight: how closely images are looked at.
+        budget: what one image may take.
         memo: a folder that keeps digests of files, or None.
 
     Raises:
-        ModelNotFound: a file is gone, or is another one by now.
+        ModelNotFound: a file is missing, or was replaced.
     """
     return Fingerprint(
-        model=_digest(*source.digests(memo)),
+        model=_digest(*files.digests(memo)),
         engine=engine_digest(info, memo),
-        settings=f"{info.language_settings}; encoder {info.encoder_settings}; {image}; {sight.key}",
+        settings=f"{info.language_settings}; encoder {info.encoder_settings}; {image}; {budget.key}",
     )
 
 
-def encoder_digest(source: Source, info: EngineInfo, memo: Path | None) -> str:
+def encoder_digest(files: OpenedFiles, info: EngineInfo, memo: Path | None) -> str:
     """Return the digest of everything but the pixels that decides an embedding.
 
     Raises:
-        ModelNotFound: the mmproj file is gone, or is another one by now.
+        ModelNotFound: the mmproj file is missing, or was replaced.
     """
-    mmproj = file_digest(source.pair.mmproj, memo, source.stamps[1])
+    mmproj = file_digest(files.pair.mmproj, memo, files.stamps[1])
     return _digest(mmproj, engine_digest(info, memo), info.encoder_settings)
 
 
-def state_digest(source: Source, info: EngineInfo, memo: Path | None) -> str:
+def state_digest(files: OpenedFiles, info: EngineInfo, memo: Path | None) -> str:
     """Return the digest of everything but the prompt that decides a state of the sequence.
 
     Raises:
-        ModelNotFound: a file is gone, or is another one by now.
+        ModelNotFound: a file is missing, or was replaced.
     """
     settings = info.language_settings, info.encoder_settings
-    return _digest(*source.digests(memo), engine_digest(info, memo), *settings)
+    return _digest(*files.digests(memo), engine_digest(info, memo), *settings)
 
 
 def engine_digest(info: EngineInfo, memo: Path | None) -> str:
@@ -120,10 +120,10 @@ def file_digest(path: Path, memo: Path | None = None, then: Stamp | None = None)
     Args:
         path: the file.
         memo: a folder that keeps digests; a file unchanged in size and time is not read again.
-        then: what `stamp` gave when the file was opened; by default it may be any file.
+        then: what `stamp` returned when the file was opened; by default it may be any file.
 
     Raises:
-        ModelNotFound: the file is gone, cannot be read, or is not the one that was opened.
+        ModelNotFound: the file is missing, cannot be read, or is not the one that was opened.
     """
     now = stamp(path)
     if then is not None and now != then:
@@ -137,7 +137,7 @@ def file_digest(path: Path, memo: Path | None = None, then: Stamp | None = None)
         raise ModelNotFound(f"cannot read {path}: {error.strerror or error}; check the path") from error
     if note is not None:
         with suppress(OSError):  # if nothing can be kept, it is computed again
-            write_beside(note, [digest.encode()])
+            write_whole(note, [digest.encode()])
     return digest
 
 

@@ -1,7 +1,7 @@
 """What was computed once and need not be computed again: embeddings of views, and states of the sequence.
 
-Both are kept by content, so an answer is the same bits with and without them. Nothing here knows how an embedding or
-a state is made; the memories of a model belong to it and are gone with it.
+Both are kept by content, so an answer has the same bits with and without them. Nothing here knows how an embedding or
+a state is computed. The caches of a model belong to it and are freed with it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
 from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 
+from lfm2vl_edge.cache.disk import DiskCache
 from lfm2vl_edge.engine import Floats, State
 from lfm2vl_edge.image.tiles import Tile
 
@@ -30,7 +31,7 @@ TILE_BYTES: Final = 64_000_000
 
 
 class LruCache:
-    """Arrays by key within a budget of bytes; the least recently used ones go first."""
+    """Arrays by key within a budget of bytes; the least recently used ones are dropped first."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -46,7 +47,7 @@ class LruCache:
         return self._kept.get(key)
 
     def put(self, key: Key, array: npt.NDArray[Any]) -> None:
-        """Keep an array, in place of what was kept least recently; one above the budget is not kept."""
+        """Keep an array in place of the least recently used ones; one above the budget is not kept."""
         self._drop(key)
         if array.nbytes > self.budget:
             return
@@ -64,27 +65,17 @@ class LruCache:
         return len(self._kept)
 
 
-class ArrayStore(Protocol):
-    """Where arrays outlive the process."""
-
-    def get(self, key: Key, shape: tuple[int, int] | None = None) -> npt.NDArray[Any] | None:
-        """Return `[rows, columns]`, of a shape if one is demanded; None if it is not there whole."""
-
-    def put(self, key: Key, array: npt.NDArray[Any]) -> None:
-        """Keep `[rows, columns]` if that is possible."""
-
-
 class StateCache:
-    """StateCache of the sequence after a chain of pieces (`chain`), in memory and, if there is a shelf, beyond it."""
+    """States of the sequence after a chain of pieces (`chain`), in memory and, if there is one, in a disk cache."""
 
-    def __init__(self, budget: int = STATE_BYTES, shelf: ArrayStore | None = None) -> None:
-        """Keep nothing at all where the budget (bytes of memory) is 0."""
+    def __init__(self, budget: int = STATE_BYTES, disk: DiskCache | None = None) -> None:
+        """Keep nothing at all if the budget (bytes of memory) is 0."""
         self._recent = LruCache(budget)
-        self._disk = shelf if budget > 0 else None
+        self._disk = disk if budget > 0 else None
         self._held: WeakValueDictionary[Key, npt.NDArray[Any]] = WeakValueDictionary()
 
     def put(self, key: Key, snapshot: Callable[[], State], *, lasting: bool = False) -> None:
-        """Keep the state that `snapshot` copies, unless there is no budget at all; on the shelf if it is to last."""
+        """Keep the state that `snapshot` copies, unless there is no budget at all; on disk too if it is to last."""
         if self._recent.budget <= 0:
             return
         state = snapshot()
@@ -93,25 +84,22 @@ class StateCache:
             self._disk.put(key, state[None])
 
     def hold(self, key: Key, state: State) -> None:
-        """Know a state for as long as its owner keeps it; it costs the budget nothing."""
+        """Know a state for as long as its owner keeps it; it does not count towards the budget."""
         self._held[key] = state
 
     def get(self, key: Key) -> State | None:
-        """Return the state after a chain, if it is known."""
+        """Return the state after a chain; None if it is not known."""
         held = self._held.get(key)
         known = self._recent.get(key) if held is None else held
-        return self._from_disk(key) if known is None and self._disk is not None else known
-
-    def _from_disk(self, key: Key) -> State | None:
-        found = self._disk.get(key) if self._disk is not None else None
-        if found is None or len(found) != 1:
-            return None
-        state: State = found[0]
-        self._recent.put(key, state)
-        return state
+        if known is None and self._disk is not None:
+            stored = self._disk.get(key)
+            if stored is not None and len(stored) == 1:
+                known = stored[0]
+                self._recent.put(key, known)
+        return known
 
     def longest(self, keys: Sequence[Key]) -> tuple[int, State] | None:
-        """Return the length of the longest known prefix of a chain, in pieces, and its state; None if none is."""
+        """Return the length of the longest known prefix of a chain, in pieces, and its state; None if none is known."""
         for length in range(len(keys), 0, -1):
             state = self.get(keys[length - 1])
             if state is not None:
@@ -120,34 +108,34 @@ class StateCache:
 
 
 class EmbeddingCache:
-    """EmbeddingCache of views by their pixels, in memory and, if there is a shelf, beyond it."""
+    """Embeddings of views by their pixels, in memory and, if there is one, in a disk cache."""
 
-    def __init__(self, budget: int = TILE_BYTES, shelf: ArrayStore | None = None, n_embd: int = 0) -> None:
+    def __init__(self, budget: int = TILE_BYTES, disk: DiskCache | None = None, n_embd: int = 0) -> None:
         self._recent = LruCache(budget)
-        self._disk = shelf
+        self._disk = disk
         self._n_embd = n_embd
 
     def of(self, tile: Tile, encode: Callable[[], Floats]) -> Floats:
-        """Return float32 `[tile.n_tokens, n_embd]`: what is known of these pixels, or what `encode` makes of them."""
+        """Return float32 `[tile.n_tokens, n_embd]`: what is known of these pixels, or what `encode` computes."""
         known = self._recent.get(tile.key)
         if known is not None:
             return known
-        shelved = self._disk.get(tile.key, (tile.n_tokens, self._n_embd)) if self._disk else None
-        embeddings = encode() if shelved is None else shelved
+        stored = self._disk.get(tile.key, (tile.n_tokens, self._n_embd)) if self._disk else None
+        embeddings = encode() if stored is None else stored
         self._recent.put(tile.key, embeddings)
-        if self._disk and shelved is None:
+        if self._disk and stored is None:
             self._disk.put(tile.key, embeddings)
         return embeddings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """What a model remembers."""
+class Caches:
+    """What an opened model keeps between answers."""
 
-    states: StateCache
-    """Of the sequence, by the pieces that led to them."""
-    embeddings: EmbeddingCache
-    """Of views, by their pixels."""
+    states: StateCache = field(default_factory=StateCache)
+    """States of the sequence, by the pieces that led to them."""
+    embeddings: EmbeddingCache = field(default_factory=EmbeddingCache)
+    """Embeddings of views, by their pixels."""
 
 
 def chain(pieces: Sequence[Piece]) -> list[Key]:

@@ -17,7 +17,7 @@ import typer
 from lfm2vl_edge.cli._options import ImageOptions, ModelOptions
 from lfm2vl_edge.cli._output import ENDS_WITH_COMMAND, bytes_bar, say, shows_progress, warnings_to_stderr
 from lfm2vl_edge.errors import ConfigError, DownloadError, ModelNotPulled
-from lfm2vl_edge.host import CACHE_VARIABLE, begin, cache_folder
+from lfm2vl_edge.host import CACHE_VARIABLE, cache_folder, start_worker
 
 if TYPE_CHECKING:
     from lfm2vl_edge.engine.language import LanguageFile
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lfm2vl_edge.models.manifest import ManifestEntry
     from lfm2vl_edge.models.names import ResolvedModel
     from lfm2vl_edge.models.registry import Reference
-    from lfm2vl_edge.opening import Loaded
+    from lfm2vl_edge.opening import OpenedModel
 
 STDIN = "-"
 _MOST_BYTES: Final = 1 << 20
@@ -117,7 +117,7 @@ def opening(
 
     with _reading(options, verbose) as (located, language):
         import_module("lfm2vl_edge.engine.llama")  # here, since two threads that import only wait for each other
-        files = begin(_open_files, located, language, options, image)
+        files = start_worker(_open_files, located, language, options, image)
         try:
             yield opened
         finally:
@@ -128,8 +128,7 @@ def opening(
 @contextmanager
 def _reading(options: ModelOptions, verbose: int) -> Iterator[tuple[ResolvedModel, LanguageFile | None]]:
     """Find the model, and let its language file be read before anything else is imported."""
-    from lfm2vl_edge.engine.language import begin_reading
-    from lfm2vl_edge.models.names import find_model as find_language_file
+    from lfm2vl_edge.engine.language import start_reading
 
     warnings_to_stderr()
     is_heard = verbose > 1
@@ -138,8 +137,7 @@ def _reading(options: ModelOptions, verbose: int) -> Iterator[tuple[ResolvedMode
 
         LOG.verbose = True
     located = chosen_model(options)
-    file = find_language_file(located.model)
-    language = begin_reading(file, options.n_gpu_layers, options.device, is_heard=is_heard)
+    language = start_reading(located.model, options.n_gpu_layers, options.device, is_heard=is_heard)
     try:
         yield located, language
     finally:
@@ -149,16 +147,16 @@ def _reading(options: ModelOptions, verbose: int) -> Iterator[tuple[ResolvedMode
 
 def _open_files(
     located: ResolvedModel, language: LanguageFile | None, options: ModelOptions, image: ImageOptions
-) -> Loaded:
-    from lfm2vl_edge.opening import OpenOptions, open_pair
+) -> OpenedModel:
+    from lfm2vl_edge.opening import OpenOptions, open_model
 
-    wishes = OpenOptions(
+    options_ = OpenOptions(
         mmproj=located.mmproj,
         image_settings=image.changes(),
         **image.wishes(),
         **options.machine(),
     )
-    return open_pair(located.model, wishes, language)
+    return open_model(located, options_, language)
 
 
 def _cache(wanted: bool | None) -> Path | None:
@@ -167,14 +165,14 @@ def _cache(wanted: bool | None) -> Path | None:
     return cache_folder() if is_on else None
 
 
-def _model_of(loaded: Loaded, remember: bool, folder: Path | None) -> Model:
+def _model_of(loaded: OpenedModel, remember: bool, folder: Path | None) -> Model:
     from lfm2vl_edge.cache.memory import STATE_BYTES
     from lfm2vl_edge.model import Model
 
     return Model.of(loaded, folder, STATE_BYTES if remember or folder is not None else 0)
 
 
-def load_picture(argument: str, max_megapixels: float) -> Pixels:
+def load_argument(argument: str, max_megapixels: float) -> Pixels:
     """Return the pixels of an image given as a path, an http(s) address, a data URL, or - for stdin."""
     from lfm2vl_edge.image.load import load_image
 

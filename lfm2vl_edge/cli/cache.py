@@ -24,7 +24,7 @@ def info(as_json: opt.Json = False) -> None:
         folder = cache_folder()
         found = entries(entries_folder(folder))
         n_bytes = sum(entry.n_bytes for entry in found)
-        views, states = (sum(entry.path.suffix == kind.suffix for entry in found) for kind in (VIEW, STATE))
+        views, states = (sum(entry.path.suffix == kind for entry in found) for kind in (VIEW, STATE))
         if as_json:
             shown = {"folder": str(folder), "views": views, "states": states, "bytes": n_bytes, "limit": CACHE_BYTES}
             typer.echo(json.dumps(shown, ensure_ascii=False))

@@ -69,8 +69,8 @@ def calibrate(
 
 def _widths(pair: Pair) -> dict[str, int]:
     """Return the columns of both files' matrices."""
-    from lfm2vl_convert.ggufile import read_tensors
     from lfm2vl_convert.imatrix import matrix_widths
+    from lfm2vl_edge.models.gguf import read_tensors
 
     return matrix_widths(read_tensors(pair.model)) | matrix_widths(read_tensors(pair.mmproj))
 

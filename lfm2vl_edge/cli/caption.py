@@ -7,12 +7,12 @@ import json
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._answers import Picture, asked, note_where_cut
+from lfm2vl_edge.cli._answers import Image, answering, note_truncation
 
 
 @opt.takes_groups
 def caption(
-    image: Picture,
+    image: Image,
     model: opt.ModelOptions,
     images: opt.ImageOptions,
     answer: opt.SamplingOptions,
@@ -22,8 +22,8 @@ def caption(
     verbose: opt.Verbose = 0,
 ) -> None:
     """Describe an image: lfm2vl-edge caption photo.jpg."""
-    with asked(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
+    with answering(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
         text = opened.caption(pixels, **answer.values())
         shown = {"caption": text, "model": opened.config.name}
         typer.echo(json.dumps(shown, ensure_ascii=False) if as_json else text)
-        note_where_cut(opened.last)
+        note_truncation(opened.last)

@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._answers import figures, show_answer
-from lfm2vl_edge.cli._loading import STDIN, load_picture, open_model
+from lfm2vl_edge.cli._answers import show_answer, statistics
+from lfm2vl_edge.cli._loading import STDIN, load_argument, open_model
 from lfm2vl_edge.cli._output import EXIT_FAILED, Interrupt, at_once, report, reporting
 from lfm2vl_edge.errors import ContextFull, EdgeError
-from lfm2vl_edge.host import data_folder, write_beside
+from lfm2vl_edge.host import data_folder, write_whole
 from lfm2vl_edge.image.web import is_url, shown
 
 if TYPE_CHECKING:
     from lfm2vl_edge.chat import Chat
-    from lfm2vl_edge.generate import Chunk
+    from lfm2vl_edge.generate import Chunk, Turn
     from lfm2vl_edge.image.load import Pixels
-    from lfm2vl_edge.prompt.render import Message, Picture
+    from lfm2vl_edge.image.tiles import PreprocessedImage
+    from lfm2vl_edge.prompt.messages import Message
 
 HISTORY_LINES: Final = 1000
 """The history keeps this many lines at most, the newest."""
@@ -146,7 +147,7 @@ def _store_history(path: Path, lines: Sequence[str]) -> None:
         kept.append(data)
     try:
         if kept:
-            write_beside(path, reversed(kept), mode=_PRIVATE)
+            write_whole(path, reversed(kept), mode=_PRIVATE)
     except OSError as error:
         _LOG.warning("cannot keep the history in %s: %s", path, error.strerror or error)
 
@@ -159,9 +160,9 @@ class Desk:
         """The conversation."""
         self.load = load
         """From the name of an image to its pixels."""
-        self.last: Chunk | None = None
-        """The last chunk of the last answer that came to its end."""
-        self.names: dict[Picture, str] = {}
+        self.last: Turn | None = None
+        """The last turn that came to its end."""
+        self.names: dict[PreprocessedImage, str] = {}
         """What the images of the conversation were called."""
         self._is_chatty = is_chatty
         self._verbose = verbose
@@ -199,13 +200,13 @@ class Desk:
         try:
             with at_once(grace=None) as interrupt:
                 interrupt.cancel = self.chat.model.cancel
-                self.last = show_answer(_watched(self.chat.send(question), interrupt)).last
+                self.last = show_answer(_watched(self.chat.send(question), interrupt))
         except ContextFull as error:
             raise EdgeError(f"{error}; or /reset, which begins a new talk (-c goes no further either)") from error
         if self.last.finish_reason == "length" and self.last.stats:
             self.note(f"(cut off after {self.last.stats.completion_tokens} tokens; --max-tokens allows more)")
         if self._verbose:
-            typer.echo("\n".join(figures(self.last, self.chat.model)), err=True)
+            typer.echo("\n".join(statistics(self.last, self.chat.model)), err=True)
 
 
 def _watched(chunks: Generator[Chunk, None, None], interrupt: Interrupt) -> Iterator[Chunk]:
@@ -253,14 +254,14 @@ def _write(desk: Desk, rest: str, *, replace: bool) -> None:
     try:
         if path.exists() and not replace:
             raise EdgeError(f"{path} is there already; give another name, or /save! {path} to replace it")
-        write_beside(path, [line.encode("utf-8", "replace") for line in lines])
+        write_whole(path, [line.encode("utf-8", "replace") for line in lines])
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         why = getattr(error, "strerror", None) or error
         raise EdgeError(f"cannot write {str(path)!r:.200}: {why}; give another name") from error
     desk.note(f"{len(lines)} messages in {path}")
 
 
-def _plain(message: Message, names: Mapping[Picture, str]) -> dict[str, Any]:
+def _plain(message: Message, names: Mapping[PreprocessedImage, str]) -> dict[str, Any]:
     """Return a message with the names of its images, not their pixels."""
     content = message["content"]
     if isinstance(content, str):
@@ -278,7 +279,10 @@ def _stats(desk: Desk, _rest: str) -> None:
             desk.last.stats.prompt_tokens + desk.last.stats.completion_tokens,
             desk.chat.model.config.n_ctx_train,
         )
-        lines += [f"context    {used} of {whole} tokens after the last answer", *figures(desk.last, desk.chat.model)]
+        lines += [
+            f"context    {used} of {whole} tokens after the last answer",
+            *statistics(desk.last, desk.chat.model),
+        ]
     typer.echo("\n".join(lines), err=True)
 
 
@@ -382,7 +386,7 @@ def chat(
 def _load(name: str, max_megapixels: float) -> Pixels:
     if name == STDIN:
         raise EdgeError("stdin is the talk here, no picture; give a path or an http(s) address")
-    return load_picture(name, max_megapixels)
+    return load_argument(name, max_megapixels)
 
 
 def _talk(desk: Desk, lines: Lines, pictures: Sequence[tuple[str, Pixels]]) -> bool:

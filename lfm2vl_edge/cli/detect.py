@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._answers import Free, Picture, Prompt, What, asked, note_nothing_found, printable
+from lfm2vl_edge.cli._answers import Free, Image, Prompt, What, answering, note_nothing_found, printable
 from lfm2vl_edge.cli._output import refuse_drawing, reporting
 
 
 @opt.takes_groups
 def detect(
-    image: Picture,
+    image: Image,
     model: opt.ModelOptions,
     images: opt.ImageOptions,
     answer: opt.ExactOptions,
@@ -41,7 +41,7 @@ def detect(
     with reporting():
         if draw is not None:
             refuse_drawing(draw, force)
-    with asked(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
+    with answering(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
         boxes = opened.detect(pixels, what, prompt=prompt, free=free, **answer.values())
         if draw is not None:
             save_png(draw_boxes(pixels, boxes), draw)

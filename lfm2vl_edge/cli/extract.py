@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._answers import Picture, Prompt, asked
+from lfm2vl_edge.cli._answers import Image, Prompt, answering
 from lfm2vl_edge.cli._loading import read_schema_file, refuse_stdin_twice
 from lfm2vl_edge.cli._output import reporting
 
 
 @opt.takes_groups
 def extract(
-    image: Picture,
+    image: Image,
     schema: Annotated[
         str, typer.Option("--schema", "-s", metavar="FILE|-", help="JSON schema of what is wanted; - is stdin.")
     ],
@@ -34,6 +34,6 @@ def extract(
     with reporting():
         refuse_stdin_twice([image, schema])
         wanted = read_schema_file(schema)
-    with asked(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
+    with answering(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
         found = opened.extract(pixels, wanted, prompt, **answer.values())
         typer.echo(json.dumps(found, ensure_ascii=False))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._loading import find_model, load_picture
+from lfm2vl_edge.cli._loading import find_model, load_argument
 from lfm2vl_edge.cli._output import refuse_drawing, reporting, warnings_to_stderr
 from lfm2vl_edge.errors import EdgeError
 
@@ -80,7 +80,7 @@ def _look(picture: str, max_megapixels: float) -> tuple[Pixels | None, int, int]
     """Return the pixels, height and width of an image; of a size there are no pixels."""
     if size := _SIZE.fullmatch(picture):
         return None, int(size[2]), int(size[1])
-    pixels = load_picture(picture, max_megapixels)
+    pixels = load_argument(picture, max_megapixels)
     return pixels, pixels.shape[0], pixels.shape[1]
 
 
@@ -102,9 +102,9 @@ def _basis(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
         return _without_model(model, image)
     located = find_model(model)
     wishes = OpenOptions(mmproj=located.mmproj, image_settings=image.changes(), **image.wishes(), **model.machine())
-    opening = decide(located.model, wishes)
+    opening = decide(located, wishes)
     config = opening.config
-    return _Basis(image=config.image, source=config.image_source, sight=config.sight, costs=opening.costs)
+    return _Basis(image=config.image, source=config.image_source, sight=opening.budget, costs=opening.costs)
 
 
 def _without_model(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
@@ -130,18 +130,18 @@ def _without_model(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
 
 
 def _costs_dict(tile_plan: TilePlan, basis: _Basis) -> dict[str, Any]:
-    from lfm2vl_edge.planning.budget import cheaper
+    from lfm2vl_edge.planning.budget import cheaper_plans
 
     costs = basis.costs
     ways = [
         {
-            "height": one.tile_plan.height,
-            "width": one.tile_plan.width,
-            "detail": one.detail,
-            "image_tokens": one.tile_plan.n_image_tokens,
-            "seconds": _short(costs.seconds(one.tile_plan)),
+            "height": cheaper.height,
+            "width": cheaper.width,
+            "detail": detail,
+            "image_tokens": cheaper.n_image_tokens,
+            "seconds": _short(costs.seconds(cheaper)),
         }
-        for one in cheaper(tile_plan, basis.image)
+        for detail, cheaper in cheaper_plans(tile_plan, basis.image)
     ]
     return {
         "seconds": {
@@ -162,23 +162,19 @@ def _short(value: float) -> float:
 
 
 def _cost_lines(tile_plan: TilePlan, basis: _Basis) -> Iterator[str]:
-    from lfm2vl_edge.planning.budget import cheaper
+    from lfm2vl_edge.planning.budget import cheaper_plans
 
     costs = basis.costs
     encode, prefill = _seconds(costs.encode(tile_plan)), _seconds(costs.prefill(tile_plan))
     yield f"seconds {_seconds(costs.seconds(tile_plan))} (encode {encode}, prefill {prefill})"
     yield f"memory {costs.memory(tile_plan) / 1e6:.0f} MB at most"
     yield f"both are {costs.source}" + ("" if costs.is_measured else "; `lfm2vl-edge tune` measures")
-    for number, one in enumerate(cheaper(tile_plan, basis.image)):
+    for number, (detail, cheaper) in enumerate(cheaper_plans(tile_plan, basis.image)):
         if number == 0:
             yield ""
-        how = (
-            f"--detail {one.detail}:"
-            if one.detail
-            else f"scaled to {one.tile_plan.width}x{one.tile_plan.height} this is"
-        )
-        tokens = f"{one.tile_plan.n_image_tokens:,} tokens instead of {tile_plan.n_image_tokens:,}"
-        yield f"cheaper   {how} {tokens}, {_seconds(costs.seconds(one.tile_plan))} s"
+        how = f"--detail {detail}:" if detail else f"scaled to {cheaper.width}x{cheaper.height} this is"
+        tokens = f"{cheaper.n_image_tokens:,} tokens instead of {tile_plan.n_image_tokens:,}"
+        yield f"cheaper   {how} {tokens}, {_seconds(costs.seconds(cheaper))} s"
 
 
 def _seconds(value: float) -> str:

@@ -8,12 +8,12 @@ from dataclasses import asdict
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._answers import Free, Picture, Prompt, What, asked, note_nothing_found, printable
+from lfm2vl_edge.cli._answers import Free, Image, Prompt, What, answering, note_nothing_found, printable
 
 
 @opt.takes_groups
 def point(
-    image: Picture,
+    image: Image,
     model: opt.ModelOptions,
     images: opt.ImageOptions,
     answer: opt.ExactOptions,
@@ -29,7 +29,7 @@ def point(
 
     One line for each: x, y in pixels of the upright image, and the label.
     """
-    with asked(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
+    with answering(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
         points = opened.point(pixels, what, prompt=prompt, free=free, **answer.values())
         if as_json:
             size = {"height": pixels.shape[0], "width": pixels.shape[1]}

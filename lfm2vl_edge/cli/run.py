@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._answers import FinishedAnswer, figures, note_where_cut, show_answer
-from lfm2vl_edge.cli._loading import STDIN, load_picture, opening, refuse_stdin_twice
+from lfm2vl_edge.cli._answers import note_truncation, show_answer, statistics
+from lfm2vl_edge.cli._loading import STDIN, load_argument, opening, refuse_stdin_twice
 from lfm2vl_edge.cli._output import at_once, reporting
 
 if TYPE_CHECKING:
+    from lfm2vl_edge.generate import Turn
     from lfm2vl_edge.model import Model
 
 _PICTURE_SUFFIXES = {
@@ -66,7 +67,7 @@ def run(
         refuse_stdin_twice([*names, answer.json_schema])
         options = answer.values()
         with opening(model, image, verbose, remember=len(questions) > 1, cache=cache) as when_open:
-            pixels = [load_picture(name, max_megapixels) for name in names]
+            pixels = [load_argument(name, max_megapixels) for name in names]
             opened = when_open()
             interrupt.cancel = opened.cancel
             pictures = [opened.preprocess(one) for one in pixels] if len(questions) > 1 else pixels
@@ -75,9 +76,9 @@ def run(
                 messages = _messages(pictures, each, system)
                 told.append(show_answer(opened.chat(messages, **options), quiet=as_json))
                 if not as_json:
-                    note_where_cut(told[-1].last)
+                    note_truncation(told[-1])
                 if verbose:
-                    typer.echo("\n".join(figures(told[-1].last, opened)), err=True)
+                    typer.echo("\n".join(statistics(told[-1], opened)), err=True)
             if as_json:
                 sys.stdout.write(_as_json(told, questions if ask else None, opened))
 
@@ -110,20 +111,16 @@ def _is_picture(argument: str) -> bool:
 
 
 def _messages(pictures: Sequence[Any], question: str, system: str | None) -> list[dict[str, Any]]:
-    from lfm2vl_edge.prompt.render import user_message
+    from lfm2vl_edge.prompt.messages import user_message
 
     opening = [{"role": "system", "content": system}] if system else []
     return [*opening, user_message(pictures, question)]
 
 
-def _as_json(told: Sequence[FinishedAnswer], questions: Sequence[str] | None, model: Model) -> str:
+def _as_json(told: Sequence[Turn], questions: Sequence[str] | None, model: Model) -> str:
     """Return one object: of the only answer, or with a list of answers where questions were given by --ask."""
     answers: list[dict[str, Any]] = [
-        {
-            "answer": one.answer,
-            "finish_reason": one.last.finish_reason,
-            "stats": one.last.stats.as_dict() if one.last.stats else {},
-        }
+        {"answer": one.text, "finish_reason": one.finish_reason, "stats": one.stats.as_dict() if one.stats else {}}
         for one in told
     ]
     name = {"model": model.config.name}

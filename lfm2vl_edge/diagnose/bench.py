@@ -27,7 +27,7 @@ from lfm2vl_edge.host import CACHE_VARIABLE
 from lfm2vl_edge.image.load import Pixels
 from lfm2vl_edge.model import Model
 from lfm2vl_edge.opening import Opening, OpenOptions
-from lfm2vl_edge.prompt.render import Message, user_message
+from lfm2vl_edge.prompt.messages import Message, user_message
 from lfm2vl_edge.stats import Stats
 
 COMPLETION_TOKENS: Final = 32

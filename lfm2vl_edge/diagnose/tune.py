@@ -111,7 +111,7 @@ def tune(path: Path, wishes: OpenOptions, gauge: Timer, report: Callable[[str], 
     if wishes.n_threads and wishes.n_threads > len(available_cpus()):
         raise ConfigError(f"n_threads is {wishes.n_threads}; this process may use {len(available_cpus())} processors")
     model = find_model(path)
-    files = [wishes.mmproj] if wishes.mmproj else mmprojs_beside(model)
+    files = [Path(wishes.mmproj)] if wishes.mmproj else mmprojs_beside(model)
     counts = [wishes.n_threads] if wishes.n_threads else thread_counts()
     trials = []
     for threads in counts:

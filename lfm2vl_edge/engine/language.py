@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lfm2vl_edge.engine.library import NATIVE_LOG, libllama
-from lfm2vl_edge.host import begin
+from lfm2vl_edge.host import start_worker
 from lfm2vl_edge.models.gguf import read_architecture
 from lfm2vl_edge.models.names import LANGUAGE_ARCHITECTURE, stamp
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lfm2vl_edge.engine.devices import Gpu
 
 
-def begin_reading(path: Path, n_gpu_layers: int, device: str | None, *, is_heard: bool = False) -> LanguageFile | None:
+def start_reading(path: Path, n_gpu_layers: int, device: str | None, *, is_heard: bool = False) -> LanguageFile | None:
     """Let a language file be read while other things are done; nothing, if it is another kind of file.
 
     Raises:
@@ -51,7 +51,7 @@ class LanguageFile:
         self.gpu = _find_gpu(n_gpu_layers, device)
         """The GPU that takes layers, if one was named."""
         self._is_taken = False
-        self._reading = begin(self._load, is_heard)
+        self._reading = start_worker(self._load, is_heard)
 
     def take(self) -> Any:
         """Wait for the file and return llama.cpp's model, which the caller frees.

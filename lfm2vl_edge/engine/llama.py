@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,22 @@ class LlamaEngine:
     n_batch = _N_BATCH
     """Most tokens of one decode."""
 
-    def __init__(self, model: Path | LanguageFile, mmproj: Path, settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        model: Path | LanguageFile,
+        mmproj: Path,
+        settings: EngineSettings,
+        vision: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open both files.
+
+        Args:
+            model: the language file, or what reads it already.
+            mmproj: the vision file.
+            settings: how they are opened.
+            vision: metadata of the vision file, if it was read already.
+        """
+        self._vision = vision
         self._model: Any = None
         self._context: Any = None
         self._encoder: Encoder | None = None
@@ -291,7 +306,7 @@ class LlamaEngine:
 
     def _new_encoder(self) -> Encoder:
         if self._uses_graph:
-            return GraphEncoder(self._mmproj, self._settings.n_threads)
+            return GraphEncoder(self._mmproj, self._settings.n_threads, self._vision)
         from lfm2vl_edge.engine.encoder.mtmd import MtmdEncoder  # processors do without libmtmd
 
         return MtmdEncoder(self._mmproj, self._mtmd_settings())

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from lfm2vl_edge.config import ModelConfig
 from lfm2vl_edge.host import big_cores
 from lfm2vl_edge.image.load import ImageInput
 from lfm2vl_edge.image.tiles import Tile
-from lfm2vl_edge.models.facts import ModelConfig, read_config
+from lfm2vl_edge.models.facts import read_facts
 from lfm2vl_edge.models.names import Pair
 from lfm2vl_edge.opening import OpenOptions, engine_settings
 from lfm2vl_edge.planning.costs import CONTEXT_TOKENS
+from lfm2vl_edge.prompt.messages import user_message
 from lfm2vl_edge.prompt.prepare import n_tokens, prepare, split
-from lfm2vl_edge.prompt.render import user_message
 
 if TYPE_CHECKING:
     from lfm2vl_edge.engine.observe import ObservedEngine
@@ -61,7 +62,7 @@ class Calibration:
         """
         from lfm2vl_edge.engine.observe import ObservedEngine
 
-        config = read_config(pair)
+        config = read_facts(pair).config
         settings = engine_settings(config, n_threads or big_cores(), OpenOptions(n_ctx=n_ctx))
         return cls(ObservedEngine(pair.model, pair.mmproj, settings, widths), config)
 

@@ -20,8 +20,9 @@ from lfm2vl_edge.evaluate.results import Reply, Result
 from lfm2vl_edge.evaluate.rows import Row
 from lfm2vl_edge.evaluate.score import score
 from lfm2vl_edge.image.load import MAX_PIXELS, load_image
+from lfm2vl_edge.image.tiles import PreprocessedImage
 from lfm2vl_edge.model import Model
-from lfm2vl_edge.prompt.render import Picture, user_message
+from lfm2vl_edge.prompt.messages import user_message
 
 _START: Final = b'{"eval": 1, '
 """How every line begins; the number is that of the format."""
@@ -223,7 +224,7 @@ GREEDY: Final[Mapping[str, Any]] = {"temperature": 0.0, "repetition_penalty": 1.
 which would punish an answer for the words of its question. An answer that can be compared is short; 128 tokens hold
 three or four boxes, and end early what has gone astray."""
 
-_Look: TypeAlias = Callable[[tuple[Path, ...]], list[Picture]]
+_Look: TypeAlias = Callable[[tuple[Path, ...]], list[PreprocessedImage]]
 
 
 def evaluate(
@@ -273,7 +274,7 @@ def evaluate(
             yield result
 
 
-def _look(model: Model, max_pixels: int, images: tuple[Path, ...]) -> list[Picture]:
+def _look(model: Model, max_pixels: int, images: tuple[Path, ...]) -> list[PreprocessedImage]:
     return [model.preprocess(load_image(path, max_pixels=max_pixels)) for path in images]
 
 

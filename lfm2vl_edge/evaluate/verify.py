@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.errors import ConfigError
 from lfm2vl_edge.image.load import Pixels
+from lfm2vl_edge.image.tiles import preprocess_image
 from lfm2vl_edge.model import Model
-from lfm2vl_edge.prompt.prepare import look
-from lfm2vl_edge.prompt.render import user_message
+from lfm2vl_edge.prompt.messages import user_message
 
 _PICTURES: Final = {"small": (256, 256), "wide": (224, 448), "tiled": (576, 1024)}
 """Name -> height, width; with the published settings the last one is cut into tiles."""
@@ -118,7 +118,7 @@ def drawn(height: int, width: int) -> Pixels:
 def _views(name: str, pixels: Pixels, model: Model, reference: Model) -> Iterator[View]:
     found, expected = model.embed_image(pixels), reference.embed_image(pixels)
     begin = 0
-    for number, tile in enumerate(look(pixels, model.config.image).tiles):
+    for number, tile in enumerate(preprocess_image(pixels, model.config.image).tiles):
         own, other = (part[begin : begin + tile.n_tokens].astype(np.float64) for part in (found, expected))
         begin += tile.n_tokens
         norms = _length(own), _length(other)

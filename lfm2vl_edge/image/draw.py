@@ -10,11 +10,11 @@ from typing import Final, TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lfm2vl_edge.config import Box
 from lfm2vl_edge.errors import EdgeError
-from lfm2vl_edge.host import write_beside
+from lfm2vl_edge.host import write_whole
 from lfm2vl_edge.image.load import Pixels
 from lfm2vl_edge.planning.geometry import TilePlan, View
-from lfm2vl_edge.structured.boxes import Box
 
 _LINE: Final = (255, 64, 64)
 _LABEL: Final = (255, 255, 255)
@@ -93,6 +93,6 @@ def save_png(pixels: Pixels, path: Path) -> None:
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, format="PNG")
     try:
-        write_beside(path, [encoded.getbuffer()])
+        write_whole(path, [encoded.getbuffer()])
     except OSError as error:
         raise EdgeError(f"cannot write {path}: {error.strerror or error}") from error

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lfm2vl_edge.errors import ImageError
-from lfm2vl_edge.host import begin
+from lfm2vl_edge.host import start_worker
 
 _ADDRESS: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 """Two letters at least: one and a colon is a drive of Windows."""
@@ -92,7 +92,7 @@ def fetch(url: str, limits: Limits = _LIMITS) -> bytes:
     place = _place(url)
     _refuse_offline(url)
     deadline = time.monotonic() + limits.seconds
-    fetched = begin(_received, url, place, limits, deadline)
+    fetched = start_worker(_received, url, place, limits, deadline)
     try:  # nothing else bounds the time for finding a host, or for headers that come byte by byte
         return fetched.result(limits.seconds)
     except concurrent.futures.TimeoutError:

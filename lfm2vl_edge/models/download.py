@@ -12,7 +12,7 @@ from typing import Final
 from lfm2vl_edge.errors import DownloadError, ModelNotPulled
 from lfm2vl_edge.host import data_folder
 from lfm2vl_edge.models import hub
-from lfm2vl_edge.models.facts import read_config
+from lfm2vl_edge.models.facts import read_facts
 from lfm2vl_edge.models.hub import RemoteFile, Repository
 from lfm2vl_edge.models.manifest import (
     ManifestEntry,
@@ -147,7 +147,7 @@ def _fetch_pair(
     licence = (known.licence if known else repository.licence) or "not stated; see the model card"
     offer = Offer(name=reference.name, repository=repository, files=(model, mmproj), licence=licence)
     files = _fetch_all(offer, show, progress)
-    read_config(Pair(model=files[0].path, mmproj=files[1].path))
+    read_facts(Pair(model=files[0].path, mmproj=files[1].path))
     return ManifestEntry(repo=reference.repo, quant=_type_of(model), revision=repository.commit, files=files)
 
 

@@ -1,4 +1,4 @@
-"""The two files of a model, checked against each other and read into a ModelConfig, without the engine."""
+"""What the two files of a model say, checked against each other, without the engine."""
 
 from __future__ import annotations
 
@@ -9,35 +9,40 @@ from typing import Any, Final
 
 import numpy as np
 
-from lfm2vl_edge.config import ImageConfig, Sampling, stated_image_settings, states_tiling
+from lfm2vl_edge.config import (
+    FRACTION_BOXES,
+    IMAGE_END,
+    IMAGE_START,
+    IMAGE_TOKEN,
+    THUMBNAIL,
+    TOOL_CALL_END,
+    TOOL_CALL_START,
+    ImageConfig,
+    ModelConfig,
+    Sampling,
+)
 from lfm2vl_edge.errors import ConfigError
-from lfm2vl_edge.models.gguf import Strings, read_metadata
+from lfm2vl_edge.models.gguf import Strings, read_metadata, stated_image_settings, states_tiling
 from lfm2vl_edge.models.names import LANGUAGE_ARCHITECTURE, Pair
 from lfm2vl_edge.models.registry import Published, find_by_shape, find_published
-from lfm2vl_edge.planning.budget import NO_BUDGET, ImageBudget
-from lfm2vl_edge.planning.costs import COST_SHAPE_450M, CostShape, cost_shape
-from lfm2vl_edge.structured.boxes import FRACTIONS, BoxFormat
 
 _ALL_F32: Final = 0
 """llama.cpp's file type of files without 16-bit or quantized matrices."""
 _CONTROL: Final = 3
 _NORMAL: Final = 1
 """llama.cpp's token types of control tokens and of ordinary text."""
-_MARKER_KEYS: Final[Mapping[str, str]] = {
-    "<image>": "lfm2vl.image_token_id",
-    "<|image_start|>": "lfm2vl.image_start_token_id",
-    "<|image_end|>": "lfm2vl.image_end_token_id",
-    "<|img_thumbnail|>": "lfm2vl.image_thumbnail_token_id",
+_IMAGE_TOKEN_KEYS: Final[Mapping[str, str]] = {
+    IMAGE_TOKEN: "lfm2vl.image_token_id",
+    IMAGE_START: "lfm2vl.image_start_token_id",
+    IMAGE_END: "lfm2vl.image_end_token_id",
+    THUMBNAIL: "lfm2vl.image_thumbnail_token_id",
 }
-IMAGE, IMAGE_START, IMAGE_END, THUMBNAIL = _MARKER_KEYS
-"""Texts of the image markers; their ids differ from vocabulary to vocabulary."""
-CALL_START: Final = "<|tool_call_start|>"
-CALL_END: Final = "<|tool_call_end|>"
+"""Image markers -> keys of our mmproj files that state their ids."""
 _TOOL_MARKERS: Final = (
-    *("<|tool_list_start|>", "<|tool_list_end|>", CALL_START, CALL_END),
+    *("<|tool_list_start|>", "<|tool_list_end|>", TOOL_CALL_START, TOOL_CALL_END),
     *("<|tool_response_start|>", "<|tool_response_end|>"),
 )
-"""Texts of what stands around tools, calls of them and their results."""
+"""Special tokens around tools, tool calls and their results."""
 _SAMPLING_KEYS: Final[Mapping[str, str]] = {
     "temperature": "general.sampling.temp",
     "min_p": "general.sampling.min_p",
@@ -48,46 +53,22 @@ _SAMPLING_KEYS: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """What a model's files say about it."""
+class ModelFacts:
+    """What a pair of files says."""
 
-    name: str
-    """`general.name` of the language file, or the file's own name."""
-    n_embd: int
-    """Width of the language tower and of every image embedding."""
-    n_vocab: int
-    """Entries of the vocabulary."""
-    n_ctx_train: int
-    """Longest context that the model was trained for, tokens."""
-    chat_template: str
-    """Jinja source that turns messages into a prompt."""
-    bos_token: str
-    """Text of the begin-of-text token, which the template writes itself."""
-    eos_token: str
-    """Text of the end-of-turn token."""
-    control_tokens: Mapping[str, int]
-    """Text -> id of every control token, image markers included."""
-    image: ImageConfig
-    """How images are cut."""
-    image_source: str
-    """Where those settings came from."""
-    sampling: Sampling
-    """The model's own decoding defaults."""
-    is_float32: bool
-    """Whether the language tower's matrices are float32: such a file is made to be exact, not fast."""
-    sight: ImageBudget = NO_BUDGET
-    """How closely images are looked at, where the caller has a option."""
-    shape: CostShape = COST_SHAPE_450M
-    """What its costs are guessed from if nothing was measured."""
-    boxes: BoxFormat = FRACTIONS
-    """How it is asked for boxes, and writes them."""
+    config: ModelConfig
+    """What the rest of the package needs."""
+    language: Mapping[str, Any]
+    """Metadata of the language file, see `read_metadata`."""
+    vision: Mapping[str, Any]
+    """Metadata of the mmproj file."""
 
 
-def read_config(pair: Pair) -> ModelConfig:
+def read_facts(pair: Pair) -> ModelFacts:
     """Return what the two files say, after checking that each is what it should be and that they fit.
 
     Raises:
-        ModelNotFound: a file is gone.
+        ModelNotFound: a file is missing.
         ConfigError: a file is damaged, is of another kind, or the two do not belong together.
     """
     language, vision = read_metadata(pair.model), read_metadata(pair.mmproj)
@@ -97,7 +78,7 @@ def read_config(pair: Pair) -> ModelConfig:
     _check_fit(pair, language, vision, controls)
     published = _published(language, pair.model)
     image, source = image_settings(vision, pair.mmproj, published)
-    return ModelConfig(
+    config = ModelConfig(
         name=str(language.get("general.name") or pair.model.stem),
         n_embd=int(language["lfm2.embedding_length"]),
         n_vocab=len(tokens),
@@ -110,15 +91,15 @@ def read_config(pair: Pair) -> ModelConfig:
         image_source=source,
         sampling=_sampling(language, published),
         is_float32=language.get("general.file_type") == _ALL_F32,
-        shape=cost_shape(language, vision, (pair.model.stat().st_size, pair.mmproj.stat().st_size)),
-        boxes=FRACTIONS if published is None else published.boxes,
+        boxes=FRACTION_BOXES if published is None else published.boxes,
     )
+    return ModelFacts(config=config, language=language, vision=vision)
 
 
 def image_settings(
     vision: Mapping[str, Any], path: Path, language: Published | None = None
 ) -> tuple[ImageConfig, str]:
-    """Return the image settings of an mmproj file's metadata, and a phrase that says where they came from.
+    """Return the image settings of an mmproj file's metadata, and a phrase on where they come from.
 
     Args:
         vision: the metadata.
@@ -152,7 +133,7 @@ def _published(language: Mapping[str, Any], path: Path) -> Published | None:
 
 def _need(metadata: Mapping[str, Any], key: str, path: Path) -> Any:
     if key not in metadata:
-        raise ConfigError(f"{path} does not state {key}; it is no complete model: convert it again")
+        raise ConfigError(f"{path} does not state {key}; the model is incomplete: convert it again")
     return metadata[key]
 
 
@@ -178,7 +159,7 @@ def _check_fit(
             f"{pair.mmproj.name} does not belong to {pair.model.name}: "
             f"it projects to width {projected}, the model has width {width}"
         )
-    for text, key in _MARKER_KEYS.items():
+    for text, key in _IMAGE_TOKEN_KEYS.items():
         if text not in controls:
             raise ConfigError(f"{pair.model} has no token {text}; it is a text-only LFM2 model, not LFM2-VL")
         if vision.get(key, controls[text]) != controls[text]:
@@ -191,7 +172,7 @@ def _check_fit(
 def _token_table(path: Path, language: Mapping[str, Any]) -> Strings:
     tokens = _need(language, "tokenizer.ggml.tokens", path)
     if not isinstance(tokens, Strings):
-        raise ConfigError(f"{path} has no texts as tokens; it is no complete model: convert it again")
+        raise ConfigError(f"{path} has no texts as tokens; the model is incomplete: convert it again")
     return tokens
 
 
@@ -202,7 +183,7 @@ def _control_tokens(path: Path, language: Mapping[str, Any]) -> dict[str, int]:
     if len(types) != len(tokens):
         raise ConfigError(f"{path} has {len(tokens)} tokens and {len(types)} token types; convert it again")
     controls = {tokens[int(index)]: int(index) for index in np.flatnonzero(types == _CONTROL)}
-    others = {text: tokens.find(text) for text in (*_MARKER_KEYS, *_TOOL_MARKERS) if text not in controls}
+    others = {text: tokens.find(text) for text in (*_IMAGE_TOKEN_KEYS, *_TOOL_MARKERS) if text not in controls}
     return controls | {text: index for text, index in others.items() if index is not None and types[index] != _NORMAL}
 
 
@@ -211,7 +192,7 @@ def _token_text(tokens: Strings, token: object) -> str:
 
 
 def _sampling(language: Mapping[str, Any], published: Published | None) -> Sampling:
-    """GGUF keeps 32-bit floats; seven digits are what they hold."""
+    """GGUF keeps 32-bit floats, which hold seven digits."""
     default = published.sampling if published else Sampling()
     stated = {name: language[key] for name, key in _SAMPLING_KEYS.items() if key in language}
     rounded: dict[str, Any] = {

@@ -1,20 +1,27 @@
-"""The metadata of a GGUF file, read without the engine: enough to plan, to check a pair and to render a prompt.
+"""GGUF files: the one reader of headers, the tensors behind them, and the keys of the image settings.
 
-gguf.GGUFReader builds an object per array element, seconds for a vocabulary of 65,536; a walk over the header with
-bounds checks takes 30 ms and touches no tensor.
+gguf.GGUFReader builds an object per array element, seconds for a vocabulary of 65,536; walking the header with bounds
+checks takes 30 ms and touches no tensor.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, overload
+from typing import TYPE_CHECKING, Any, Final, overload
 
+from lfm2vl_edge.config import ImageConfig, require
 from lfm2vl_edge.errors import ConfigError, ModelNotFound
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -30,11 +37,15 @@ _STRING: Final = 8
 _ARRAY: Final = 9
 _MAX_PAIRS: Final = 100_000
 _MAX_ITEMS: Final = 10_000_000
-"""Guards against damaged counts; the largest known vocabularies have 300,000 entries."""
+_MAX_TENSORS: Final = 100_000
+"""Limits against damaged counts; the largest known vocabularies have 300,000 entries."""
+_MAX_AXES: Final = 4
+_ALIGNMENT_KEY: Final = "general.alignment"
+_DEFAULT_ALIGNMENT: Final = 32
 
 
 class Strings(Sequence[str]):
-    """An array of strings, decoded one by one when asked for."""
+    """An array of strings, decoded one by one on access."""
 
     __slots__ = ("_buffer", "_starts")
 
@@ -58,7 +69,7 @@ class Strings(Sequence[str]):
         return self._buffer[self._starts[index] + 8 : self._starts[index + 1]].decode("utf-8", "replace")
 
     def find(self, text: str) -> int | None:
-        """Return where a text stands first, without decoding the others; None if it is not here."""
+        """Return the first index of a text, without decoding the others; None if it is not in the array."""
         data = text.encode()
         entry, at = struct.pack("<Q", len(data)) + data, -1
         while (at := self._buffer.find(entry, at + 1)) >= 0:
@@ -66,6 +77,57 @@ class Strings(Sequence[str]):
             if self._starts[index] == at:  # and not within another text
                 return index
         return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """A tensor of a GGUF file, not yet read."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    """Slowest axis first."""
+    type: str
+    """In gguf's spelling: F32, BF16, Q4_0, ..."""
+    offset: int
+    """Where its values start in the file, bytes."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of the values under one index of the first axis, bytes."""
+        import gguf
+
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
+        values = math.prod(self.shape[1:]) if len(self.shape) > 1 else 1
+        return int(-(-values // block) * size)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all values, bytes."""
+        return self.shape[0] * self.row_bytes
+
+    def rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Return rows `start`..`stop` of the first axis, float32 `[stop - start, ...]`.
+
+        Raises:
+            ConfigError: the file has become shorter since its header was read.
+        """
+        import gguf
+        import numpy as np
+
+        size = (stop - start) * self.row_bytes
+        with self.file.open("rb") as file:
+            file.seek(self.offset + start * self.row_bytes)
+            raw = np.frombuffer(file.read(size), np.uint8)
+        if len(raw) != size:
+            raise ConfigError(f"{self.file} ends inside tensor {self.name!r}; convert it again")
+        values: npt.NDArray[np.float32]
+        if self.type in ("F32", "F16"):
+            values = raw.view(np.float32 if self.type == "F32" else np.float16).astype(np.float32)
+        else:
+            kind = gguf.GGMLQuantizationType[self.type]
+            values = gguf.quants.dequantize(raw.reshape(stop - start, -1), kind)
+        return values.reshape(stop - start, *self.shape[1:])
 
 
 class _Header:
@@ -115,17 +177,40 @@ class _Header:
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
     def _strings(self, count: int) -> Strings:
-        begin, at, end = self._at, self._at, len(self._buffer)
+        start, at, end = self._at, self._at, len(self._buffer)
         unpack, buffer, starts = struct.Struct("<Q").unpack_from, self._buffer, [0]
         for _ in range(count):
             if at + 8 > end:
                 raise self.damaged("it ends in the middle of an array of strings")
             at += 8 + unpack(buffer, at)[0]
-            starts.append(at - begin)
-        return Strings(self.take(at - begin), starts)
+            starts.append(at - start)
+        return Strings(self.take(at - start), starts)
+
+    def tensors(self, count: int, alignment: int) -> Iterator[StoredTensor]:
+        """Yield the tensors, whose descriptions follow the metadata; each must be within the file."""
+        found = [self._tensor() for _ in range(count)]
+        first = -(-self._at // alignment) * alignment
+        for name, shape, kind, offset in found:
+            tensor = StoredTensor(name=name, file=self._path, shape=shape, type=kind, offset=first + offset)
+            if tensor.offset + tensor.n_bytes > len(self._buffer):
+                raise self.damaged(f"it ends inside tensor {name!r}")
+            yield tensor
+
+    def _tensor(self) -> tuple[str, tuple[int, ...], str, int]:
+        import gguf
+
+        name, n_axes = self.text(), self.number("<I")
+        if not 1 <= n_axes <= _MAX_AXES:
+            raise self.damaged(f"tensor {name!r} has {n_axes} axes")
+        shape = tuple(self.number("<Q") for _ in range(n_axes))[::-1]
+        kind, offset = self.number("<I"), self.number("<Q")
+        try:
+            return name, shape, gguf.GGMLQuantizationType(kind).name, offset
+        except ValueError:
+            raise self.damaged(f"tensor {name!r} has the unknown type {kind}") from None
 
     def damaged(self, how: str) -> ConfigError:
-        return ConfigError(f"{self._path} is no whole GGUF file: {how}; download or convert it again")
+        return ConfigError(f"{self._path} is truncated or corrupt: {how}; download or convert it again")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -136,21 +221,39 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     Raises:
         ModelNotFound: there is no file at `path`.
-        ConfigError: the file is no GGUF file or is damaged.
+        ConfigError: the file is not a GGUF file or is damaged.
     """
     with _opened(path) as header:
-        return dict(_pairs(header))
+        _, n_pairs = _counts(header)
+        return dict(_pairs(header, n_pairs))
 
 
 def read_architecture(path: Path) -> Any:
-    """Return what a GGUF file says that it is, without a walk over its vocabulary; None if it does not say.
+    """Return the architecture that a GGUF file states, without reading its vocabulary; None if it states none.
 
     Raises:
         ModelNotFound: there is no file at `path`.
-        ConfigError: the file is no GGUF file or is damaged.
+        ConfigError: the file is not a GGUF file or is damaged.
     """
     with _opened(path) as header:
-        return next((value for key, value in _pairs(header) if key == "general.architecture"), None)
+        _, n_pairs = _counts(header)
+        return next((value for key, value in _pairs(header, n_pairs) if key == "general.architecture"), None)
+
+
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a GGUF file by name, from its header.
+
+    Raises:
+        ModelNotFound: there is no file at `path`.
+        ConfigError: the file is not a GGUF file or is damaged.
+    """
+    with _opened(path) as header:
+        n_tensors, n_pairs = _counts(header)
+        metadata = dict(_pairs(header, n_pairs))
+        alignment = metadata.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise header.damaged(f"its alignment is {alignment!r}")
+        return {tensor.name: tensor for tensor in header.tensors(n_tensors, alignment)}
 
 
 @contextmanager
@@ -164,13 +267,78 @@ def _opened(path: Path) -> Iterator[_Header]:
         raise ConfigError(f"cannot read the model file {path}: {error}") from error
 
 
-def _pairs(header: _Header) -> Iterator[tuple[str, Any]]:
+def _counts(header: _Header) -> tuple[int, int]:
+    """Return the number of tensors and of metadata keys."""
     if header.take(4) != _MAGIC:
-        raise header.damaged("it does not begin with GGUF")
+        raise header.damaged("it does not start with GGUF")
     version = header.number("<I")
     if version not in _VERSIONS:
         raise header.damaged(f"its format version is {version}")
-    header.take(8)  # the number of tensors
-    for _ in range(header.count(_MAX_PAIRS, "metadata keys")):
+    return header.count(_MAX_TENSORS, "tensors"), header.count(_MAX_PAIRS, "metadata keys")
+
+
+def _pairs(header: _Header, count: int) -> Iterator[tuple[str, Any]]:
+    for _ in range(count):
         key = header.text()
         yield key, header.value(int(header.number("<I")))
+
+
+_PIXEL_KEYS: Final[Mapping[str, str]] = {
+    "min_image_tokens": "clip.vision.image_min_pixels",
+    "max_image_tokens": "clip.vision.image_max_pixels",
+}
+_IMAGE_KEYS: Final[Mapping[str, str]] = {
+    "do_image_splitting": "lfm2vl.do_image_splitting",
+    "min_tiles": "clip.vision.preproc_min_tiles",
+    "max_tiles": "clip.vision.preproc_max_tiles",
+    "use_thumbnail": "lfm2vl.use_thumbnail",
+    "tile_size": "clip.vision.preproc_image_size",
+    "encoder_patch_size": "clip.vision.patch_size",
+    "downsample_factor": "clip.vision.projector.scale_factor",
+    "max_pixels_tolerance": "lfm2vl.max_pixels_tolerance",
+    "resample": "lfm2vl.resample",
+    "image_mean": "clip.vision.image_mean",
+    "image_std": "clip.vision.image_std",
+}
+"""Field of `ImageConfig` -> key: llama.cpp's own (areas in pixels) where it has one, else `lfm2vl.*`."""
+_ALWAYS_PRESENT: Final = ("encoder_patch_size", "downsample_factor", "image_mean", "image_std")
+"""Facts of the encoder that every mmproj file has; they do not decide how images are tiled."""
+
+
+def image_metadata(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the GGUF keys and values of those image settings that a checkpoint states.
+
+    Args:
+        stated: fields of `ImageConfig` by name.
+    """
+    config = ImageConfig().with_changes(stated)
+    metadata = {
+        key: getattr(config, name) * config.token_side**2 for name, key in _PIXEL_KEYS.items() if name in stated
+    }
+    metadata.update({key: getattr(config, name) for name, key in _IMAGE_KEYS.items() if name in stated})
+    return metadata
+
+
+def stated_image_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `ImageConfig` that an mmproj file's metadata states; the inverse of `image_metadata`.
+
+    Raises:
+        ConfigError: an area is not an integer number of image tokens.
+    """
+    stated = {name: metadata[key] for name, key in _IMAGE_KEYS.items() if key in metadata}
+    stated |= {name: tuple(map(float, stated[name])) for name in ("image_mean", "image_std") if name in stated}
+    defaults = ImageConfig()
+    side = stated.get("encoder_patch_size", defaults.encoder_patch_size) * stated.get(
+        "downsample_factor", defaults.downsample_factor
+    )
+    for name, key in _PIXEL_KEYS.items():
+        if key in metadata:
+            tokens, rest = divmod(metadata[key], side**2)
+            require(rest == 0, f"{key} is {metadata[key]}, not a multiple of {side * side} pixels per image token")
+            stated[name] = tokens
+    return stated
+
+
+def states_tiling(stated: Mapping[str, Any]) -> bool:
+    """Return whether any of the settings that decide how images are tiled is among `stated`."""
+    return any(name not in _ALWAYS_PRESENT for name in stated)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lfm2vl_edge.errors import DownloadError
-from lfm2vl_edge.host import data_folder, write_beside
+from lfm2vl_edge.host import data_folder, write_whole
 
 _FORMAT: Final = 1
 
@@ -125,7 +125,7 @@ def write_manifest(entries: Iterable[ManifestEntry]) -> None:
         for entry in entries
     ]
     try:
-        write_beside(path, [json.dumps({"format": _FORMAT, "pulled": rows}, indent=1).encode(), b"\n"])
+        write_whole(path, [json.dumps({"format": _FORMAT, "pulled": rows}, indent=1).encode(), b"\n"])
     except OSError as error:
         why = error.strerror or error
         raise DownloadError(f"cannot write {path}: {why}; make its folder writable, or set LFM2VL_DATA") from error

@@ -161,7 +161,7 @@ class ResolvedModel:
     """A model that was found."""
 
     model: Path
-    """The language GGUF, or the folder that holds it."""
+    """The language GGUF."""
     mmproj: Path | None = None
     """The vision encoder's GGUF, where one was named or belongs to it; None: the fastest beside the model."""
     is_fallback: bool = False
@@ -179,7 +179,9 @@ FALLBACK_NOTE: Final = (
 )
 
 
-def resolve_model(wanted: str | os.PathLike[str] | None = None, mmproj: Path | None = None) -> ResolvedModel:
+def resolve_model(
+    wanted: str | os.PathLike[str] | Pair | ResolvedModel | None = None, mmproj: Path | None = None
+) -> ResolvedModel:
     """Return the model that is meant.
 
     Args:
@@ -192,6 +194,10 @@ def resolve_model(wanted: str | os.PathLike[str] | None = None, mmproj: Path | N
         ModelNotFound: there is no such file or name.
         DownloadError: the list of pulled models is damaged.
     """
+    if isinstance(wanted, ResolvedModel):
+        return wanted
+    if isinstance(wanted, Pair):
+        return ResolvedModel(model=find_model(wanted.model), mmproj=mmproj or wanted.mmproj)
     name = wanted if wanted is not None else os.environ.get(MODEL_VARIABLE) or None
     if name is None:
         last = last_entry()
@@ -199,7 +205,7 @@ def resolve_model(wanted: str | os.PathLike[str] | None = None, mmproj: Path | N
             return _from(last, mmproj)
         return ResolvedModel(model=_built_in(), mmproj=mmproj, is_fallback=True)
     if not isinstance(name, str) or _is_path(name):
-        return ResolvedModel(model=Path(name), mmproj=mmproj)
+        return ResolvedModel(model=find_model(Path(name)), mmproj=mmproj)
     if name.lower() == BUILT_IN:
         return ResolvedModel(model=_built_in(), mmproj=mmproj)
     return _named(name, mmproj)
@@ -251,7 +257,7 @@ def _names(entries: list[ManifestEntry]) -> str:
 
 
 def _from(entry: ManifestEntry, mmproj: Path | None) -> ResolvedModel:
-    return ResolvedModel(model=entry.files[0].path, mmproj=mmproj or entry.files[1].path)
+    return ResolvedModel(model=find_model(entry.files[0].path), mmproj=mmproj or entry.files[1].path)
 
 
 def _built_in() -> Path:
@@ -260,4 +266,4 @@ def _built_in() -> Path:
             f"the built-in model is missing from {TINY}; install the package again, give another model with --model, "
             f"or fetch one: lfm2vl-edge pull {RECOMMENDED}"
         )
-    return TINY
+    return find_model(TINY)

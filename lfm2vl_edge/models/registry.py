@@ -13,9 +13,8 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from lfm2vl_edge.config import BICUBIC, Sampling
+from lfm2vl_edge.config import BICUBIC, FRACTION_BOXES, SHORT_BOXES, THOUSAND_BOXES, BoxFormat, Sampling
 from lfm2vl_edge.errors import ModelNotFound
-from lfm2vl_edge.structured.boxes import FRACTIONS, SHORT, THOUSANDTHS, BoxFormat
 
 BUILT_IN: Final = "tiny"
 """Name of the demonstration model that lies inside the package."""
@@ -178,7 +177,7 @@ class Published:
     """Fields of `ImageConfig` that differ from the class defaults."""
     sampling: Sampling = field(default_factory=Sampling)
     """Decoding defaults of its model card."""
-    boxes: BoxFormat = FRACTIONS
+    boxes: BoxFormat = FRACTION_BOXES
     """How it writes boxes."""
     shape: tuple[int, int, int] | None = None
     """Width, blocks and tokens of its language tower, where no other model has these and settings of its own."""
@@ -194,10 +193,10 @@ _MODELS: Final = (
         name="LFM2.5-VL-3B",
         image={"resample": BICUBIC, "min_tiles": 1},
         sampling=Sampling(temperature=0.2, min_p=0.0, top_k=50, repetition_penalty=1.0),
-        boxes=THOUSANDTHS,
+        boxes=THOUSAND_BOXES,
         shape=(2048, 30, 128000),
     ),
-    Published(name="LFM2-VL-tiny", boxes=SHORT),  # the demonstration model
+    Published(name="LFM2-VL-tiny", boxes=SHORT_BOXES),  # the demonstration model
 )
 _NAME: Final = re.compile(r"lfm2([.\-_ ]?5)?[.\-_ ]?vl[.\-_ ](450m|1[.\-_ ]?6b|3b|tiny)(?![a-z0-9])", re.IGNORECASE)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from lfm2vl_edge.errors import ConfigError, ModelNotFound
-from lfm2vl_edge.host import available_cpus, cache_folder, cpu_name, write_beside
+from lfm2vl_edge.host import available_cpus, cache_folder, cpu_name, write_whole
 from lfm2vl_edge.planning.costs import Costs, line_through
 
 VERSION: Final = 1
@@ -150,7 +150,7 @@ def save_profile(profile: Profile, place: ProfileKey) -> Path:
     """
     content = {"version": VERSION, "place": asdict(place), "profile": asdict(profile)}
     try:
-        write_beside(place.path, [json.dumps(content, indent=1).encode() + b"\n"])
+        write_whole(place.path, [json.dumps(content, indent=1).encode() + b"\n"])
     except OSError as error:
         where = place.path.parent
         raise ConfigError(f"cannot write to {where}: {error.strerror or error}; set LFM2VL_CACHE") from error

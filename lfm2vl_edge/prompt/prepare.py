@@ -1,9 +1,9 @@
-"""Messages become what the engine decodes: images cut, text tokenized, all of it in pieces.
+"""Segments become what the engine decodes: text tokenized, everything grouped into pieces.
 
-Where a piece ends is decided by the prompt alone: how many tokens one native call has may change the last bits of what
-it computes, so a prompt that begins with a restored state must go through the same calls as one that begins with
-nothing. What the model drew, token by token, is therefore never a prefix of the next turn; that turn decodes the
-answer once more, in one run, after the state that the question left.
+Where a piece ends is decided by the prompt alone. How many tokens one native call has may change the last bits of what
+it computes, so a prompt that starts with a restored state must go through the same calls as one that starts with
+nothing. The tokens that the model sampled one by one are therefore never a prefix of the next turn; that turn decodes
+the answer once more, in one run, after the state that the question left.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lfm2vl_edge.cache.memory import Piece
-from lfm2vl_edge.config import ImageConfig
+from lfm2vl_edge.config import IMAGE_TOKEN, ModelConfig
 from lfm2vl_edge.engine import Engine
-from lfm2vl_edge.image.load import ImageInput, load_image
-from lfm2vl_edge.image.tiles import Tile, cut
-from lfm2vl_edge.models.facts import IMAGE, ModelConfig
-from lfm2vl_edge.planning.budget import NO_BUDGET, ImageBudget, settings_for
-from lfm2vl_edge.planning.geometry import plan
-from lfm2vl_edge.prompt.render import Control, Message, Picture, Segment, images_of, render, split_names
+from lfm2vl_edge.image.tiles import Tile, preprocess_image
+from lfm2vl_edge.planning.budget import NO_BUDGET, ImageBudget
+from lfm2vl_edge.prompt.messages import Message, images_in, parse_messages
+from lfm2vl_edge.prompt.render import Control, Segment, render, split_names
 from lfm2vl_edge.prompt.tools import Tool
 
 
@@ -30,7 +28,7 @@ class Prompt:
     segments: tuple[int | Tile, ...]
     """Token ids and views, in order."""
     opening: tuple[int, ...]
-    """Token ids with which the model's turn is opened; the prompt ends with them."""
+    """Token ids that open the model's turn; the prompt ends with them."""
     image_token: int
     """Id of the placeholder that stands for one image token in transformers' input_ids."""
 
@@ -41,7 +39,7 @@ class Prompt:
 
     @property
     def token_ids(self) -> list[int]:
-        """Every id as transformers' input_ids: the placeholder repeated for each image token."""
+        """Every id as in transformers' input_ids: the placeholder repeated for each image token."""
         return [
             token
             for segment in self.segments
@@ -49,31 +47,32 @@ class Prompt:
         ]
 
 
-def look(image: ImageInput | Picture, config: ImageConfig, sight: ImageBudget = NO_BUDGET) -> Picture:
-    """Return an image planned and cut; one that is cut already as it is.
+def prepare(
+    engine: Engine,
+    config: ModelConfig,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] = (),
+    budget: ImageBudget = NO_BUDGET,
+) -> Prompt:
+    """Return the prompt of a conversation: messages parsed, images preprocessed, template rendered, text tokenized.
 
     Raises:
-        ImageError: the input is no image.
-        ConfigError: no plan is within the budget.
+        PromptError: the messages do not have a valid form, or the template refuses them.
+        ImageError: an image of the messages is not a valid image.
     """
-    if isinstance(image, Picture):
-        return image
-    pixels = load_image(image)
-    settings = settings_for(pixels.shape[0], pixels.shape[1], config, sight)
-    tile_plan = plan(pixels.shape[0], pixels.shape[1], settings)
-    return Picture(plan=tile_plan, tiles=tuple(cut(pixels, tile_plan, settings)), settings=settings)
+    parsed = parse_messages(messages)
+    images = [preprocess_image(image, config.image, budget) for image in images_in(parsed)]
+    return tokenize(engine, config, render(parsed, images, config, tools))
 
 
-def prepare(engine: Engine, config: ModelConfig, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Prompt:
-    """Return the prompt of a conversation: its images cut, its text tokenized."""
-    pictures = [look(image, config.image, config.sight) for image in images_of(messages)]
-    segments = render(messages, pictures, config, tools)
+def tokenize(engine: Engine, config: ModelConfig, segments: Sequence[Segment]) -> Prompt:
+    """Return the prompt of rendered segments."""
     ids = [_ids(segment, engine, config) for segment in segments]
-    begin = max((index for index, segment in enumerate(segments) if isinstance(segment, Control)), default=len(ids))
+    last = max((index for index, segment in enumerate(segments) if isinstance(segment, Control)), default=len(ids))
     return Prompt(
         segments=tuple(part for parts in ids for part in parts),
-        opening=tuple(part for parts in ids[begin:] for part in parts if isinstance(part, int)),
-        image_token=config.control_tokens[IMAGE],
+        opening=tuple(part for parts in ids[last:] for part in parts if isinstance(part, int)),
+        image_token=config.control_tokens[IMAGE_TOKEN],
     )
 
 
@@ -92,10 +91,9 @@ def _ids(segment: Segment, engine: Engine, config: ModelConfig) -> Sequence[int 
 def split(prompt: Prompt) -> list[Piece]:
     """Return the prompt in the pieces that are decoded by one call each.
 
-    A run of tokens ends before a view and after the opening of a turn of the model. Both can be told from what comes
-    before, so a prompt that goes on from another one begins with the same pieces. They cost no call that would not be
-    needed without them: the state after the last view is where another question goes on, and the end of the prompt is
-    where the next turn does.
+    A run of tokens ends before a view and after the opening of a turn of the model. Both are known from what comes
+    before, so a prompt that continues another one starts with the same pieces. They cost no additional call: another
+    question continues from the state after the last view, and the next turn from the end of the prompt.
     """
     pieces: list[Piece] = []
     run: list[int] = []

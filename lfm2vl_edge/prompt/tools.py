@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
+from lfm2vl_edge.config import TOOL_CALL_END, TOOL_CALL_START
 from lfm2vl_edge.errors import PromptError, ToolError
-from lfm2vl_edge.models.facts import CALL_END, CALL_START
 
 _TYPES: Final[Mapping[Any, str]] = {
     str: "string",
@@ -203,7 +203,7 @@ def _tool(one: ToolInput) -> Tool:
     return Tool(name=function["name"], definition=definition, parameters=tuple(properties))
 
 
-def calls_of(given: object) -> list[ToolCall]:
+def tool_calls_of(given: object) -> list[ToolCall]:
     """Return the calls in a message's `tool_calls`; their arguments may be an object or its JSON.
 
     Raises:
@@ -358,12 +358,12 @@ class CallReader:
 
     def __init__(self, tools: Sequence[Tool], controls: Mapping[str, int]) -> None:
         self._tools = tools
-        self._start, self._end = controls.get(CALL_START), controls.get(CALL_END)
+        self._start, self._end = controls.get(TOOL_CALL_START), controls.get(TOOL_CALL_END)
         self._texts: list[str] = []
         self._open: bytearray | None = None
         if tools and None in (self._start, self._end):
             raise PromptError(
-                f"the model has no tokens {CALL_START} and {CALL_END}; without them it cannot call tools"
+                f"the model has no tokens {TOOL_CALL_START} and {TOOL_CALL_END}; without them it cannot call tools"
             )
 
     def take(self, token: int, piece: bytes) -> bytes:
@@ -385,7 +385,7 @@ class CallReader:
             self._texts.append(self._open.decode("utf-8", "replace"))
         self._open = None
 
-    def calls(self) -> tuple[ToolCall, ...]:
+    def tool_calls(self) -> tuple[ToolCall, ...]:
         """Return the calls of the whole answer, in order.
 
         Raises:

@@ -16,8 +16,9 @@ import torch
 import typer
 from transformers import Lfm2VlForConditionalGeneration
 
-from lfm2vl_edge import Model, preprocess
+from lfm2vl_edge import Model
 from lfm2vl_edge.evaluate import Result, evaluate, read_rows
+from lfm2vl_edge.image.tiles import preprocess_image
 from models.tiny.data import IGNORED, Writer, collate
 from models.tiny.questions import Question
 from models.tiny.recipe import IMAGE_CONFIG
@@ -26,7 +27,7 @@ from models.tiny.train import outcome
 
 def agreeing(network: Lfm2VlForConditionalGeneration, writer: Writer, results: Sequence[Result]) -> list[bool]:
     """Return for each answer about one image whether transformers would give it."""
-    tiles = preprocess(results[0].row.images[0], IMAGE_CONFIG)
+    tiles = preprocess_image(results[0].row.images[0], IMAGE_CONFIG).tiles
     said = [
         Question(group="", text=result.row.question, answer=(result.reply.answer or "").strip()) for result in results
     ]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lfm2vl_edge import Model
-from lfm2vl_edge.cache.disk import STATE, Disk, DiskCache, clear, entries, entries_folder
+from lfm2vl_edge.cache.disk import STATE, CacheFolder, DiskCache, clear, entries, entries_folder
 from lfm2vl_edge.host import cache_folder
 from tests.conftest import PICTURES, Pair
 
@@ -46,7 +46,7 @@ def encoded(pair: Path, cache: Path, expected: Any) -> int:
 
 
 def shelf_of(folder: Path, budget: int = 10**9) -> DiskCache:
-    return DiskCache(Disk(folder, budget), lambda: "origin")
+    return DiskCache(CacheFolder(folder, budget), lambda: "origin")
 
 
 def values(key: int) -> Any:
@@ -114,7 +114,7 @@ def test_an_entry_larger_than_the_budget_is_not_written(tmp_path: Path) -> None:
 
 def test_kinds_are_not_taken_for_each_other(tmp_path: Path) -> None:
     state = np.arange(200, dtype=np.uint8)[None]
-    states = DiskCache(Disk(tmp_path, 10**9), lambda: "origin", STATE)
+    states = DiskCache(CacheFolder(tmp_path, 10**9), lambda: "origin", STATE)
     states.put(b"a", state)
     found = states.get(b"a")
     assert found is not None
@@ -153,7 +153,7 @@ def test_damaged_entries_are_dropped_with_a_warning_and_made_again(
 def test_entries_of_another_key_shape_or_origin_are_not_taken(tmp_path: Path) -> None:
     shelf_of(tmp_path).put(b"a", values(1))
     assert shelf_of(tmp_path).get(b"b", SHAPE) is None
-    assert DiskCache(Disk(tmp_path, 10**9), lambda: "another").get(b"a", SHAPE) is None
+    assert DiskCache(CacheFolder(tmp_path, 10**9), lambda: "another").get(b"a", SHAPE) is None
     found = shelf_of(tmp_path).get(b"a", SHAPE)
     assert found is not None
     assert np.array_equal(found, values(1))
@@ -192,8 +192,8 @@ def test_the_least_recently_used_go_first_and_old_remains_too(tmp_path: Path) ->
 WRITER = """
 import sys, numpy as np
 from pathlib import Path
-from lfm2vl_edge.cache.disk import (Disk, DiskCache)
-shelf = DiskCache(Disk(Path(sys.argv[1]), int(sys.argv[2])), lambda: "origin")
+from lfm2vl_edge.cache.disk import (CacheFolder, DiskCache)
+shelf = DiskCache(CacheFolder(Path(sys.argv[1]), int(sys.argv[2])), lambda: "origin")
 print("ready", flush=True)
 for turn in range(int(sys.argv[3])):
     key = turn % 7

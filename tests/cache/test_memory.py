@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lfm2vl_edge import Model
-from lfm2vl_edge.cache.memory import EmbeddingCache, LruCache, Memory, StateCache, chain
+from lfm2vl_edge.cache.memory import Caches, EmbeddingCache, LruCache, StateCache, chain
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.image.load import Pixels
 from lfm2vl_edge.image.tiles import Tile
@@ -33,7 +33,7 @@ def user(text: str, *images: Any) -> dict[str, Any]:
 
 
 def with_memory(model: Model, state_bytes: int, tile_bytes: int = 10**8) -> Model:
-    memory = Memory(states=StateCache(state_bytes), embeddings=EmbeddingCache(tile_bytes))
+    memory = Caches(states=StateCache(state_bytes), embeddings=EmbeddingCache(tile_bytes))
     return Model(model.engine, model.config, memory=memory)
 
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner, Result
 
 from lfm2vl_edge import Model
 from lfm2vl_edge.cli import app
+from lfm2vl_edge.config import SHORT_BOXES
 from lfm2vl_edge.structured import grammar_of, read_schema
-from lfm2vl_edge.structured.boxes import SHORT
 from tests.conftest import PICTURES, Pair
 from tests.fake_engine import CONFIG, FakeEngine
 
@@ -46,7 +46,7 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def run(tmp_path: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a command on a model whose answers are written down, in a folder with an image of 200 x 100 pixels."""
-    model = Model(engine, replace(CONFIG, boxes=SHORT))
+    model = Model(engine, replace(CONFIG, boxes=SHORT_BOXES))
     for name in ("asking", "run"):
         command = importlib.import_module(f"lfm2vl_edge.cli.{name}")
         monkeypatch.setattr(command, "opening", lambda *_, **__: nullcontext(lambda: model))
@@ -98,7 +98,7 @@ def test_boxes_are_lines_or_one_object(run: Run, engine: FakeEngine) -> None:
     result = run("detect", "car.png", "red car")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == "20\t25\t100\t75\tred car\n0\t0\t20\t10\tred?car\n"
-    assert engine.grammars == [grammar_of(read_schema(SHORT.schema()))]
+    assert engine.grammars == [grammar_of(read_schema(SHORT_BOXES.schema()))]
     assert engine.sampled[0].temperature == 0
     shown = json.loads(run("detect", "car.png", "red car", "--json", "--temperature", 0.5).stdout)
     box = {"label": "red car", "left": 20, "top": 25, "right": 100, "bottom": 75}

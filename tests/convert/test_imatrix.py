@@ -15,12 +15,11 @@ from typer.testing import CliRunner, Result
 
 from benchmarks import equal_imatrix
 from lfm2vl_convert import convert_checkpoint
-from lfm2vl_convert.ggufile import read_tensors
 from lfm2vl_convert.imatrix import Imatrix, matrix_widths, read_imatrix, weights_for, write_imatrix
 from lfm2vl_edge.cli import app
 from lfm2vl_edge.cli._quantizing import notes_on, quantizer_with
 from lfm2vl_edge.errors import ConfigError, ConvertError, EdgeError
-from lfm2vl_edge.models.gguf import read_metadata
+from lfm2vl_edge.models.gguf import read_metadata, read_tensors
 from tests.conftest import REFERENCE, Pair
 from tests.convert.listing import describe
 from tests.convert.test_writing import names

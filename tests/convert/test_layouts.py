@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lfm2vl_convert import read_checkpoint
-from lfm2vl_edge.config import stated_image_settings
+from lfm2vl_edge.models.gguf import stated_image_settings
 from tests.convert.builder import LANGUAGE, PROJECTOR, VISION, Converted, Parts
 from tests.convert.conftest import Convert, Parted
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from lfm2vl_convert import convert_checkpoint
-from lfm2vl_convert.ggufile import read_tensors
 from lfm2vl_convert.recipes import RECIPES, recipe_of
 from lfm2vl_convert.report import planned_rows, report_file, stored_rows
 from lfm2vl_edge.engine.quantize import quantize_file
 from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.models.gguf import read_tensors
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_the_peer_takes_turns_on_the_same_files(folder: Path, peer: Peer, monkey
         assert described[described.index(words[0]) + 1] == words[1]
     with Model.open(folder) as model:
         from lfm2vl_edge.evaluate.verify import drawn
-        from lfm2vl_edge.prompt.render import user_message
+        from lfm2vl_edge.prompt.messages import user_message
 
         tokens = len(model.token_ids([user_message(drawn(*SIZES[0]), "Describe this image.")]))
     assert shell.commands[1][shell.commands[1].index("-d") + 1] == str(tokens)

@@ -14,10 +14,10 @@ import pytest
 from lfm2vl_edge import ConfigError, EngineError, Model, ModelNotFound, opening
 from lfm2vl_edge.engine import library
 from lfm2vl_edge.engine.ffi import LOG, llama
-from lfm2vl_edge.engine.language import LanguageFile, begin_reading
+from lfm2vl_edge.engine.language import LanguageFile, start_reading
 from lfm2vl_edge.engine.library import NATIVE_LOG, libllama
 from lfm2vl_edge.models.names import find_model, find_pair
-from lfm2vl_edge.opening import Opening, OpenOptions, decide, open_pair
+from lfm2vl_edge.opening import Opening, OpenOptions, decide, open_model
 from tests.conftest import Pair
 
 
@@ -25,8 +25,8 @@ def test_it_is_read_before_anything_heavy_is_imported(pair: Pair) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from lfm2vl_edge.engine.language import begin_reading\n"
-        "assert begin_reading(Path(sys.argv[1]), 0, None).take()\n"
+        "from lfm2vl_edge.engine.language import start_reading\n"
+        "assert start_reading(Path(sys.argv[1]), 0, None).take()\n"
         "heavy = {'llama_cpp', 'numpy', 'jinja2', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
@@ -101,7 +101,7 @@ def test_a_refused_file_is_named_with_the_reason(pair: Pair, tmp_path: Path) -> 
 
 
 def test_another_kind_of_file_is_not_read(pair: Pair) -> None:
-    assert begin_reading(find_pair(pair("a", "F16")).mmproj, 0, None) is None
+    assert start_reading(find_pair(pair("a", "F16")).mmproj, 0, None) is None
 
 
 def test_a_language_file_that_nobody_takes_is_freed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_a_language_file_that_nobody_takes_is_freed(pair: Pair, monkeypatch: pyt
     monkeypatch.setattr(libllama(), "llama_model_free", noted)
     folder = pair("a", "F16")
     with pytest.raises(ConfigError, match="tile_size"):
-        open_pair(folder, OpenOptions(image_settings={"tile_size": -1}))
+        open_model(folder, OpenOptions(image_settings={"tile_size": -1}))
     assert len(freed) == 1
     unused = LanguageFile(find_model(folder), 0, None)
     unused.close()
@@ -141,7 +141,7 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_noticed(
         return found
 
     monkeypatch.setattr(opening, "decide", replaced_meanwhile)
-    loaded = open_pair(tmp_path / files.model.name, OpenOptions())
+    loaded = open_model(tmp_path / files.model.name, OpenOptions())
     with Model.of(loaded, None, 0), pytest.raises(ModelNotFound, match="was replaced after the model was opened"):
         loaded.source.digests(None)
 
@@ -154,7 +154,7 @@ def test_a_file_that_is_replaced_after_its_reading_began_is_read_anew(pair: Pair
     with closing(LanguageFile(model, 0, None)) as language:
         (tmp_path / "new").write_bytes(others.model.read_bytes())
         (tmp_path / "new").replace(model)
-        loaded = open_pair(model, OpenOptions(mmproj=others.mmproj), language)
+        loaded = open_model(model, OpenOptions(mmproj=others.mmproj), language)
         with Model.of(loaded, None, 0) as opened, Model.open(others.model) as expected:
             assert opened.engine.info.n_embd == expected.engine.info.n_embd
             assert loaded.config.name == expected.config.name

@@ -19,7 +19,6 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from benchmarks import equal_imatrix
-from lfm2vl_convert.ggufile import read_tensors
 from lfm2vl_convert.imatrix import matrix_widths
 from lfm2vl_edge.cli import app
 from lfm2vl_edge.engine.encoder import ggml
@@ -28,6 +27,7 @@ from lfm2vl_edge.engine.observe import InputSquares, ObservedEngine, _weight_nam
 from lfm2vl_edge.errors import EngineError, PromptError
 from lfm2vl_edge.evaluate.calibrate import Calibration, Example
 from lfm2vl_edge.image.synthetic import scenes
+from lfm2vl_edge.models.gguf import read_tensors
 from lfm2vl_edge.models.names import find_pair
 from tests.conftest import PICTURES, Pair
 

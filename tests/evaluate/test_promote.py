@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from lfm2vl_convert.ggufile import read_tensors
 from lfm2vl_convert.promote import NEXT, Promotion, promotions, with_promotions
 from lfm2vl_convert.recipes import TENSOR_TYPES
 from lfm2vl_convert.verify import TensorError
 from lfm2vl_edge.cli import _checking as checking
 from lfm2vl_edge.cli import app
 from lfm2vl_edge.evaluate.verify import Comparison, Conversation, View
+from lfm2vl_edge.models.gguf import read_tensors
 from tests.conftest import REFERENCE
 from tests.evaluate.test_verify import small_pictures
 

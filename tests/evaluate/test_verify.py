@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lfm2vl_convert.ggufile import read_tensors
 from lfm2vl_convert.verify import fitted, problems
 from lfm2vl_edge import Model
 from lfm2vl_edge.errors import ConfigError
 from lfm2vl_edge.evaluate import verify
-from lfm2vl_edge.models.gguf import read_metadata
-from lfm2vl_edge.prompt.prepare import look
+from lfm2vl_edge.image.tiles import preprocess_image
+from lfm2vl_edge.models.gguf import read_metadata, read_tensors
 from tests.cli.test_run import Run, run
 from tests.conftest import REFERENCE, Pair
 
@@ -92,7 +91,7 @@ def test_a_coarser_model_is_farther_away(opened: Callable[[str, str], Model], sm
 
 
 def test_drawn_pictures_are_cut_as_their_names_say(model: Model) -> None:
-    views = {name: len(look(verify.drawn(*size), model.config.image).tiles) for name, size in PICTURES.items()}
+    views = {name: len(preprocess_image(verify.drawn(*size), model.config.image).tiles) for name, size in PICTURES.items()}
     assert (views["small"], views["wide"]) == (1, 1)
     assert views["tiled"] > 1
 

@@ -15,9 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lfm2vl_edge import ConfigError, ImageConfig, Model, ModelNotFound, Sampling
-from lfm2vl_edge.config import image_metadata, stated_image_settings
-from lfm2vl_edge.models.facts import image_settings, read_config
-from lfm2vl_edge.models.gguf import Strings, read_metadata
+from lfm2vl_edge.models.facts import image_settings, read_facts
+from lfm2vl_edge.models.gguf import Strings, image_metadata, read_metadata, stated_image_settings
 from lfm2vl_edge.models.names import find_pair
 from lfm2vl_edge.models.registry import find_published
 from tests.conftest import Pair
@@ -78,7 +77,7 @@ def test_tokens_that_are_no_texts_are_refused(folder: Path, tmp_path: Path) -> N
     model = written(tmp_path / "numbers-F16.gguf", "lfm2", tokenizer__ggml__tokens=[1, 2], lfm2__embedding_length=8)
     mmproj = shutil.copy(files(folder)[1], tmp_path)
     with pytest.raises(ConfigError, match="no texts as tokens"):
-        read_config(find_pair(model, Path(mmproj)))
+        read_facts(find_pair(model, Path(mmproj)))
 
 
 def test_a_folder_and_a_file_give_the_same_pair(folder: Path) -> None:
@@ -119,7 +118,7 @@ def test_a_missing_mmproj_that_was_named_is_an_error(folder: Path, tmp_path: Pat
 
 
 def test_the_config_is_what_the_checkpoint_states(pair: Pair) -> None:
-    config = read_config(find_pair(pair("b", "F32")))
+    config = read_facts(find_pair(pair("b", "F32")))
     assert (config.n_embd, config.n_vocab, config.n_ctx_train) == (192, 3072, 32768)
     assert config.image == ImageConfig(resample=3, min_tiles=1)
     assert config.image_source.startswith("the model's file mmproj-")
@@ -127,8 +126,8 @@ def test_the_config_is_what_the_checkpoint_states(pair: Pair) -> None:
     assert config.control_tokens["<image>"] == 2968
     assert config.bos_token == "<|startoftext|>"
     assert config.is_float32
-    assert read_config(find_pair(pair("c", "F16"))).image == ImageConfig(use_thumbnail=False)
-    assert not read_config(find_pair(pair("c", "F16"))).is_float32
+    assert read_facts(find_pair(pair("c", "F16"))).image == ImageConfig(use_thumbnail=False)
+    assert not read_facts(find_pair(pair("c", "F16"))).is_float32
 
 
 @pytest.mark.parametrize("other", ["b", "c"])
@@ -136,7 +135,7 @@ def test_a_pair_of_two_models_is_refused_by_name(other: str, pair: Pair, tmp_pat
     model, _ = files(pair("a", "F16"))
     _, mmproj = files(pair(other, "F16"))
     if other == "c":  # as wide as a, and with the same vocabulary: nothing tells it from a's own
-        assert read_config(find_pair(model, mmproj)).n_embd == 128
+        assert read_facts(find_pair(model, mmproj)).n_embd == 128
         return
     with pytest.raises(ConfigError, match=r"mmproj-checkpoint-F16.gguf does not belong to checkpoint-F16.gguf.*192"):
         Model.open(model, mmproj=mmproj)

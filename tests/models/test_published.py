@@ -7,10 +7,9 @@ from pathlib import Path
 import gguf
 import pytest
 
-from lfm2vl_edge.config import BICUBIC, ImageConfig, Sampling
-from lfm2vl_edge.models.facts import read_config
+from lfm2vl_edge.config import BICUBIC, FRACTION_BOXES, THOUSAND_BOXES, BoxFormat, ImageConfig, Sampling
+from lfm2vl_edge.models.facts import read_facts
 from lfm2vl_edge.models.names import Pair
-from lfm2vl_edge.structured.boxes import FRACTIONS, THOUSANDTHS, BoxFormat
 
 MARKERS = ["<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"]
 CARD = Sampling(temperature=0.2, min_p=0.0, top_k=50, repetition_penalty=1.0)
@@ -46,12 +45,12 @@ def published(folder: Path, names: tuple[str, str], title: str, shape: tuple[int
 @pytest.mark.parametrize(
     ("names", "title", "shape", "image", "boxes", "sampling"),
     [
-        (("model", "mmproj"), "Snapshot 36fc16bc", (2048, 30, 128000), (BICUBIC, 1), THOUSANDTHS, CARD),
-        (("LFM2.5-VL-450M", "mmproj-x"), "7a0f", (2048, 30, 128000), (BICUBIC, 1), THOUSANDTHS, CARD),
-        (("model", "mmproj"), "LFM2.5 VL 3B", (256, 2, 100), (BICUBIC, 1), THOUSANDTHS, CARD),
-        (("LFM2.5-VL-3B-Q4_0", "mmproj"), "x", (256, 2, 100), (BICUBIC, 1), THOUSANDTHS, CARD),
-        (("model", "mmproj"), "x", (2048, 30, 65536), (BICUBIC, 2), FRACTIONS, Sampling()),
-        (("model", "mmproj"), "x", (1024, 16, 65536), (ImageConfig().resample, 2), FRACTIONS, Sampling()),
+        (("model", "mmproj"), "Snapshot 36fc16bc", (2048, 30, 128000), (BICUBIC, 1), THOUSAND_BOXES, CARD),
+        (("LFM2.5-VL-450M", "mmproj-x"), "7a0f", (2048, 30, 128000), (BICUBIC, 1), THOUSAND_BOXES, CARD),
+        (("model", "mmproj"), "LFM2.5 VL 3B", (256, 2, 100), (BICUBIC, 1), THOUSAND_BOXES, CARD),
+        (("LFM2.5-VL-3B-Q4_0", "mmproj"), "x", (256, 2, 100), (BICUBIC, 1), THOUSAND_BOXES, CARD),
+        (("model", "mmproj"), "x", (2048, 30, 65536), (BICUBIC, 2), FRACTION_BOXES, Sampling()),
+        (("model", "mmproj"), "x", (1024, 16, 65536), (ImageConfig().resample, 2), FRACTION_BOXES, Sampling()),
     ],
 )
 def test_settings_follow_metadata_wherever_the_files_lie(
@@ -63,7 +62,7 @@ def test_settings_follow_metadata_wherever_the_files_lie(
     sampling: Sampling,
     tmp_path: Path,
 ) -> None:
-    config = read_config(published(tmp_path, names, title, shape))
+    config = read_facts(published(tmp_path, names, title, shape))
     assert (config.image.resample, config.image.min_tiles) == image
     assert config.boxes == boxes
     assert config.sampling == sampling

@@ -12,11 +12,11 @@ import pytest
 
 from lfm2vl_edge import ConfigError, ImageConfig, TilePlan, plan
 from lfm2vl_edge.planning.budget import (
-    CHOSEN,
+    BUDGET_SETTINGS,
     NO_BUDGET,
     ImageBudget,
     candidate_plans,
-    cheaper,
+    cheaper_plans,
     check_detail,
     detail_changes,
     settings_for,
@@ -88,7 +88,7 @@ def test_the_best_plan_is_the_best_of_all(config: ImageConfig) -> None:
 
 
 def test_a_smaller_budget_never_takes_more() -> None:
-    """5,000 random sizes; every step of a candidate_plans is what its settings give, and cheaper by every measure."""
+    """5,000 random sizes; every step of a candidate_plans is what its settings give, and cheaper_plans by every measure."""
     rng = random.Random(2)
     for number in range(5000):
         config = ImageConfig() if number % 3 else random_config(rng)
@@ -101,7 +101,7 @@ def test_a_smaller_budget_never_takes_more() -> None:
             assert better[0] > worse[0]
         assert rungs[0].tile_plan == plan(height, width, config)
         rung = rng.choice(rungs)
-        assert set(rung.changes) <= set(CHOSEN)
+        assert set(rung.changes) <= set(BUDGET_SETTINGS)
         assert plan(height, width, config.with_changes(rung.changes)) == rung.tile_plan
         large, small = sorted((rng.uniform(0.05, 12), rng.uniform(0.05, 12)), reverse=True)
         tokens, seconds = (
@@ -217,14 +217,14 @@ def test_the_largest_size_that_is_not_cut() -> None:
 
 def test_what_is_cheaper_has_fewer_tokens() -> None:
     whole = plan(1440, 1440, ImageConfig())
-    ways = cheaper(whole, ImageConfig())
+    ways = cheaper_plans(whole, ImageConfig())
     assert [(way.detail, way.tile_plan.n_image_tokens) for way in ways] == [
         *((None, 256), ("high", 256)),
         *(("balanced", 121), ("fast", 64)),
     ]
     assert (ways[0].tile_plan.height, ways[0].tile_plan.width) == (720, 720)
     assert (
-        cheaper(plan(200, 200, ImageConfig().with_changes(detail_changes(ImageConfig(), "fast"))), ImageConfig()) == []
+        cheaper_plans(plan(200, 200, ImageConfig().with_changes(detail_changes(ImageConfig(), "fast"))), ImageConfig()) == []
     )
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm2vl_edge import ImageConfig, PromptError, Sampling
-from lfm2vl_edge.image.tiles import Tile
-from lfm2vl_edge.models.facts import ModelConfig
-from lfm2vl_edge.prompt.prepare import look
-from lfm2vl_edge.prompt.render import Control, Picture, Segment, Text, images_of, render, split_names
+from lfm2vl_edge.config import ModelConfig
+from lfm2vl_edge.image.tiles import PreprocessedImage, Tile, preprocess_image
+from lfm2vl_edge.prompt.messages import images_in
+from lfm2vl_edge.prompt.render import Control, Segment, Text, render, split_names
 from tests.conftest import REFERENCE
 
 CHATML = (REFERENCE / "a" / "checkpoint" / "chat_template.jinja").read_text()
@@ -42,7 +42,7 @@ def config(template: str = CHATML, **image: Any) -> ModelConfig:
 
 def rendered(messages: list[dict[str, Any]], template: str = CHATML, **image: Any) -> list[Segment]:
     settled = config(template, **image)
-    pictures: list[Picture] = [look(one, settled.image) for one in images_of(messages)]
+    pictures: list[PreprocessedImage] = [preprocess_image(one, settled.image) for one in images_in(messages)]
     return render(messages, pictures, settled)
 
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm2vl_edge import ConfigError, Model, PromptError, Sampling, ToolCall, ToolError, Turn
+from lfm2vl_edge.config import ModelConfig
 from lfm2vl_edge.models import facts as modelfile
-from lfm2vl_edge.models.facts import ModelConfig
 from lfm2vl_edge.prompt.render import Control, Text, render
 from lfm2vl_edge.prompt.tools import ToolInput, as_tools, parse_calls, write_calls
 from tests.fake_engine import CONFIG, CONTROLS, END, FakeEngine

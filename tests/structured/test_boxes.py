@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lfm2vl_edge import AnswerError, Box, Model, Point
+from lfm2vl_edge.config import FRACTION_BOXES, SHORT_BOXES, THOUSAND_BOXES, BoxFormat
 from lfm2vl_edge.image.draw import draw_boxes
 from lfm2vl_edge.models.registry import find_published
 from lfm2vl_edge.structured import grammar_of, parse_answer, read_schema
-from lfm2vl_edge.structured.boxes import FRACTIONS, SHORT, THOUSANDTHS, BoxFormat, read_boxes
+from lfm2vl_edge.structured.boxes import read_boxes
 from tests.fake_engine import CONFIG, FakeEngine
 
 CAR = '[{"label": "red car", "bbox": [0.12, 0.30, 0.25, 0.44]}]'
 BOX = Box(label="red car", left=24, top=30, right=50, bottom=44)
 
 
-def read(answer: str, form: BoxFormat = FRACTIONS, height: int = 100, width: int = 200) -> list[Box]:
+def read(answer: str, form: BoxFormat = FRACTION_BOXES, height: int = 100, width: int = 200) -> list[Box]:
     return read_boxes(answer, form, height, width)
 
 
@@ -98,8 +99,8 @@ def test_what_is_no_box_is_left_out_with_a_warning(entry: str, caplog: pytest.Lo
 
 def test_thousandths_are_thousandths() -> None:
     answer = '[{"bbox_2d": [120, 300, 250, 440], "label": "red car"}]'
-    assert read(answer, THOUSANDTHS) == [BOX]
-    assert read(answer, FRACTIONS) == []
+    assert read(answer, THOUSAND_BOXES) == [BOX]
+    assert read(answer, FRACTION_BOXES) == []
 
 
 @given(
@@ -125,8 +126,8 @@ def test_boxes_lie_within_the_picture_and_where_they_should(
     ends = [(box.left, min(x1, x2) * width), (box.right, max(x1, x2) * width)]
     ends += [(box.top, min(y1, y2) * height), (box.bottom, max(y1, y2) * height)]
     assert all(abs(pixel - exact) <= 1.5 for pixel, exact in ends)  # rounded, and at least one pixel wide
-    assert box.left <= box.centre.x < box.right
-    assert box.top <= box.centre.y < box.bottom
+    assert box.left <= box.center.x < box.right
+    assert box.top <= box.center.y < box.bottom
 
 
 @given(st.text(alphabet="[]{}\"'\\,:0.19e-labelbox \n", max_size=300))
@@ -140,22 +141,22 @@ def test_no_text_does_more_than_fail(text: str) -> None:
 
 
 def test_questions_and_forms_of_the_models() -> None:
-    assert SHORT.ask("red circle") == "Detect the red circle."
-    assert [SHORT.ask(what) for what in ("every square", "the cat", None, " ")] == [
+    assert SHORT_BOXES.ask("red circle") == "Detect the red circle."
+    assert [SHORT_BOXES.ask(what) for what in ("every square", "the cat", None, " ")] == [
         "Detect every square.",
         "Detect the cat.",
         "Detect all objects.",
         "Detect all objects.",
     ]
-    assert FRACTIONS.ask("{what}").startswith("Detect all instances of: {what}. Response must be a JSON array: ")
-    names = {"LFM2.5-VL-450M": FRACTIONS, "LFM2.5-VL-3B": THOUSANDTHS, "lfm2vl-tiny": SHORT, "Lfm2vl Tiny": SHORT}
+    assert FRACTION_BOXES.ask("{what}").startswith("Detect all instances of: {what}. Response must be a JSON array: ")
+    names = {"LFM2.5-VL-450M": FRACTION_BOXES, "LFM2.5-VL-3B": THOUSAND_BOXES, "lfm2vl-tiny": SHORT_BOXES, "Lfm2vl Tiny": SHORT_BOXES}
     for name, form in names.items():
         published = find_published(name)
         assert published is not None
         assert published.boxes is form
 
 
-@pytest.mark.parametrize("form", [SHORT, THOUSANDTHS], ids=["fractions", "thousandths"])
+@pytest.mark.parametrize("form", [SHORT_BOXES, THOUSAND_BOXES], ids=["fractions", "thousandths"])
 def test_answers_in_the_form_are_read(form: BoxFormat, model: Model) -> None:
     text = json.dumps(form.schema()).replace('"maxItems": 100', '"maxItems": 2')
     schema = json.loads(text.replace('"maxLength": 100', '"maxLength": 3'))  # an untrained model never ends
@@ -173,7 +174,7 @@ def test_answers_in_the_form_are_read(form: BoxFormat, model: Model) -> None:
 
 @pytest.mark.parametrize("answer", [CAR, "[]", '[{"bbox": [0, 0.5, 1, 1.0], "label": "x"}]'])
 def test_the_form_is_that_of_taught_answers(answer: str) -> None:
-    assert parse_answer(answer, read_schema(SHORT.schema())) == json.loads(answer)
+    assert parse_answer(answer, read_schema(SHORT_BOXES.schema())) == json.loads(answer)
 
 
 def test_boxes_are_those_of_the_upright_picture(tmp_path: Path) -> None:
@@ -181,12 +182,12 @@ def test_boxes_are_those_of_the_upright_picture(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees: the stored 60 x 20 is shown as 20 x 60
     Image.new("RGB", (60, 20)).save(path, exif=exif)
-    question = SHORT.ask("red car")
+    question = SHORT_BOXES.ask("red car")
     engine = FakeEngine({question: CAR, "Where?": f"Here: {CAR}"})
-    model = Model(engine, replace(CONFIG, boxes=SHORT))
+    model = Model(engine, replace(CONFIG, boxes=SHORT_BOXES))
     expected = Box(label="red car", left=2, top=18, right=5, bottom=26)
     assert model.detect(path, "red car") == [expected]
-    assert engine.grammars == [grammar_of(read_schema(SHORT.schema()))]
+    assert engine.grammars == [grammar_of(read_schema(SHORT_BOXES.schema()))]
     assert engine.sampled[0].temperature == 0.0
     assert model.detect(path, prompt="Where?", free=True, temperature=0.5) == [expected]
     assert (engine.grammars[1], engine.sampled[1].temperature) == (None, 0.5)

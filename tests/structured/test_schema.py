@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm2vl_edge import AnswerError, AnswerTruncated, ConfigError, Model
-from lfm2vl_edge.cache.memory import EmbeddingCache, Memory, StateCache
+from lfm2vl_edge.cache.memory import Caches, EmbeddingCache, StateCache
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
-from lfm2vl_edge.models.facts import read_config
+from lfm2vl_edge.models.facts import read_facts
 from lfm2vl_edge.models.names import find_pair
 from lfm2vl_edge.structured import grammar_of, parse_answer, read_schema
 from lfm2vl_edge.structured.grammar import magnitudes
@@ -50,8 +50,8 @@ def noise(pair: Pair) -> Iterator[Model]:
     engine = Noise(
         files.model, files.mmproj, EngineSettings(n_threads=1, n_ctx=8192, n_ctx_max=8192, max_view_tokens=256)
     )
-    memory = Memory(states=StateCache(0), embeddings=EmbeddingCache())
-    with Model(engine, read_config(files), memory=memory) as model:
+    memory = Caches(states=StateCache(0), embeddings=EmbeddingCache())
+    with Model(engine, read_facts(files), memory=memory) as model:
         yield model
 
 

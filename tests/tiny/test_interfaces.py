@@ -148,7 +148,7 @@ def test_the_command_tells_and_draws_the_same_boxes(tiny: Model, number: int, tm
     told = edge("detect", picture, wanted(row), "-m", "tiny").stdout
     assert told == "".join(f"{one.left}\t{one.top}\t{one.right}\t{one.bottom}\t{one.label}\n" for one in boxes)
     points = edge("point", picture, wanted(row), "-m", "tiny").stdout
-    assert points == "".join(f"{one.centre.x}\t{one.centre.y}\t{one.label}\n" for one in boxes)
+    assert points == "".join(f"{one.center.x}\t{one.center.y}\t{one.label}\n" for one in boxes)
 
 
 @pytest.mark.parametrize("orientation", [6, 8])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lfm2vl_edge.image.tiles import cut
+from lfm2vl_edge.image.tiles import preprocess
 from models.tiny import recipe
 from models.tiny.draw import FONTS, box, draw
 from models.tiny.questions import GROUPS, ask, talk
@@ -157,7 +157,7 @@ def test_training_sees_what_the_runtime_sees(seed: int) -> None:
     rng = random.Random(seed)
     tile_plan = recipe.tiled_plan(rng) if seed % 2 else recipe.rescaled(rng, recipe.single_plan(rng, (16, 64)))
     pixels = draw(scene_of(seed, tile_plan.height, tile_plan.width))
-    quick, exact = quick_cut(pixels, tile_plan), cut(pixels, tile_plan, recipe.IMAGE_CONFIG)
+    quick, exact = quick_cut(pixels, tile_plan), preprocess(pixels, tile_plan, recipe.IMAGE_CONFIG)
     for one, other in zip(quick, exact, strict=True):
         assert one.view == other.view
         assert np.abs(one.pixels.astype(int) - other.pixels).max() <= 2

@@ -63,14 +63,14 @@ class Tower:
             raise EngineError(f"these are no sizes of a vision encoder: {self}")
 
 
-def read_tower(path: Path) -> Tower:
+def read_tower(path: Path, metadata: Mapping[str, Any] | None = None) -> Tower:
     """Return what an mmproj file says of its encoder.
 
     Raises:
         ModelNotFound, ConfigError: the file is gone or damaged.
         EngineError: it does not say enough, or something impossible.
     """
-    stated = read_metadata(path)
+    stated = read_metadata(path) if metadata is None else metadata
     try:
         return _tower(stated)
     except (KeyError, TypeError, ValueError) as error:
@@ -100,8 +100,8 @@ class GraphEncoder:
         EngineError: the file is no whole mmproj file, or the installed llama.cpp has no graphs of this kind.
     """
 
-    def __init__(self, mmproj: Path, n_threads: int) -> None:
-        self._tower = read_tower(mmproj)
+    def __init__(self, mmproj: Path, n_threads: int, metadata: Mapping[str, Any] | None = None) -> None:
+        self._tower = read_tower(mmproj, metadata)
         self._n_threads = n_threads
         self._weights = Weights(mmproj)
         self._view: _View | None = None
