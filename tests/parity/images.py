@@ -97,12 +97,12 @@ def image_of(case: Case) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8))
 
 
-def checkpoint(setting: str, folder: Path) -> Path:
+def checkpoint(settings: dict[str, Any], folder: Path) -> Path:
     """Copy the checkpoint to a new folder, with other image settings in processor_config.json."""
     shutil.copytree(CHECKPOINT, folder)
     path = folder / "processor_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["image_processor"] |= SETTINGS[setting]
+    config["image_processor"] |= settings
     path.write_text(json.dumps(config, indent=1), encoding="utf-8")
     return folder
 

@@ -25,7 +25,7 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for setting in SETTINGS:
-            name = checkpoint(setting, Path(folder) / setting.replace(" ", "-"))
+            name = checkpoint(SETTINGS[setting], Path(folder) / setting.replace(" ", "-"))
             processor = transformers.AutoProcessor.from_pretrained(name)
             found += [record(processor, case) for case in cases() if case.setting == setting]
     found.sort(key=lambda entry: entry["seed"])
