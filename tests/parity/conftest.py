@@ -7,8 +7,8 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,52 +17,37 @@ import pytest
 from PIL import Image
 
 from lfm2vl_convert import convert_checkpoint
-from lfm2vl_edge import ImageConfig, Model, load_image, plan
+from lfm2vl_edge import Model
 from tests.conftest import REFERENCE
+from tests.parity.processor import Processor
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-_PLACEHOLDER = "<|IMAGE|>"
-"""Stands for <image> while the images of a conversation are put in one by one."""
 LAYOUTS = {"a": 101, "b": 202, "c": 303}
 """Reference checkpoints whose configs are used, and the seeds of the new weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
-    """transformers implementation on a fresh checkpoint, and what it needs to be fed."""
+class TransformersSide:
+    """What transformers computes on a fresh checkpoint; nothing of this project is called.
+
+    Attributes:
+        network: `Lfm2VlForConditionalGeneration` in float32.
+        tokenizer: the checkpoint's.
+        processor: layout and markers, see `tests.parity.processor`.
+    """
 
     network: Any
     tokenizer: Any
-    image: ImageConfig
-
-    def pixels(self, path: Path) -> list[npt.NDArray[np.uint8]]:
-        """The views of an image, resized by torch."""
-        picture = load_image(path)
-        layout = plan(*picture.shape[:2], self.image)  # type: ignore[call-arg]
-        side = self.image.tile_size
-        grid = self._resized(picture, layout.rows * side, layout.cols * side) if layout.is_tiled else None
-        views = []
-        for view in layout.views:
-            if view.kind == "tile" and grid is not None:
-                views.append(grid[view.row * side : (view.row + 1) * side, view.col * side : (view.col + 1) * side])
-            else:
-                views.append(self._resized(picture, view.height, view.width))
-        return views
-
-    def _resized(self, picture: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
-        values = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None]
-        mode = {2: "bilinear", 3: "bicubic"}[self.image.resample]
-        resized = torch.nn.functional.interpolate(values, (height, width), mode=mode, antialias=True)
-        return np.asarray(resized[0].permute(1, 2, 0))
+    processor: Processor
 
     def embeddings(self, path: Path) -> npt.NDArray[np.float32]:
-        """EmbeddingCache of all views, in prompt order."""
-        return np.concatenate([self._embed(view) for view in self.pixels(path)])
+        """Return the embeddings of all views of an image, in prompt order."""
+        return np.concatenate([self._embed(view) for view in self.processor.views(path)])
 
     def _embed(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        patch = self.image.encoder_patch_size
+        patch = self.processor.patch_size
         rows, cols = pixels.shape[0] // patch, pixels.shape[1] // patch
         values = torch.from_numpy(pixels.astype(np.float32)) / 255 * 2 - 1
         patches = values.reshape(rows, patch, cols, patch, 3).permute(0, 2, 1, 3, 4).reshape(1, rows * cols, -1)
@@ -72,32 +57,17 @@ class Side:
         return np.asarray(torch.cat(found.pooler_output))
 
     def token_ids(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The processor's input_ids, by its own code for the markers."""
-        shown = [{**message, "content": _shown(message["content"])} for message in messages]
-        text = self.tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=True)
-        for path in _images(messages):
-            text = text.replace("<image>", self._markers(path), 1)
-        text = text.replace(_PLACEHOLDER, "<image>")
+        """Return the `input_ids` of a conversation."""
+        rendered = [{**message, "content": _without_paths(message["content"])} for message in messages]
+        text = self.tokenizer.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
+        before, *after = text.split("<image>")
+        replacements = [self.processor.markers(path) for path in _images(messages)]
+        text = before + "".join(chain.from_iterable(zip(replacements, after, strict=True)))
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _markers(self, path: Path) -> str:
-        layout = plan(*load_image(path).shape[:2], self.image)  # type: ignore[call-arg]
-        names = SimpleNamespace(
-            image_start_token="<|image_start|>",
-            image_end_token="<|image_end|>",
-            image_token=_PLACEHOLDER,
-            image_thumbnail_token="<|img_thumbnail|>",
-        )
-        build = transformers.models.lfm2_vl.processing_lfm2_vl.Lfm2VlProcessor._build_image_tokens
-        last = layout.views[-1].n_tokens
-        built: str = build(
-            names, layout.rows, layout.cols, self.image.tile_tokens, last, self.image.use_thumbnail, True
-        )
-        return built
-
     def logits(self, messages: list[dict[str, Any]]) -> npt.NDArray[np.float32]:
-        """Logits after the last token of the prompt."""
+        """Return the logits after the last token of the prompt."""
         ids = torch.tensor([self.token_ids(messages)])
         inputs = self.network.get_input_embeddings()(ids)
         images = [torch.from_numpy(self.embeddings(path)) for path in _images(messages)]
@@ -108,7 +78,7 @@ class Side:
             return np.asarray(self.network.lm_head(hidden))
 
 
-def _shown(content: Any) -> Any:
+def _without_paths(content: Any) -> Any:
     if isinstance(content, str):
         return content
     return [{"type": "image"} if part["type"] == "image" else part for part in content]
@@ -121,17 +91,21 @@ def _images(messages: list[dict[str, Any]]) -> list[Path]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Both:
-    """The two sides of a comparison."""
+    """The two sides of a comparison.
 
-    reference: Side
+    Attributes:
+        theirs: transformers, in float32.
+        ours: the same checkpoint, converted to float32.
+        float16: folder of the pair in float16.
+    """
+
+    theirs: TransformersSide
     ours: Model
-    """Converted to float32."""
     float16: Path
-    """Folder of the pair in float16."""
 
 
 def fresh_network(name: str) -> Any:
-    """A model of transformers' shape with new weights; norms and biases are random too, so that none is missed."""
+    """Return a network with new weights; norms and biases are random too, so that no missing one goes unnoticed."""
     config = transformers.AutoConfig.from_pretrained(REFERENCE / name / "checkpoint")
     torch.manual_seed(LAYOUTS[name])
     network = transformers.Lfm2VlForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
@@ -186,14 +160,14 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         convert_checkpoint(output / "checkpoint", output / quant, quant=quant, mmproj_quant=quant)
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     with Model.open(output / "F32") as model:
-        side = Side(network=network, tokenizer=tokenizer, image=model.config.image)
-        yield Both(reference=side, ours=model, float16=output / "F16")
+        side = TransformersSide(network=network, tokenizer=tokenizer, processor=Processor(folder, tokenizer))
+        yield Both(theirs=side, ours=model, float16=output / "F16")
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Images of shapes that the stored references do not have."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(77)
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(77)
     sizes = {"tiny": (40, 50), "square": (384, 384), "tall": (1100, 300), "large": (850, 1000)}
     paths = {}
     for name, (height, width) in sizes.items():

@@ -1,4 +1,4 @@
-"""The same values as transformers, on weights and images that nobody has seen before."""
+"""The same values as transformers, on new weights and new images."""
 
 from __future__ import annotations
 
@@ -35,34 +35,34 @@ TEXTS = [
 ]
 
 
-def talk(text: str, *images: Path) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+def user(text: str, *paths: Path) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in paths]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-def conversations(pictures: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
-    tiny, square, tall, large = (pictures[name] for name in ("tiny", "square", "tall", "large"))
-    two_turns = [*talk("first?", tiny), {"role": "assistant", "content": "red"}, *talk("and now?", square, tall)]
+def conversations(images: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    tiny, square, tall, large = (images[name] for name in ("tiny", "square", "tall", "large"))
+    two_turns = [*user("first?", tiny), {"role": "assistant", "content": "red"}, *user("and now?", square, tall)]
     return {
         "text": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "what is 12345?"}],
-        "tiny": talk("what is this?", tiny),
-        "tall": talk("\n\nwhere is it?  ", tall),
-        "large": talk("count", large),
+        "tiny": user("what is this?", tiny),
+        "tall": user("\n\nwhere is it?  ", tall),
+        "large": user("count", large),
         "two turns": two_turns,
     }
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=repr)
-def test_ordinary_text_gives_the_reference_ids(both: Both, text: str) -> None:
-    for messages in ([{"role": "user", "content": text}], talk(text), talk(text)[:1] + talk("again\n")):
-        assert both.ours.token_ids(messages) == both.reference.token_ids(messages)
+def test_ordinary_text_gives_the_same_ids(both: Both, text: str) -> None:
+    for messages in ([{"role": "user", "content": text}], user(text), user(text)[:1] + user("again\n")):
+        assert both.ours.token_ids(messages) == both.theirs.token_ids(messages)
 
 
 NEWER = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s"
 
 
 @pytest.mark.parametrize("pattern", [NEWER, NEWER.replace("?+", "?").replace("++", "+")])
-def test_newer_spellings_of_the_word_pattern_give_the_reference_ids(pattern: str, tmp_path: Path) -> None:
+def test_newer_spellings_of_the_word_pattern_give_the_same_ids(pattern: str, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(REFERENCE / "a" / "checkpoint", checkpoint)
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
@@ -78,32 +78,32 @@ def test_newer_spellings_of_the_word_pattern_give_the_reference_ids(pattern: str
 @pytest.mark.parametrize("text", ["<|im_end|>\n<|im_start|>system\n", "see <image> here", "<|startoftext|>"])
 def test_special_tokens_in_text_are_split_like_any_text(both: Both, text: str) -> None:
     ids = both.ours.token_ids([{"role": "user", "content": text}])
-    whole = both.reference.tokenizer(f"user\n{text}", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    whole = both.theirs.tokenizer(f"user\n{text}", add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert ids[2 : 2 + len(whole)] == whole
     controls = set(both.ours.config.control_tokens.values())
     assert not controls & set(whole)
     assert sum(token in controls for token in ids) == 4
 
 
-def test_ids_of_talks_with_pictures(both: Both, pictures: dict[str, Path]) -> None:
-    for name, messages in conversations(pictures).items():
-        assert both.ours.token_ids(messages) == both.reference.token_ids(messages), name
+def test_ids_of_conversations_with_images(both: Both, images: dict[str, Path]) -> None:
+    for name, messages in conversations(images).items():
+        assert both.ours.token_ids(messages) == both.theirs.token_ids(messages), name
 
 
-def test_embeddings(both: Both, pictures: dict[str, Path]) -> None:
-    expected = np.concatenate([both.reference.embeddings(path) for path in pictures.values()])
-    found = np.concatenate([both.ours.embed_image(path) for path in pictures.values()])
+def test_embeddings(both: Both, images: dict[str, Path]) -> None:
+    expected = np.concatenate([both.theirs.embeddings(path) for path in images.values()])
+    found = np.concatenate([both.ours.embed_image(path) for path in images.values()])
     assert relative_error(expected, found) <= 5e-6
 
 
-def test_logits_in_float32(both: Both, pictures: dict[str, Path]) -> None:
-    for name, messages in conversations(pictures).items():
-        logits = both.reference.logits(messages)
+def test_logits_in_float32(both: Both, images: dict[str, Path]) -> None:
+    for name, messages in conversations(images).items():
+        logits = both.theirs.logits(messages)
         assert divergence(logits, both.ours.next_token_logits(messages)) <= 1e-5, name
 
 
-def test_logits_in_float16(both: Both, pictures: dict[str, Path]) -> None:
+def test_logits_in_float16(both: Both, images: dict[str, Path]) -> None:
     with Model.open(both.float16) as model:
-        for name, messages in conversations(pictures).items():
-            logits = both.reference.logits(messages)
+        for name, messages in conversations(images).items():
+            logits = both.theirs.logits(messages)
             assert divergence(logits, model.next_token_logits(messages)) <= 1e-3, name
