@@ -21,7 +21,7 @@ from lfm2vl_edge.cli._loading import STDIN, load_argument, open_model
 from lfm2vl_edge.cli._output import EXIT_FAILED, Interrupt, at_once, report, reporting
 from lfm2vl_edge.errors import ContextFull, EdgeError
 from lfm2vl_edge.host import data_folder, write_whole
-from lfm2vl_edge.image.web import is_url, shown
+from lfm2vl_edge.image.web import display_url, is_url
 
 if TYPE_CHECKING:
     from lfm2vl_edge.chat import Chat
@@ -191,7 +191,7 @@ class Desk:
     def show(self, name: str, pixels: Pixels) -> None:
         """Lay an image down for the next question."""
         picture = self.chat.add_image(pixels)
-        name = shown(name) if is_url(name) else name
+        name = display_url(name) if is_url(name) else name
         self.names[picture] = name
         size, tokens = f"{picture.plan.width}x{picture.plan.height}", picture.plan.n_image_tokens
         self.note(f"{name:.80}: {size}, {tokens} image tokens, with the next question")

@@ -1,1 +1,1 @@
-"""From anything that is an image to tiles, and back to images for people. May import planning and what it may import."""
+"""Turns anything that is an image into tiles, and draws plans and boxes over images; imports planning and below."""

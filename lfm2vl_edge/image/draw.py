@@ -1,4 +1,4 @@
-"""Images for people: the grid of a plan over the image that it cuts, and the boxes that a model found in one."""
+"""Draw for people: the tiles of a plan, or the boxes that a model found, over the image."""
 
 from __future__ import annotations
 
@@ -17,56 +17,56 @@ from lfm2vl_edge.image.load import Pixels
 from lfm2vl_edge.planning.geometry import TilePlan, View
 
 _LINE: Final = (255, 64, 64)
-_LABEL: Final = (255, 255, 255)
-_PLATE: Final = (0, 0, 0)
-_LONGEST_LABEL: Final = 40
-"""Characters of a label that are drawn."""
+_TEXT: Final = (255, 255, 255)
+_FILL: Final = (0, 0, 0)
+_MAX_LABEL: Final = 40
+"""Most characters of a label; the rest is left out."""
 _Font: TypeAlias = "ImageFont.FreeTypeFont | ImageFont.ImageFont"
 
 
 def draw_plan(pixels: Pixels, tile_plan: TilePlan) -> Pixels:
-    """Return the image with the grid's lines and, in each tile, its row, column and tokens.
+    """Return the image with a frame around each tile and, in it, its row, column and image tokens.
 
     Args:
-        pixels: uint8 `[tile_plan.height, tile_plan.width, 3]`.
-        tile_plan: what `plan` returned for this image.
+        pixels: uint8 `[tile_plan.height, tile_plan.width, 3]`; not changed.
+        tile_plan: the plan of this image.
 
     Returns:
         uint8, of the same shape.
     """
-    picture = Image.fromarray(pixels)
-    canvas = ImageDraw.Draw(picture)
-    line, font = _measures(picture)
+    image = Image.fromarray(pixels)
+    canvas = ImageDraw.Draw(image)
+    line, font = _style(image)
     for view in tile_plan.views:
         if view.kind != "thumbnail":
             _draw_view(canvas, view, tile_plan, line, font)
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
 def draw_boxes(pixels: Pixels, boxes: Sequence[Box]) -> Pixels:
-    """Return the image with a frame around each box, inside of it, and its label at its upper left corner.
+    """Return the image with a frame just inside each box and the label at its upper left corner.
 
     Args:
-        pixels: uint8 `[height, width, 3]`, the upright image.
+        pixels: uint8 `[height, width, 3]`, the upright image; not changed.
         boxes: within the image.
 
     Returns:
         uint8, of the same shape.
     """
-    picture = Image.fromarray(pixels)
-    canvas = ImageDraw.Draw(picture)
-    line, font = _measures(picture)
+    image = Image.fromarray(pixels)
+    canvas = ImageDraw.Draw(image)
+    line, font = _style(image)
     for box in boxes:
         canvas.rectangle((box.left, box.top, box.right - 1, box.bottom - 1), outline=_LINE, width=line)
-    for box in boxes:  # no frame crosses a label
-        label = "".join(sign if sign.isprintable() else "?" for sign in box.label[:_LONGEST_LABEL])
+    for box in boxes:  # after all frames, so that no frame crosses a label
+        label = "".join(character if character.isprintable() else "?" for character in box.label[:_MAX_LABEL])
         _draw_label(canvas, (box.left + 3 * line, box.top + 3 * line), label, line, font)
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
-def _measures(picture: Image.Image) -> tuple[int, _Font]:
-    """Return how wide lines are, pixels, and what to write with."""
-    scale = max(1.0, min(picture.size) / 240)
+def _style(image: Image.Image) -> tuple[int, _Font]:
+    """Return the width of lines in pixels, and the font, for an image of this size."""
+    scale = max(1.0, min(image.size) / 240)
     return max(1, round(scale)), ImageFont.load_default(size=max(8, round(7 * scale)))
 
 
@@ -74,18 +74,18 @@ def _draw_view(canvas: ImageDraw.ImageDraw, view: View, tile_plan: TilePlan, lin
     tile_height, tile_width = tile_plan.height / tile_plan.rows, tile_plan.width / tile_plan.cols
     left, top = view.col * tile_width, view.row * tile_height
     canvas.rectangle((left, top, left + tile_width - 1, top + tile_height - 1), outline=_LINE, width=line)
-    place = f"row {view.row} col {view.col}: " if view.kind == "tile" else ""
-    _draw_label(canvas, (left + 3 * line, top + 3 * line), f"{place}{view.n_tokens} tokens", line, font)
+    prefix = f"row {view.row} col {view.col}: " if view.kind == "tile" else ""
+    _draw_label(canvas, (left + 3 * line, top + 3 * line), f"{prefix}{view.n_tokens} tokens", line, font)
 
 
-def _draw_label(canvas: ImageDraw.ImageDraw, where: tuple[float, float], text: str, line: int, font: _Font) -> None:
-    box = canvas.textbbox(where, text, font=font)
-    canvas.rectangle((box[0] - line, box[1] - line, box[2] + line, box[3] + line), fill=_PLATE)
-    canvas.text(where, text, fill=_LABEL, font=font)
+def _draw_label(canvas: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, line: int, font: _Font) -> None:
+    box = canvas.textbbox(corner, text, font=font)
+    canvas.rectangle((box[0] - line, box[1] - line, box[2] + line, box[3] + line), fill=_FILL)
+    canvas.text(corner, text, fill=_TEXT, font=font)
 
 
 def save_png(pixels: Pixels, path: Path) -> None:
-    """Write an image, whole or not at all.
+    """Write an image as a PNG file, completely or not at all.
 
     Raises:
         EdgeError: the file cannot be written.

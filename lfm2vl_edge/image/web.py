@@ -1,7 +1,7 @@
-"""The bytes of an image from the web: http and https only, within limits of size, time and redirects.
+"""Download the bytes of an image: http and https only, within limits of size, time and redirects.
 
-The client is huggingface_hub's, as for models: its proxies, its certificates, its HF_HUB_OFFLINE. What arrives is
-bytes; whether they are an image is found out where they are decoded, whatever the URL and the server call them.
+The client is huggingface_hub's, as for models: it brings the proxies, the certificates and HF_HUB_OFFLINE. The bytes
+are not interpreted here: the decoder decides whether they are an image, whatever the URL and the server call them.
 """
 
 from __future__ import annotations
@@ -13,188 +13,196 @@ import urllib.parse
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from lfm2vl_edge.errors import ImageError
 from lfm2vl_edge.host import start_worker
 
-_ADDRESS: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
-"""Two letters at least: one and a colon is a drive of Windows."""
+_URL: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+"""At least two letters: a single letter and a colon is a Windows drive."""
 _SCHEMES: Final = ("http", "https")
-_MOVED: Final = frozenset({301, 302, 303, 307, 308})
-_SILENCE_SECONDS: Final = 15.0
-"""How long a server may send nothing."""
-_HEADERS: Final = {"User-Agent": "lfm2vl-edge", "Accept-Encoding": "identity"}
-"""Images are compressed already; what a server compresses again could grow without limit when it is unpacked."""
-_SHOWN_SIGNS: Final = 200
-_BY_PATH: Final = "download the picture and give its path"
-_ELSE: Final = f"or {_BY_PATH}"
-_NO_ADDRESS: Final = "the address of the picture is not valid; its form is https://host/path, special signs as %XX"
-"""Shows nothing of the URL: where it cannot be read, nobody knows which part of it is a password."""
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_READ_TIMEOUT: Final = 15.0
+"""Seconds without a byte from the server."""
+_UNCOMPRESSED: Final = "identity"  # quote
+_HEADERS: Final = {"User-Agent": "lfm2vl-edge", "Accept-Encoding": _UNCOMPRESSED}
+"""Images are compressed already, and a body compressed by the server could grow without limit when it is unpacked."""
+_MAX_DISPLAYED: Final = 200
+"""Characters of a URL in a message."""
+_BY_PATH: Final = "download the image and give its path"
+_OR_BY_PATH: Final = f"or {_BY_PATH}"
+_INVALID: Final = "the URL of the image is not valid; its form is https://host/path, special characters as %XX"
+"""Contains no part of the URL: in a URL that cannot be parsed, any part may be a password."""
+_Target: TypeAlias = "tuple[str, tuple[str, str] | None]"
+"""A URL without user name and password, so that no log of a library shows them, and these two, if the URL has any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What an image from the web may cost."""
+    """What the download of an image may take."""
 
     n_bytes: int = 100_000_000
-    """Largest body; a JPEG of 200 megapixels has about as much."""
+    """Largest body; a JPEG of 200 megapixels has about this size."""
     seconds: float = 60.0
-    """Longest time in all: finding the host, connecting, redirects, the body."""
+    """Longest time in total: name resolution, connection, redirects and body."""
     redirects: int = 5
-    """How often a server may name another address."""
+    """Most redirects that are followed."""
 
 
 _LIMITS: Final = Limits()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
-    """Where to ask."""
-
-    url: str
-    """Without name and password, so that no log and no message of a library can show them."""
-    login: tuple[str, str] | None
-    """Name and password, where the URL has any."""
-
-
 def is_url(text: str) -> bool:
-    """Tell whether a text is a URL of any scheme (`https://...`), not a path."""
-    return bool(_ADDRESS.match(text))
+    """Return whether a text is a URL of any scheme (`https://...`), not a path."""
+    return bool(_URL.match(text))
 
 
-def shown(url: str) -> str:
-    """Return a URL for messages: without name, password, query and fragment, which may be secret."""
+def display_url(url: str) -> str:
+    """Return a URL for messages: without user name, password, query and fragment, which may be secret."""
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError:
-        return "the address"
+        return "the URL"
     text = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    text = "".join(sign if sign.isprintable() else "?" for sign in text)
-    return text[:_SHOWN_SIGNS] + ("?..." if parts.query else "")
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text[:_MAX_DISPLAYED] + ("?..." if parts.query else "")
 
 
-def reason_of(error: Exception) -> str:
-    """Return what an exception of a library says, on one line of at most 200 characters, or its type."""
+def error_text(error: Exception) -> str:
+    """Return the message of an exception as one line of at most 200 characters, or its type if it has no message."""
     text = " ".join(str(error).split())
     return f"{text:.200}" if text else type(error).__name__
 
 
 def fetch(url: str, limits: Limits = _LIMITS) -> bytes:
-    """Return what lies at an http or https address.
+    """Return the body at an http or https URL.
 
-    A name and a password in the URL are sent to its host, and to no other one that it redirects to.
+    A user name and password in the URL are sent to its host only, not to another host that it redirects to.
 
     Raises:
-        ImageError: the URL is none that is fetched; HF_HUB_OFFLINE is set (then nothing is connected); the server
-            cannot be reached, refuses, breaks off, or goes beyond a limit; or what it sends is a web page.
+        ImageError: the URL is not valid or not of http or https; HF_HUB_OFFLINE is set (then no connection is
+            opened); the server cannot be reached, refuses, ends the connection early or exceeds a limit; or the body
+            is a web page.
     """
-    place = _place(url)
-    _refuse_offline(url)
+    target = _parse(url)
+    _check_online(url)
     deadline = time.monotonic() + limits.seconds
-    fetched = start_worker(_received, url, place, limits, deadline)
-    try:  # nothing else bounds the time for finding a host, or for headers that come byte by byte
-        return fetched.result(limits.seconds)
+    download = start_worker(_follow, url, target, limits, deadline)
+    try:  # only this bounds the time of name resolution, and of headers that arrive byte by byte
+        return download.result(limits.seconds)
     except concurrent.futures.TimeoutError:
         raise _too_slow(url, limits) from None
 
 
-def _place(url: str) -> _Place:
-    """Return where a URL points to.
+def _parse(url: str) -> _Target:
+    """Return the target of a URL.
 
     Raises:
-        ImageError: it is not valid, or not of http or https.
+        ImageError: the URL is not valid, or not of http or https.
     """
     try:
         parts = urllib.parse.urlsplit(url)
-        is_whole = bool(parts.hostname) and parts.port != 0
+        has_host = bool(parts.hostname) and parts.port != 0
     except ValueError:
-        raise ImageError(_NO_ADDRESS) from None
+        raise ImageError(_INVALID) from None
     if parts.scheme not in _SCHEMES:
-        raise ImageError(f"{shown(url)} cannot be fetched: only http and https are; give such an address, {_ELSE}")
-    if not is_whole:
-        raise ImageError(_NO_ADDRESS)
+        raise ImageError(
+            f"{display_url(url)} cannot be downloaded: only http and https are supported; give such a URL, "
+            f"{_OR_BY_PATH}"
+        )
+    if not has_host:
+        raise ImageError(_INVALID)
     login = None
     if parts.username or parts.password:
         login = (urllib.parse.unquote(parts.username or ""), urllib.parse.unquote(parts.password or ""))
     bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="")
-    return _Place(url=urllib.parse.urlunsplit(bare), login=login)
+    return urllib.parse.urlunsplit(bare), login
 
 
-def _refuse_offline(url: str) -> None:
+def _check_online(url: str) -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise ImageError(f"{shown(url)} is on the web and HF_HUB_OFFLINE is set; unset it, {_ELSE}")
+        raise ImageError(f"{display_url(url)} is on the web and HF_HUB_OFFLINE is set; unset it, {_OR_BY_PATH}")
 
 
-def _received(url: str, place: _Place, limits: Limits, deadline: float) -> bytes:
-    """Follow redirects to a body and return it."""
+def _follow(url: str, target: _Target, limits: Limits, deadline: float) -> bytes:
+    """Follow redirects to a body and return it. Many people copy the URL of the page that shows an image."""
     with _translated(url):
         for _ in range(limits.redirects + 1):
-            found = _ask(url, place, limits, deadline)
-            if isinstance(found, bytes):
-                return _no_page(url, found)
-            place = found
-    raise ImageError(f"{shown(url)} redirects more than {limits.redirects} times; give the picture's own address")
+            received = _request(url, target, limits, deadline)
+            if not isinstance(received, bytes):
+                target = received
+            elif received[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+                raise ImageError(f"{display_url(url)} is a web page; give the URL of the image itself")
+            else:
+                return received
+    raise ImageError(f"{display_url(url)} redirects more than {limits.redirects} times; give the image's own URL")
 
 
-def _ask(url: str, place: _Place, limits: Limits, deadline: float) -> bytes | _Place:
-    """Return the body that a server sends, or the place that it names instead."""
+def _request(url: str, target: _Target, limits: Limits, deadline: float) -> bytes | _Target:
+    """Return the body that the server sends, or the target of its redirect."""
     from huggingface_hub import get_session
 
     client = get_session()
     try:
-        request = client.build_request("GET", place.url, headers=_HEADERS, timeout=_SILENCE_SECONDS)
-    except Exception:  # noqa: BLE001 - InvalidURL, of httpx or httpx2: whichever huggingface_hub brings
-        raise ImageError(_NO_ADDRESS) from None
-    with closing(client.send(request, stream=True, auth=place.login, follow_redirects=False)) as response:
-        if response.status_code in _MOVED and "location" in response.headers:
-            return _moved(place, response.headers["location"])
-        _check_head(url, response, limits)
-        return _body(url, response, limits, deadline)
+        request = client.build_request("GET", target[0], headers=_HEADERS, timeout=_READ_TIMEOUT)
+    except Exception:  # noqa: BLE001 - InvalidURL of httpx or httpx2, depending on the version of huggingface_hub
+        raise ImageError(_INVALID) from None
+    with closing(client.send(request, stream=True, auth=target[1], follow_redirects=False)) as response:
+        if response.status_code in _REDIRECTS and "location" in response.headers:
+            return _redirected(target, response.headers["location"])
+        _check_headers(url, response, limits)
+        return _read_body(url, response, limits, deadline)
 
 
-def _moved(place: _Place, location: str) -> _Place:
-    """Return where a redirect leads; name and password go on only to the same scheme, host and port.
+def _redirected(target: _Target, location: str) -> _Target:
+    """Return the target of a redirect; user name and password are kept if scheme, host and port are the same.
 
     Raises:
-        ImageError: it leads away from http and https, or from https to http.
+        ImageError: the new URL is not of http or https, or it is http and the old one https.
     """
+    old_url, login = target
     try:
-        target = _place(urllib.parse.urljoin(place.url, location))
+        new_url, new_login = _parse(urllib.parse.urljoin(old_url, location))
     except (ImageError, ValueError):
         raise ImageError(
-            f"{shown(place.url)} redirects to no http or https address ({location.partition('//')[0]!r:.20}); "
-            "give the picture's own one"
+            f"{display_url(old_url)} redirects to a URL that is not http or https "
+            f"({location.partition('//')[0]!r:.20}); give the image's own URL"
         ) from None
-    old, new = urllib.parse.urlsplit(place.url), urllib.parse.urlsplit(target.url)
+    old, new = urllib.parse.urlsplit(old_url), urllib.parse.urlsplit(new_url)
     if (old.scheme, new.scheme) == ("https", "http"):
         raise ImageError(
-            f"{shown(place.url)} redirects to {shown(target.url)}, which is not encrypted; give that address if you "
-            "trust it"
+            f"{display_url(old_url)} redirects to {display_url(new_url)}, which is not encrypted; give that URL if "
+            "you trust it"
         )
-    return _Place(url=target.url, login=target.login or (place.login if old[:2] == new[:2] else None))
+    return new_url, new_login or (login if old[:2] == new[:2] else None)
 
 
-def _check_head(url: str, response: Any, limits: Limits) -> None:
-    """Refuse what the status or the headers rule out, before the body is received."""
+def _check_headers(url: str, response: Any, limits: Limits) -> None:
+    """Raise an ImageError if the status or the headers rule out an image, before the body is received."""
     status, headers = response.status_code, response.headers
     if status in (404, 410):
-        raise ImageError(f"there is nothing at {shown(url)} (HTTP status {status}); check the address")
+        raise ImageError(f"there is nothing at {display_url(url)} (HTTP status {status}); check the URL")
     if status in (401, 403, 407):
-        raise ImageError(f"{shown(url)} is refused (HTTP status {status}); check what the address needs, {_ELSE}")
+        raise ImageError(
+            f"{display_url(url)} is refused (HTTP status {status}); check what access the URL needs, {_OR_BY_PATH}"
+        )
     if status != 200:
-        raise ImageError(f"{shown(url)} gives HTTP status {status}, no picture; try again later, {_ELSE}")
-    packed = headers.get("content-encoding", "identity")
-    if packed != "identity":
-        raise ImageError(f"{shown(url)} comes packed ({packed!r:.20}) though plain bytes were asked for; {_BY_PATH}")
-    announced = headers.get("content-length", "")
-    if announced.isdecimal() and int(announced[:20]) > limits.n_bytes:
+        raise ImageError(
+            f"{display_url(url)} returns HTTP status {status} instead of an image; try again later, {_OR_BY_PATH}"
+        )
+    encoding = headers.get("content-encoding", _UNCOMPRESSED)
+    if encoding != _UNCOMPRESSED:
+        raise ImageError(
+            f"{display_url(url)} is sent compressed ({encoding!r:.20}) though plain bytes were requested; {_BY_PATH}"
+        )
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > limits.n_bytes:
         raise _too_large(url, limits)
 
 
-def _body(url: str, response: Any, limits: Limits, deadline: float) -> bytes:
+def _read_body(url: str, response: Any, limits: Limits, deadline: float) -> bytes:
     blocks: list[bytes] = []
     n_bytes = 0
     for block in response.iter_raw():
@@ -207,28 +215,27 @@ def _body(url: str, response: Any, limits: Limits, deadline: float) -> bytes:
     return b"".join(blocks)
 
 
-def _no_page(url: str, body: bytes) -> bytes:
-    """Return a body that is no web page: many copy the URL of the page that shows an image."""
-    if body[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        raise ImageError(f"{shown(url)} is a web page; give the address of the picture itself")
-    return body
-
-
 def _too_large(url: str, limits: Limits) -> ImageError:
-    return ImageError(f"{shown(url)} has more than {limits.n_bytes / 1e6:g} MB; give a smaller picture, {_ELSE}")
+    return ImageError(
+        f"{display_url(url)} has more than {limits.n_bytes / 1e6:g} MB; give a smaller image, {_OR_BY_PATH}"
+    )
 
 
 def _too_slow(url: str, limits: Limits) -> ImageError:
-    return ImageError(f"{shown(url)} is not here after {limits.seconds:g} s; try again, {_ELSE}")
+    return ImageError(
+        f"the download of {display_url(url)} takes more than {limits.seconds:g} s; try again, {_OR_BY_PATH}"
+    )
 
 
 @contextmanager
 def _translated(url: str) -> Iterator[None]:
-    """Turn what the client raises into an ImageError that names the remedy."""
-    from huggingface_hub.errors import HTTPError  # httpx's in 1.x, httpx2's in 2.x
+    """Turn the exceptions of the client into an ImageError that names the remedy."""
+    from huggingface_hub.errors import HTTPError  # of httpx in 1.x, of httpx2 in 2.x
 
     try:
         yield
     except HTTPError as error:
-        why = reason_of(error)
-        raise ImageError(f"cannot fetch {shown(url)}: {why}; check address and connection, {_ELSE}") from error
+        reason = error_text(error)
+        raise ImageError(
+            f"cannot download {display_url(url)}: {reason}; check the URL and the connection, {_OR_BY_PATH}"
+        ) from error

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from lfm2vl_edge.errors import DownloadError
-from lfm2vl_edge.image.web import reason_of
+from lfm2vl_edge.image.web import error_text
 
 PART: Final = ".lfm2vl.incomplete"
 """Ends the name of a begun file, after its digest; `hf cache prune` knows what ends with .incomplete."""
@@ -266,7 +266,7 @@ def _receive(repository: Repository, file: RemoteFile, part: Path, tell: Tell) -
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             if status is not None and status not in _PASSING:
                 raise
-            problem = reason_of(error) if status is None else f"the hub answered {status}"
+            problem = error_text(error) if status is None else f"the hub answered {status}"
         if before < size_of(part):
             waits = list(_WAITS)
         if size_of(part) < file.n_bytes:
@@ -323,14 +323,14 @@ def _translated(repo: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         raise DownloadError(_refusal(repo, error)) from error
     except errors.LocalEntryNotFoundError as error:
-        raise DownloadError(f"the hub does not answer for {repo}: {reason_of(error)}; try again") from error
+        raise DownloadError(f"the hub does not answer for {repo}: {error_text(error)}; try again") from error
     except errors.HTTPError as error:  # httpx's in 1.x, httpx2's in 2.x
         raise DownloadError(
-            f"cannot reach {_endpoint()}: {reason_of(error)}; check the connection, try again"
+            f"cannot reach {_endpoint()}: {error_text(error)}; check the connection, try again"
         ) from error
     except OSError as error:
         where = error.filename or hub_cache()
-        why = error.strerror or reason_of(error)
+        why = error.strerror or error_text(error)
         raise DownloadError(
             f"cannot write {where}: {why}; make room or make it writable, or set HF_HOME to another folder"
         ) from error
