@@ -7,7 +7,6 @@ called here in the same order. `make parity-images` compares with the whole proc
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
