@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from lfm2vl_edge.config import ModelConfig
+from lfm2vl_edge.config import DEFAULT_N_CTX, ModelConfig
 from lfm2vl_edge.host import big_cores
 from lfm2vl_edge.image.load import ImageInput
 from lfm2vl_edge.image.tiles import Tile
 from lfm2vl_edge.models.facts import read_facts
 from lfm2vl_edge.models.names import Pair
 from lfm2vl_edge.opening import OpenOptions, engine_settings
-from lfm2vl_edge.planning.costs import CONTEXT_TOKENS
 from lfm2vl_edge.prompt.messages import user_message
 from lfm2vl_edge.prompt.prepare import n_tokens, prepare, split
 
@@ -46,7 +45,7 @@ class Calibration:
 
     @classmethod
     def open(
-        cls, pair: Pair, widths: Mapping[str, int], *, n_threads: int | None = None, n_ctx: int = CONTEXT_TOKENS
+        cls, pair: Pair, widths: Mapping[str, int], *, n_threads: int | None = None, n_ctx: int = DEFAULT_N_CTX
     ) -> Calibration:
         """Open a pair.
 

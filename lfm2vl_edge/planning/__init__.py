@@ -1,1 +1,4 @@
-"""What an image will take, in integers and seconds, before a pixel is touched. May import errors, config and host."""
+"""Decides the views of an image in integers, and predicts their cost in seconds and bytes, without any pixels.
+
+Imports only errors, config and host.
+"""

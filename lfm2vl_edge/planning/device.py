@@ -1,7 +1,7 @@
-"""The device profile: what `tune` measured of one model on one machine, kept for later runs.
+"""The device profile: what `tune` measured for one model on one machine, stored for later runs.
 
-It belongs to a processor, a build of the engine and a language file; a profile of anything else is not used. It
-changes how fast an answer comes, never whether it does: a damaged one is a warning in the log `lfm2vl_edge.planning.device`.
+It is valid for one processor, one build of the engine and one language file. It only affects speed: a damaged profile
+is a warning in the log `lfm2vl_edge.planning.device`, never an error.
 """
 
 from __future__ import annotations
@@ -10,41 +10,44 @@ import hashlib
 import importlib.util
 import json
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
+from lfm2vl_edge.config import is_finite, is_integer
 from lfm2vl_edge.errors import ConfigError, ModelNotFound
 from lfm2vl_edge.host import available_cpus, cache_folder, cpu_name, write_whole
 from lfm2vl_edge.planning.costs import Costs, line_through
 
 VERSION: Final = 1
-"""Of the file's form; a file of another one is not used."""
+"""Version of the file format; a file of another version is not used."""
 _ENGINE: Final = "llama_cpp"
 _HEAD_BYTES: Final = 1 << 20
-"""How much of a language file tells it from others, with its size: its metadata and the start of its vocabulary."""
+"""Start of a language file that is hashed to identify it, with its size: metadata and start of the vocabulary."""
 _MAX_FILE_BYTES: Final = 1 << 20
 _LOG: Final = logging.getLogger(__name__)
+
+ProfileState = Literal["present", "stale", "damaged", "none"]
+"""`stale`: only measured with the same model on another processor or with another build of the engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileKey:
-    """What a profile belongs to."""
+    """What a profile is valid for."""
 
     cpu: str
-    """The processor."""
+    """Name of the processor."""
     engine: str
-    """Names and sizes of the files of native code."""
+    """Names and sizes of the engine's native libraries."""
     model: str
-    """Digest that tells the language file from others."""
+    """SHA-256 of the size and the start of the language file."""
     device: str
-    """`cpu`, or the layers that a GPU takes and its name."""
+    """`cpu`, or `gpu` with the number of layers on it and its name."""
 
     @property
     def path(self) -> Path:
-        """Where its profile lies."""
+        """Path of the profile's file."""
         digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
         return cache_folder() / "devices" / f"{digest[:32]}.json"
 
@@ -54,11 +57,11 @@ class Profile:
     """What was measured.
 
     Raises:
-        ConfigError: a figure is none.
+        ConfigError: a value is not valid.
     """
 
     threads: int
-    """Threads that were fastest, and with which the rest was measured."""
+    """Number of threads that was fastest, used for all other measurements."""
     mmproj: str
     """Type of the mmproj file that was fastest."""
     encode: Mapping[str, Mapping[int, float]]
@@ -68,31 +71,31 @@ class Profile:
     decode_speed: float
     """Tokens of an answer per second."""
     memory_bytes: int
-    """Largest resident memory after an answer about one view, context as in `costs.CONTEXT_TOKENS`."""
+    """Largest resident memory after an answer about one view, with `DEFAULT_N_CTX` tokens of context."""
     measured: str
     """Date and time, ISO 8601."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "memory_bytes"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a whole number, 1 or more")
+            if not is_integer(getattr(self, name), 1):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be an integer, 1 or more")
         if self.threads > len(available_cpus()):
             raise ConfigError(f"threads is {self.threads}; this process may use {len(available_cpus())} processors")
         if not isinstance(self.measured, str):
             raise ConfigError(f"measured is {self.measured!r}; it must be a date")
         views = [pair for points in self.encode.values() for pair in points.items()]
         speeds = [self.prefill_speed, self.decode_speed, *(seconds for _, seconds in views)]
-        if not all(_is_positive(figure) for figure in speeds) or not all(self.encode.values()):
-            raise ConfigError("a speed or time is no finite number above 0")
-        if self.mmproj not in self.encode or any(type(tokens) is not int or tokens < 1 for tokens, _ in views):
-            raise ConfigError("the times of the encoder do not belong together")
+        if not all(is_finite(value) and value > 0 for value in speeds) or not all(self.encode.values()):
+            raise ConfigError("a speed or time is not a finite number above 0")
+        if self.mmproj not in self.encode or not all(is_integer(tokens, 1) for tokens, _ in views):
+            raise ConfigError("the times of the encoder contradict each other")
 
     def costs(self, mmproj_type: str, context_bytes: float) -> Costs | None:
-        """Return the costs with a type of mmproj file; None if it was not measured.
+        """Return the costs with a type of mmproj file, or None if it was not measured.
 
         Args:
-            mmproj_type: such as F16.
-            context_bytes: of one token in the context.
+            mmproj_type: type of the mmproj file, such as F16.
+            context_bytes: memory per token of context.
         """
         if mmproj_type not in self.encode:
             return None
@@ -109,12 +112,13 @@ class Profile:
         )
 
 
-def _is_positive(figure: object) -> bool:
-    return isinstance(figure, (int, float)) and not isinstance(figure, bool) and 0 < figure < math.inf
-
-
 def profile_key(model: Path, n_gpu_layers: int = 0, device: str | None = None) -> ProfileKey:
-    """Return what a profile of a language file belongs to, on this machine.
+    """Return the key of the profile of a language file on this machine.
+
+    Args:
+        model: path of the language file.
+        n_gpu_layers: layers on a GPU; -1 means all.
+        device: name of the GPU; None means any.
 
     Raises:
         ModelNotFound: the file cannot be read.
@@ -134,7 +138,7 @@ def profile_key(model: Path, n_gpu_layers: int = 0, device: str | None = None) -
 
 
 def _engine_build() -> str:
-    """Return what tells the installed engine from other builds, without loading it."""
+    """Return a text that differs between builds of the engine, without loading it; `none` if it is not installed."""
     spec = importlib.util.find_spec(_ENGINE)
     if spec is None or spec.origin is None:
         return "none"
@@ -142,71 +146,76 @@ def _engine_build() -> str:
     return " ".join(sorted(f"{path.name}:{path.stat().st_size}" for path in libraries if not path.is_symlink()))
 
 
-def save_profile(profile: Profile, place: ProfileKey) -> Path:
-    """Write a profile for later runs and return where it lies.
+def save_profile(profile: Profile, key: ProfileKey) -> Path:
+    """Write a profile for later runs and return the path of its file.
 
     Raises:
         ConfigError: it cannot be written.
     """
-    content = {"version": VERSION, "place": asdict(place), "profile": asdict(profile)}
+    content = {"version": VERSION, "place": asdict(key), "profile": asdict(profile)}
     try:
-        write_whole(place.path, [json.dumps(content, indent=1).encode() + b"\n"])
+        write_whole(key.path, [json.dumps(content, indent=1).encode() + b"\n"])
     except OSError as error:
-        where = place.path.parent
-        raise ConfigError(f"cannot write to {where}: {error.strerror or error}; set LFM2VL_CACHE") from error
-    return place.path
+        folder = key.path.parent
+        raise ConfigError(f"cannot write to {folder}: {error.strerror or error}; set LFM2VL_CACHE") from error
+    return key.path
 
 
-def load_profile(place: ProfileKey) -> Profile | None:
-    """Return the profile of a place; None if there is none, or none that can be used, which is a warning."""
+def load_profile(key: ProfileKey) -> Profile | None:
+    """Return the stored profile, or None if it is missing, or cannot be used, which is logged as a warning."""
     try:
-        with place.path.open("rb") as file:
-            content = json.loads(file.read(_MAX_FILE_BYTES))
-        return _profile(content, place)
+        return _read(key)
     except FileNotFoundError:
         return None
     except OSError as error:
         reason = error.strerror or str(error)
-    except (ValueError, RecursionError):
-        reason = "it is no JSON"
     except ConfigError as error:
         reason = str(error)
-    _LOG.warning("the device profile %s is not used: %s; run `lfm2vl-edge tune` again", place.path, reason)
+    _LOG.warning("the device profile %s is not used: %s; run `lfm2vl-edge tune` again", key.path, reason)
     return None
 
 
-ProfileState = Literal["present", "stale", "damaged", "none"]
-"""`stale`: measured with the same model, on another processor or with another build of the engine."""
-
-
-def profile_state(place: ProfileKey) -> ProfileState:
-    """Tell whether a place has a profile that is used, without a warning."""
+def profile_state(key: ProfileKey) -> ProfileState:
+    """Return whether there is a usable profile, without a warning."""
     try:
-        _profile(json.loads(place.path.read_bytes()[:_MAX_FILE_BYTES]), place)
+        _read(key)
     except FileNotFoundError:
-        return "stale" if _was_measured_elsewhere(place) else "none"
-    except (OSError, ValueError, RecursionError, ConfigError):
+        return "stale" if _is_stale(key) else "none"
+    except (OSError, ConfigError):
         return "damaged"
     return "present"
 
 
-def _was_measured_elsewhere(place: ProfileKey) -> bool:
-    for path in place.path.parent.glob("*.json"):
+def _is_stale(key: ProfileKey) -> bool:
+    """Return whether there is a profile of the same model and device under another key."""
+    for path in key.path.parent.glob("*.json"):
         try:
             other = json.loads(path.read_bytes()[:_MAX_FILE_BYTES])["place"]
-            if (other["model"], other["device"]) == (place.model, place.device):
+            if (other["model"], other["device"]) == (key.model, key.device):
                 return True
-        except (OSError, LookupError, TypeError, ValueError, RecursionError):  # what is damaged is not ours to judge
+        except (OSError, LookupError, TypeError, ValueError, RecursionError):  # damaged, and of an unknown model
             continue
     return False
 
 
-def _profile(content: Any, place: ProfileKey) -> Profile:
+def _read(key: ProfileKey) -> Profile:
+    """Return the stored profile.
+
+    Raises:
+        OSError: the file is missing (FileNotFoundError) or cannot be read.
+        ConfigError: the file is not a valid profile for this key.
+    """
+    with key.path.open("rb") as file:
+        data = file.read(_MAX_FILE_BYTES)
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("it is not valid JSON") from error
     if not isinstance(content, dict) or not isinstance(content.get("profile"), dict):
-        raise ConfigError("it has another form")
+        raise ConfigError("it is not a device profile")
     if content.get("version") != VERSION:
         raise ConfigError(f"it has version {content.get('version')!r}, not {VERSION}")
-    if content.get("place") != asdict(place):
+    if content.get("place") != asdict(key):
         raise ConfigError("it belongs to another machine, engine or model")
     try:
         fields = dict(content["profile"])
@@ -215,5 +224,5 @@ def _profile(content: Any, place: ProfileKey) -> Profile:
             for kind, points in fields.pop("encode").items()
         }
         return Profile(**fields, encode=encode)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise ConfigError("its figures are incomplete") from error
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+        raise ConfigError("a value is missing or not valid") from error

@@ -1,6 +1,7 @@
-"""Which views an image is cut into, decided in integers before any pixel is touched.
+"""Decide the views of an image, in integers, before any pixel is read.
 
-The rules are those of `Lfm2VlImageProcessor` (transformers 5.23): sizes are rounded half to even, areas decide.
+A view is a tile, the thumbnail or the whole image: one input of the encoder. The rules are those of
+`Lfm2VlImageProcessor` (transformers 5.23): sizes are rounded half to even, and areas are compared.
 """
 
 from __future__ import annotations
@@ -18,36 +19,42 @@ Kind = Literal["tile", "thumbnail", "single"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """One image that the encoder sees."""
+    """A tile, the thumbnail or the whole image: one input of the encoder.
+
+    Attributes:
+        kind: `tile`, `thumbnail`, or `single` for the whole image if it is not tiled.
+        row: row of a tile in the grid, from 0; 0 for the other kinds.
+        col: column of a tile in the grid, from 0; 0 for the other kinds.
+        height: pixels, after resizing.
+        width: pixels, after resizing.
+        n_tokens: image tokens that the encoder returns for it.
+    """
 
     kind: Kind
-    """`tile` of a grid, `thumbnail` of a tiled image, or `single` for an image that is not cut."""
     row: int
-    """Row of the tile in the grid, from 0; 0 for the other kinds."""
     col: int
-    """Column of the tile in the grid, from 0; 0 for the other kinds."""
     height: int
-    """Pixels."""
     width: int
-    """Pixels."""
     n_tokens: int
-    """Image tokens that the encoder returns for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TilePlan:
-    """All views of one image, in prompt order: tiles row by row, then the thumbnail; or a single view."""
+    """All views of one image.
+
+    Attributes:
+        height: of the original image, pixels.
+        width: of the original image, pixels.
+        rows: of the grid of tiles; 1 for a single view.
+        cols: of the grid of tiles; 1 for a single view.
+        views: in prompt order: the tiles row by row and then the thumbnail, or a single view.
+    """
 
     height: int
-    """Of the whole image, pixels."""
     width: int
-    """Of the whole image, pixels."""
     rows: int
-    """Of the grid; 1 for a single view."""
     cols: int
-    """Of the grid; 1 for a single view."""
     views: tuple[View, ...]
-    """In prompt order."""
 
     @property
     def n_image_tokens(self) -> int:
@@ -56,17 +63,17 @@ class TilePlan:
 
     @property
     def n_markers(self) -> int:
-        """Special tokens around the views: start and end, and one before each view of a tiled image."""
+        """Special tokens around the views: image start and end, and one before each view of a tiled image."""
         return 2 + (len(self.views) if self.is_tiled else 0)
 
     @property
     def n_prompt_tokens(self) -> int:
-        """What the image takes of the context: image tokens and markers."""
+        """Tokens of the context that the image takes: image tokens and special tokens."""
         return self.n_image_tokens + self.n_markers
 
     @property
     def is_tiled(self) -> bool:
-        """Whether the image is cut into more than one tile."""
+        """Whether the image is split into more than one tile."""
         return self.rows * self.cols > 1
 
 
@@ -77,18 +84,17 @@ def plan(height: int, width: int, config: ImageConfig) -> TilePlan:
         ImageError: a side is below 1.
     """
     if height < 1 or width < 1:
-        raise ImageError(f"a picture of {width}x{height} pixels has nothing to see; both sides must be 1 or more")
+        raise ImageError(f"an image of {width}x{height} pixels is empty; both sides must be 1 or more")
     may_split = config.do_image_splitting and config.max_tiles > 1
     if not (may_split and is_too_large(height, width, config)):
         return single_view(height, width, config, config.min_image_tokens, config.max_image_tokens)
     rows, cols = choose_grid(height, width, config)
-    return TilePlan(
-        height=height, width=width, rows=rows, cols=cols, views=_grid_views(height, width, rows, cols, config)
-    )
+    views = _grid_views(height, width, rows, cols, config)
+    return TilePlan(height=height, width=width, rows=rows, cols=cols, views=views)
 
 
 def single_view(height: int, width: int, config: ImageConfig, least: int, most: int) -> TilePlan:
-    """Return the plan of an image that is not cut, within other limits of image tokens than the config's."""
+    """Return the plan of an image that is not tiled, with `least` to `most` image tokens instead of the config's."""
     view = _view("single", *fit(height, width, config.token_side, least, most), config)
     return TilePlan(height=height, width=width, rows=1, cols=1, views=(view,))
 
@@ -109,9 +115,9 @@ def _view(kind: Kind, height: int, width: int, config: ImageConfig, row: int = 0
 
 
 def is_too_large(height: int, width: int, config: ImageConfig) -> bool:
-    """Tell whether an image is tiled: its rounded area exceeds that of the largest single view, with tolerance.
+    """Return whether an image is tiled: its rounded area exceeds that of the largest single view, with tolerance.
 
-    A side that rounds to nothing counts as one encoder patch here, but as one image token in `smart_resize`.
+    A side that is rounded to 0 counts as one encoder patch here, but as one image token in `smart_resize`.
     """
     height = max(config.encoder_patch_size, _round_to(height, config.token_side))
     width = max(config.encoder_patch_size, _round_to(width, config.token_side))
@@ -119,15 +125,15 @@ def is_too_large(height: int, width: int, config: ImageConfig) -> bool:
 
 
 def smart_resize(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
-    """Return (height, width) of a single view or thumbnail: whole image tokens, the aspect ratio nearly kept.
+    """Return (height, width) of a single view or thumbnail: multiples of an image token, aspect ratio nearly kept.
 
-    The token count lies within the config's limits, except for images so narrow that one side is a single token.
+    The token count is within the config's limits, except for images so narrow that one side is a single token.
     """
     return fit(height, width, config.token_side, config.min_image_tokens, config.max_image_tokens)
 
 
 def fit(height: int, width: int, side: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
-    """Return (height, width) in whole image tokens of `side` x `side` pixels; see `smart_resize`."""
+    """Return (height, width) in multiples of `side`, the pixels of one image token; see `smart_resize`."""
     least, most = min_tokens * side**2, max_tokens * side**2
     rounded = max(side, _round_to(height, side)), max(side, _round_to(width, side))
     if rounded[0] * rounded[1] > most:
@@ -145,7 +151,7 @@ def fit(height: int, width: int, side: int, min_tokens: int, max_tokens: int) ->
 def choose_grid(height: int, width: int, config: ImageConfig) -> tuple[int, int]:
     """Return (rows, columns) of the grid whose aspect ratio is closest to the image's.
 
-    Of several grids of the same ratio, the largest that the image fills by more than half is taken.
+    Among grids of the same ratio, it is the largest one that the image fills by more than half.
     """
     aspect = width / height
     area = height * width
@@ -162,8 +168,9 @@ def choose_grid(height: int, width: int, config: ImageConfig) -> tuple[int, int]
 def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     """Return every (rows, columns) with an allowed number of tiles, the fewest tiles first.
 
-    transformers sorts a set of (columns, rows), filled by growing side, by tile count alone. Where a ratio lies
-    half-way between those of two grids of one count, the order of that set decides; so it is built the same way.
+    transformers sorts a set of (columns, rows), which it fills by growing side, by tile count alone. If an image's
+    ratio is half-way between those of two grids of the same count, the order of that set decides, so it is built the
+    same way here.
     """
     pairs = [
         (cols, rows)
@@ -177,5 +184,5 @@ def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
 
 
 def _round_to(value: int, factor: int) -> int:
-    """Return the multiple of `factor` nearest to `value`, halves to the even multiple."""
+    """Return the multiple of `factor` nearest to `value`; a half is rounded to the even multiple."""
     return round(value / factor) * factor
