@@ -1,4 +1,4 @@
-"""llama-server for questions in turn about one image: started on a free port of this machine, and stopped again."""
+"""llama-server for consecutive questions about one image: started on a free local port, and stopped again."""
 
 from __future__ import annotations
 
@@ -11,88 +11,72 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from benchmarks.baseline.tools import SERVE, Peer
-from lfm2vl_edge.diagnose.bench import (
-    COMPLETION_TOKENS,
-    NEXT_PROMPT,
-    OTHER_PROMPT,
-    PROMPT,
-    Drawing,
-    Figures,
-    question_figures,
-)
+from benchmarks.baseline.tools import SERVE, Baseline
+from lfm2vl_edge.config import DEFAULT_PROMPT
+from lfm2vl_edge.diagnose.bench import COMPLETION_TOKENS, FOLLOW_UP, SECOND_PROMPT, Values, question_values
 from lfm2vl_edge.errors import EngineError
 
 _HOST: Final = "127.0.0.1"
 _START_SECONDS: Final = 600.0
-"""A large model from a slow card takes minutes."""
+"""Time limit of the start: reading a large model from a slow card takes minutes."""
 _ANSWER_SECONDS: Final = 1800.0
-"""A board that encodes ten views at 30 s each is still measured."""
+"""Time limit of an answer: a board that encodes ten views at 30 s each can still be measured."""
 _STOP_SECONDS: Final = 10.0
-_WAIT: Final = 0.1
-"""Seconds between two looks at whether the server is ready."""
+_POLL_SECONDS: Final = 0.1
+"""Time between two checks of whether the server is ready."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What the server said."""
-
-    text: str
-    """The whole answer."""
-    first_token_seconds: float
-    """From the request to the first token."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """A server that answers."""
+    """A running llama-server."""
 
-    port: int
-    """Of this machine."""
+    def __init__(self, port: int) -> None:
+        self._port = port
 
-    def questions(self, drawing: Drawing) -> Figures:
-        """Ask twice about an image and go on with the second conversation."""
-        first = self.ask([_shown(drawing.path, PROMPT)])
-        talk = [_shown(drawing.path, OTHER_PROMPT)]
-        another = self.ask(talk)
-        talk += [{"role": "assistant", "content": another.text}, {"role": "user", "content": NEXT_PROMPT}]
-        turn = self.ask(talk)
-        return question_figures(drawing.name, *(one.first_token_seconds for one in (first, another, turn)))
+    def questions(self, image: Path) -> Values:
+        """Ask two questions about an image and a third in the conversation of the second."""
+        _, first = self.ask([_image_message(image, DEFAULT_PROMPT)])
+        conversation = [_image_message(image, SECOND_PROMPT)]
+        answer, second = self.ask(conversation)
+        conversation += [{"role": "assistant", "content": answer}, {"role": "user", "content": FOLLOW_UP}]
+        _, follow_up = self.ask(conversation)
+        return question_values(image.stem, first, second, follow_up)
 
-    def ask(self, messages: Sequence[dict[str, Any]]) -> Answer:
-        """Return the next turn of a conversation.
+    def ask(self, messages: Sequence[dict[str, Any]]) -> tuple[str, float]:
+        """Return the next turn of a conversation, and the seconds to its first token.
 
         Raises:
-            EngineError: the server refuses, or leaves before the answer is whole.
+            EngineError: the server refuses, or disconnects before the answer is complete.
         """
         body = json.dumps({"messages": messages, "stream": True, "temperature": 0, "max_tokens": COMPLETION_TOKENS})
-        connection = http.client.HTTPConnection(_HOST, self.port, timeout=_ANSWER_SECONDS)
+        connection = http.client.HTTPConnection(_HOST, self._port, timeout=_ANSWER_SECONDS)
         try:
-            begin = time.perf_counter()
+            start = time.perf_counter()
             connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             if response.status != http.client.OK:
-                raise EngineError(f"{SERVE} refuses a question: {_words(response.read())}")
-            return read_answer(response, begin)
+                raise EngineError(f"{SERVE} refuses a question: {_end_of(response.read())}")
+            return read_answer(response, start)
         except (OSError, http.client.HTTPException) as error:
-            raise EngineError(f"{SERVE} broke off an answer: {error}; is there memory enough?") from error
+            raise EngineError(f"{SERVE} did not complete an answer: {error}; is there enough memory?") from error
         finally:
             connection.close()
 
 
-def read_answer(events: Iterable[bytes], begin: float) -> Answer:
-    """Read server-sent events to their end. The server sends the first one when it has drawn the first token.
+def read_answer(events: Iterable[bytes], start: float) -> tuple[str, float]:
+    """Read server-sent events to their end; the server sends the first one when it has sampled the first token.
 
     Args:
         events: the lines of the response.
-        begin: when the question was sent, seconds of `time.perf_counter`.
+        start: when the question was sent, seconds of `time.perf_counter`.
+
+    Returns:
+        The answer, and the seconds from the question to the first token.
 
     Raises:
-        EngineError: an event cannot be read or is an error, or there was none.
+        EngineError: an event is malformed or is an error, or there was none.
     """
     pieces: list[str] = []
     first: float | None = None
@@ -106,39 +90,39 @@ def read_answer(events: Iterable[bytes], begin: float) -> Answer:
             (choice,) = json.loads(data)["choices"]
             pieces.append(choice["delta"].get("content") or "")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise EngineError(f"{SERVE} answers with {data[:200]!r}, which is no piece of an answer") from error
+            raise EngineError(f"{SERVE} sent {data[:200]!r}, which is not a piece of an answer") from error
         first = first or time.perf_counter()
     if first is None:
-        raise EngineError(f"{SERVE} ended an answer without a word; look whether it runs by hand")
-    return Answer(text="".join(pieces), first_token_seconds=first - begin)
+        raise EngineError(f"{SERVE} sent an empty answer; start it by hand to find out why")
+    return "".join(pieces), first - start
 
 
-def _shown(path: Path, prompt: str) -> dict[str, Any]:
-    """Return a question about an image in the OpenAI form."""
+def _image_message(path: Path, prompt: str) -> dict[str, Any]:
+    """Return a question about an image in OpenAI's form."""
     url = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
     return {"role": "user", "content": parts}
 
 
 @contextmanager
-def serving(peer: Peer) -> Iterator[Server]:
-    """Start the server with one slot, and stop it with the block, whatever happens there.
+def serving(baseline: Baseline) -> Iterator[Server]:
+    """Start the server with one slot; it is stopped at the end of the block, also after an error.
 
     Raises:
         EngineError: it cannot be started, or ends before it is ready.
     """
     port = _free_port()
-    command = peer.command(SERVE, "--host", _HOST, "--port", port, "-np", 1, "--no-webui")
+    command = baseline.command(SERVE, "--host", _HOST, "--port", port, "-np", 1, "--no-webui")
     with tempfile.TemporaryFile() as log:
         try:
-            process = subprocess.Popen(  # noqa: S603  # a command of ours
+            process = subprocess.Popen(  # a command of ours
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
         except OSError as error:
             raise EngineError(f"{command[0]} cannot be started: {error.strerror or error}; build it again") from error
         try:
             _wait_until_ready(process, port, log)
-            yield Server(port=port)
+            yield Server(port)
         finally:
             _stop(process)
 
@@ -154,14 +138,14 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: IO[bytes
     while not _is_ready(port):
         if process.poll() is not None:
             log.seek(0)
-            raise EngineError(f"{SERVE} ended with code {process.returncode}: {_words(log.read())}")
+            raise EngineError(f"{SERVE} ended with code {process.returncode}: {_end_of(log.read())}")
         if time.monotonic() > end:
             raise EngineError(f"{SERVE} was not ready after {_START_SECONDS:.0f} s; try a smaller model")
-        time.sleep(_WAIT)
+        time.sleep(_POLL_SECONDS)
 
 
 def _is_ready(port: int) -> bool:
-    """Tell whether the server has read its files; until then it answers 503, or not at all."""
+    """Return whether the server has loaded its files; before that it answers 503, or not at all."""
     connection = http.client.HTTPConnection(_HOST, port, timeout=5)
     try:
         connection.request("GET", "/health")
@@ -181,6 +165,6 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _words(data: bytes) -> str:
-    """Return the last words of a log or an answer."""
+def _end_of(data: bytes) -> str:
+    """Return the end of a log or of a response."""
     return data.decode("utf-8", "replace").strip()[-300:]

@@ -1,4 +1,4 @@
-"""The other side: llama.cpp's own tools, on the same files and with the same number of threads."""
+"""llama.cpp's own tools, on the same files and with the same number of threads as ours."""
 
 from __future__ import annotations
 
@@ -9,15 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lfm2vl_edge.diagnose.bench import (
-    COMPLETION_TOKENS,
-    PROMPT,
-    Drawing,
-    Figures,
-    ProcessUsage,
-    RunProcess,
-    process_figures,
-)
+from lfm2vl_edge.config import DEFAULT_PROMPT
+from lfm2vl_edge.diagnose.bench import COMPLETION_TOKENS, ProcessUsage, RunProcess, Values, process_values
 from lfm2vl_edge.errors import ConfigError, EngineError
 from lfm2vl_edge.models.names import Pair
 
@@ -28,72 +21,73 @@ TOOLS: Final = (ASK, SPEED, SERVE)
 CONTEXT: Final = 4096
 """Tokens of context: the large image with its answer fits. llama.cpp does not let it grow."""
 _ENCODED: Final = re.compile(r"(?:mtmd batch encoding done|image slice encoded) in (\d+) ms")
-"""Of llama-mtmd-cli: several views at once, and one by one as older versions do."""
+"""Log lines of llama-mtmd-cli: for several views at once, and for one by one as older versions encode them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Peer:
-    """llama.cpp's tools and what they are given."""
+class Baseline:
+    """llama.cpp's tools and their settings."""
 
     folder: Path
-    """Where the tools lie."""
+    """The folder of the tools."""
     pair: Pair
-    """The two files."""
+    """The two files of the model."""
     n_threads: int
     """Threads that compute."""
 
     def command(self, tool: str, *more: str | Path | int) -> list[str]:
         """Return the command of a tool that takes both files."""
-        return [*self._alone(tool), "--mmproj", str(self.pair.mmproj), "-c", str(CONTEXT), *map(str, more)]
+        return [*self._language_command(tool), "--mmproj", str(self.pair.mmproj), "-c", str(CONTEXT), *map(str, more)]
 
-    def cold(self, drawing: Drawing, run: RunProcess) -> Figures:
+    def cold(self, image: Path, run: RunProcess) -> Values:
         """Measure a new process that describes an image."""
-        return process_figures(drawing.name, self._describe(drawing, COMPLETION_TOKENS, run))
+        return process_values(image.stem, self._describe(image, COMPLETION_TOKENS, run))
 
-    def encode(self, drawing: Drawing, n_views: int, run: RunProcess) -> Figures:
-        """Measure the encoder alone, per view of an image, as llama-mtmd-cli itself tells it."""
-        return {("encode a view", "s"): encode_seconds(self._describe(drawing, 1, run)) / n_views}
+    def encode(self, image: Path, n_views: int, run: RunProcess) -> Values:
+        """Measure the encoder alone, per view of an image, as llama-mtmd-cli reports it."""
+        return {("encode a view", "s"): encode_seconds(self._describe(image, 1, run)) / n_views}
 
-    def decode(self, depth: int, run: RunProcess) -> Figures:
+    def decode(self, depth: int, run: RunProcess) -> Values:
         """Measure the answer after a prompt of `depth` tokens."""
         more = "-p", 0, "-n", COMPLETION_TOKENS, "-d", depth, "-r", 1, "-o", "json"
-        return {("decode", "tokens/s"): decode_speed(run([*self._alone(SPEED), *map(str, more)], {}))}
+        return {("decode", "tokens/s"): decode_speed(run([*self._language_command(SPEED), *map(str, more)], {}))}
 
-    def _describe(self, drawing: Drawing, n_tokens: int, run: RunProcess) -> ProcessUsage:
-        asked = "--image", drawing.path, "-p", PROMPT, "-n", n_tokens, "--temp", 0
-        return run(self.command(ASK, *asked), {})
+    def _describe(self, image: Path, n_tokens: int, run: RunProcess) -> ProcessUsage:
+        more = "--image", image, "-p", DEFAULT_PROMPT, "-n", n_tokens, "--temp", 0
+        return run(self.command(ASK, *more), {})
 
-    def _alone(self, tool: str) -> list[str]:
+    def _language_command(self, tool: str) -> list[str]:
         return [str(self.folder / tool), "-m", str(self.pair.model), "-t", str(self.n_threads)]
 
 
-def encode_seconds(spent: ProcessUsage) -> float:
+def encode_seconds(usage: ProcessUsage) -> float:
     """Return the seconds that llama-mtmd-cli encoded.
 
     Raises:
-        EngineError: it does not tell.
+        EngineError: its output does not contain them.
     """
-    found = _ENCODED.findall(spent.log + spent.output)
+    found = _ENCODED.findall(usage.log + usage.output)
     if not found:
         raise EngineError(
-            f"{ASK} does not tell how long it encoded: {spent.log.strip()[-80:]!r}; take the llama.cpp of the "
+            f"{ASK} does not report its encoding time: {usage.log.strip()[-80:]!r}; use the llama.cpp of the "
             "installed llama-cpp-python"
         )
     return sum(map(int, found)) / 1000
 
 
-def decode_speed(spent: ProcessUsage) -> float:
+def decode_speed(usage: ProcessUsage) -> float:
     """Return the tokens per second that llama-bench measured.
 
     Raises:
-        EngineError: it printed something else.
+        EngineError: its output does not contain them.
     """
     try:
-        (test,) = json.loads(spent.output)
+        (test,) = json.loads(usage.output)
         return float(test["avg_ts"])
     except (ValueError, TypeError, KeyError) as error:
         raise EngineError(
-            f"{SPEED} printed no figures: {spent.output[:80]!r}; take the llama.cpp of the installed llama-cpp-python"
+            f"{SPEED} does not report a speed: {usage.output[:80]!r}; use the llama.cpp of the installed "
+            "llama-cpp-python"
         ) from error
 
 
@@ -103,12 +97,12 @@ def tools_in(folder: Path) -> Path:
     Raises:
         ConfigError: a tool is missing.
     """
-    for place in (folder / "bin", folder):
-        if has_tools(place):
-            return place.absolute()
+    for candidate in (folder / "bin", folder):
+        if has_tools(candidate):
+            return candidate.absolute()
     raise ConfigError(
-        f"{folder} lacks {', '.join(missing(folder))}; name the folder with the tools of llama.cpp, or leave "
-        "--peer-build out to have them built"
+        f"{folder} lacks {', '.join(missing(folder))}; give the folder with the tools of llama.cpp, or leave "
+        "--build out to have them built"
     )
 
 
@@ -118,5 +112,5 @@ def missing(folder: Path) -> list[str]:
 
 
 def has_tools(folder: Path) -> bool:
-    """Tell whether all tools are stored in a folder."""
+    """Return whether a folder has all tools."""
     return not missing(folder)

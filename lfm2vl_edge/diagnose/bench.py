@@ -1,7 +1,7 @@
 """What a model costs on this machine, from opening it to a second question, in this process and in new ones.
 
-Every value is the median of several runs; a shared machine drifts by a third within minutes, so compare values of one
-bench only. `benchmarks/baseline` runs the same steps in turn with llama.cpp's own tools.
+Every value is the median of several runs. The speed of a shared machine drifts by a third within minutes, so compare
+only values of one bench. `benchmarks/baseline` runs the same steps in turn with llama.cpp's own tools.
 """
 
 from __future__ import annotations
@@ -13,94 +13,84 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from PIL import Image
 
+from lfm2vl_edge.config import DEFAULT_PROMPT, GREEDY, AskOptions
 from lfm2vl_edge.errors import EngineError
-from lfm2vl_edge.evaluate.verify import drawn
 from lfm2vl_edge.generate import Turn
 from lfm2vl_edge.host import CACHE_VARIABLE
 from lfm2vl_edge.image.load import Pixels
+from lfm2vl_edge.image.synthetic import sample_image
 from lfm2vl_edge.model import Model
 from lfm2vl_edge.opening import Opening, OpenOptions
 from lfm2vl_edge.prompt.messages import Message, user_message
 from lfm2vl_edge.stats import Stats
 
 COMPLETION_TOKENS: Final = 32
-"""Length of every answer, unless the model ends its turn before."""
-PROMPT: Final = "Describe this image."
-OTHER_PROMPT: Final = "What colour is the circle?"
-NEXT_PROMPT: Final = "And the square?"
-"""The second turn of the conversation that the other prompt begins."""
+"""Length of every answer, unless the model ends its turn earlier."""
+SECOND_PROMPT: Final = "What colour is the circle?"
+FOLLOW_UP: Final = "And the square?"
+"""The second turn of the conversation that starts with the second prompt."""
 SIZES: Final = ((512, 512), (1080, 1920))
 """Height and width of the images: with the published settings one view, and eight tiles with a thumbnail."""
+_LAUNCH: Final = str(Path(__file__).with_name("launch.py"))
+_LOG_CHARACTERS: Final = 300
+"""Length of the end of a failed process's stderr that the error message shows."""
+_AS_INSTALLED: Final = {"PYTHONDONTWRITEBYTECODE": ""}
+"""Installed packages have compiled bytecode; if the environment forbade writing it, every start would compile it."""
+
+Values: TypeAlias = "dict[tuple[str, str], float]"
+"""Measurements of one run by name and unit: `s`, `tokens/s`, `MB` or `x` (a share)."""
+Step: TypeAlias = "tuple[str, Callable[[Values], Values]]"
+"""Name of a step, and its measurement, which gets what the earlier steps of the run measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drawing:
-    """An image."""
+class BenchImages:
+    """The image files of a bench; the names of `small` and `large` are their sizes, such as 512x512.png."""
 
-    name: str
-    """Its size."""
-    path: Path
-    """Its file."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drawings:
-    """The images of a run."""
-
-    small: Drawing
+    small: Path
     """One view."""
-    large: Drawing
+    large: Path
     """Several tiles."""
-    changed: Drawing
-    """The large one with other pixels in the first tile alone."""
-    stranger: Drawing
-    """One of the small one's size, shown first so that nobody measures what only a first answer costs."""
+    changed: Path
+    """`large` with other pixels in the first tile only."""
+    warm_up: Path
+    """As large as `small`, for a first answer that is not measured."""
 
 
-def name_of(size: tuple[int, int]) -> str:
-    """Return a size as people say it, width first."""
-    return f"{size[1]}x{size[0]}"
-
-
-def draw_into(folder: Path, sizes: tuple[tuple[int, int], tuple[int, int]]) -> Drawings:
-    """Draw the images of two sizes (height, width) as files of a folder."""
-    small, large = (drawn(*size) for size in sizes)
-    names = [name_of(size) for size in sizes]
-    return Drawings(
-        small=_written(small, names[0], folder / "small.png"),
-        large=_written(large, names[1], folder / "large.png"),
-        changed=_written(one_corner_changed(large), names[1], folder / "changed.png"),
-        stranger=_written(small[::-1], names[0], folder / "stranger.png"),
+def write_images(folder: Path, sizes: tuple[tuple[int, int], tuple[int, int]]) -> BenchImages:
+    """Write the images for two sizes (height, width) to a folder."""
+    small, large = (sample_image(*size) for size in sizes)
+    names = [f"{width}x{height}.png" for height, width in sizes]
+    return BenchImages(
+        small=_write(small, folder / names[0]),
+        large=_write(large, folder / names[1]),
+        changed=_write(with_changed_corner(large), folder / "changed.png"),
+        warm_up=_write(small[::-1], folder / "warm-up.png"),
     )
 
 
-def _written(pixels: Pixels, name: str, path: Path) -> Drawing:
+def _write(pixels: Pixels, path: Path) -> Path:
     Image.fromarray(pixels).save(path)
-    return Drawing(name=name, path=path)
+    return path
 
 
-def one_corner_changed(pixels: Pixels) -> Pixels:
-    """Return a copy with other pixels in the first tile alone: uint8 of the same shape."""
+def with_changed_corner(pixels: Pixels) -> Pixels:
+    """Return a copy of uint8 `[H, W, 3]` with other pixels in the first tile only."""
     changed: Pixels = pixels.copy()
     changed[:16, :16] = 255 - changed[:16, :16]
     return changed
 
 
-_LAUNCH: Final = str(Path(__file__).with_name("launch.py"))
-_LAST_WORDS: Final = 300
-"""Characters of its complaints that are shown when a process fails."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessUsage:
-    """What a process took, as the system accounts for it."""
+    """What a finished process took, as the system accounts for it."""
 
     seconds: float
     """From start to exit."""
@@ -109,9 +99,9 @@ class ProcessUsage:
     memory_bytes: int
     """Largest resident size."""
     output: str
-    """What it wrote to stdout."""
+    """Its stdout."""
     log: str = ""
-    """What it wrote to stderr."""
+    """Its stderr."""
 
 
 RunProcess: TypeAlias = "Callable[[Sequence[str], Mapping[str, str]], ProcessUsage]"
@@ -122,11 +112,15 @@ def run_process(command: Sequence[str], environment: Mapping[str, str]) -> Proce
     """Run a command to its end.
 
     Raises:
-        EngineError: it cannot be started, or failed; the message has its last words.
+        EngineError: it cannot be started, or failed; the message has the end of its stderr.
     """
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors, tempfile.NamedTemporaryFile() as told:
+    with (
+        tempfile.TemporaryFile() as output,
+        tempfile.TemporaryFile() as errors,
+        tempfile.NamedTemporaryFile() as report,
+    ):
         subprocess.run(  # noqa: S603  # a command of ours
-            [sys.executable, "-I", "-S", _LAUNCH, told.name, *command],
+            [sys.executable, "-I", "-S", _LAUNCH, report.name, *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=errors,
@@ -135,255 +129,49 @@ def run_process(command: Sequence[str], environment: Mapping[str, str]) -> Proce
         )
         output.seek(0)
         errors.seek(0)
-        written, log = (file.read().decode(errors="replace") for file in (output, errors))
-        facts = _facts(command, told.read(), log)
-    return ProcessUsage(output=written, log=log, **facts)
+        text, log = (file.read().decode(errors="replace") for file in (output, errors))
+        return ProcessUsage(output=text, log=log, **_read_report(command, report.read(), log))
 
 
-def _facts(command: Sequence[str], told: bytes, log: str) -> dict[str, Any]:
-    """Return what the launcher tells of a command that succeeded."""
-    name = Path(command[0]).name
-    facts: dict[str, Any] = json.loads(told) if told else {"error": "its launcher was ended"}
-    if "error" in facts:
-        raise EngineError(f"{command[0]} cannot be started: {facts['error']}; install or build it again")
-    if code := facts.pop("code"):
-        raise EngineError(f"{name} failed with code {code}: {log.strip()[-_LAST_WORDS:]}")
-    return facts
-
-
-Figures: TypeAlias = "dict[tuple[str, str], float]"
-"""What one run gave, by name and unit. What both sides measure has one name."""
+def _read_report(command: Sequence[str], report: bytes, log: str) -> dict[str, Any]:
+    """Return the usage of a process from the report of `launch.py`."""
+    usage: dict[str, Any] = json.loads(report) if report else {"error": "its launcher was killed"}
+    if "error" in usage:
+        raise EngineError(f"{command[0]} cannot be started: {usage['error']}; install or build it again")
+    if code := usage.pop("code"):
+        raise EngineError(f"{Path(command[0]).name} failed with code {code}: {log.strip()[-_LOG_CHARACTERS:]}")
+    return usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One figure of the bench."""
+    """One measurement of the bench, in all runs."""
 
     name: str
-    """What was measured."""
     unit: str
-    """`s`, `tokens/s`, `MB` or `x`."""
     runs: tuple[float, ...]
-    """What each run gave."""
-    peer: tuple[float, ...] = ()
-    """What the baseline's run beside each of them gave; empty where it was not measured."""
 
     @property
     def median(self) -> float:
         """The median of the runs."""
         return statistics.median(self.runs)
 
-    @property
-    def peer_median(self) -> float | None:
-        """The median of the baseline's runs, if there are any."""
-        return statistics.median(self.peer) if self.peer else None
-
-    @property
-    def ratio(self) -> float | None:
-        """The median of ours over the baseline's, pair by pair: a machine that drifts slows both of a pair."""
-        if not self.peer:
-            return None
-        return statistics.median(own / max(other, 1e-9) for own, other in zip(self.runs, self.peer, strict=True))
-
     def as_dict(self) -> dict[str, Any]:
-        """Return the runs and medians by name; those of the baseline only if it was measured."""
-        own = {"name": self.name, "unit": self.unit, "runs": list(self.runs), "median": self.median}
-        if not self.peer:
-            return own
-        return own | {"peer": list(self.peer), "peer_median": self.peer_median, "ratio": self.ratio}
+        """Return the fields and the median by name."""
+        return {**asdict(self), "runs": list(self.runs), "median": self.median}
 
 
-def rows_of(ours: Sequence[Figures], peers: Sequence[Figures] = ()) -> list[Row]:
-    """Return a row for each figure, in the order in which the first run gave them.
-
-    Args:
-        ours: each of our runs.
-        peers: the baseline's run beside each of them, if it was measured.
-    """
-    return [
-        Row(
-            name=name,
-            unit=unit,
-            runs=tuple(figures[name, unit] for figures in ours),
-            peer=tuple(figures[name, unit] for figures in peers if (name, unit) in figures),
-        )
-        for name, unit in ours[0]
-    ]
-
-
-def question_figures(name: str, first: float, another: float, turn: float) -> Figures:
-    """Return the values of questions about one image.
-
-    Args:
-        name: of the image.
-        first: seconds to the first token of the first answer.
-        another: the same of another question about it.
-        turn: the same of the second turn of that conversation.
-    """
-    return {
-        (f"first token, {name}", "s"): first,
-        (f"another question, {name}", "s"): another,
-        (f"another question, {name}, share", "x"): another / max(first, 1e-9),
-        (f"second turn, {name}", "s"): turn,
-    }
-
-
-def process_figures(name: str, spent: ProcessUsage) -> Figures:
-    """Return the values of a whole process that describes the image of that name."""
-    return {
-        (f"cold run, {name}", "s"): spent.seconds,
-        (f"cold run, {name}, cpu", "s"): spent.cpu_seconds,
-        (f"cold run, {name}, peak memory", "MB"): spent.memory_bytes / 1e6,
-    }
+def rows_of(runs: Sequence[Values]) -> list[Row]:
+    """Return a row for each measurement, in the order of the first run."""
+    return [Row(name=key[0], unit=key[1], runs=tuple(values[key] for values in runs)) for key in runs[0]]
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a table: medians with the least and the most of our runs, or medians of both sides with their ratio."""
+    """Yield the lines of a table: the median of each row, with the smallest and largest run."""
     width = max((len(row.name) for row in rows), default=0)
-    if any(row.peer for row in rows):
-        yield f"{'':<{width}}  {'ours':>8} {'':<8}  {'llama.cpp':>9}  {'ratio':>6}"
     for row in rows:
-        start = f"{row.name:<{width}}  {row.median:>8.3g} {row.unit:<8}"
-        if row.peer:
-            yield f"{start}  {row.peer_median:>9.3g}  {row.ratio:>6.2f}"
-        else:
-            yield f"{start}  ({min(row.runs):.3g} to {max(row.runs):.3g})"
-
-
-_AS_INSTALLED: Final = {"PYTHONDONTWRITEBYTECODE": ""}
-"""pip or the first run compiles a package; an environment that forbids it has that done at every start."""
-_GREEDY: Final[dict[str, Any]] = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": COMPLETION_TOKENS}
-
-
-def open_model(opening: Opening, wishes: OpenOptions) -> Model:
-    """Open what is measured.
-
-    Raises:
-        EngineError: llama.cpp refuses a file.
-    """
-    return Model.open(
-        opening.pair.model,
-        mmproj=opening.pair.mmproj,
-        n_threads=opening.n_threads,
-        n_ctx=wishes.n_ctx,
-        n_gpu_layers=wishes.n_gpu_layers,
-        device=wishes.device,
-    )
-
-
-def opened(model: Model, drawings: Drawings) -> Figures:
-    """Return what opening took, after an answer that warms the model up."""
-    _ask(model, [user_message(drawings.stranger.path, PROMPT)])
-    return {("open the model", "s"): model.load_seconds}
-
-
-def encode(model: Model, drawing: Drawing) -> Figures:
-    """Measure the encoder alone, per view of an image."""
-    tiles = model.preprocess(drawing.path).tiles
-    begin = time.perf_counter()
-    for tile in tiles:
-        model.engine.encode(tile.pixels, tile.n_tokens)
-    return {("encode a view", "s"): (time.perf_counter() - begin) / len(tiles)}
-
-
-def depth(model: Model, drawing: Drawing) -> int:
-    """Return the tokens of the prompt whose answer is measured."""
-    return len(model.token_ids([user_message(drawing.path, PROMPT)]))
-
-
-def small_questions(model: Model, drawings: Drawings) -> Figures:
-    """Measure questions about the small image, and an answer to one."""
-    figures, first = _questions(model, drawings.small)
-    return figures | {("decode", "tokens/s"): first.decode_speed}
-
-
-def large_questions(model: Model, drawings: Drawings) -> Figures:
-    """Measure questions about the large image."""
-    figures, first = _questions(model, drawings.large)
-    changed = _ask(model, [user_message(drawings.changed.path, PROMPT)])[1]
-    encoding = max(first.encode_seconds, 1e-9)
-    return figures | {
-        ("prefill", "tokens/s"): first.prefill_speed,
-        ("preprocess, share of encode", "x"): first.preprocess_seconds / encoding,
-        (f"encode, one of {first.views} views changed, share", "x"): changed.encode_seconds / encoding,
-    }
-
-
-def _questions(model: Model, drawing: Drawing) -> tuple[Figures, Stats]:
-    """Ask twice about an image and go on with the second conversation; the answer to the first question comes in full."""
-    _, first = _ask(model, [user_message(drawing.path, PROMPT)])
-    answer, another = _ask(model, [user_message(drawing.path, OTHER_PROMPT)])
-    # A conversation keeps its images cut: see `Chat.show`.
-    talk = [user_message(model.preprocess(drawing.path), OTHER_PROMPT), answer.message, user_message([], NEXT_PROMPT)]
-    _, turn = _ask(model, talk)
-    seconds = (stats.first_token_seconds for stats in (first, another, turn))
-    return question_figures(drawing.name, *seconds), first
-
-
-def _ask(model: Model, messages: Sequence[Message]) -> tuple[Turn, Stats]:
-    turn = Turn.of(model.chat(messages, **_GREEDY))
-    if turn.stats is None:
-        raise EngineError("an answer ended without its figures")
-    return turn, turn.stats
-
-
-def cold(opening: Opening, wishes: OpenOptions, drawing: Drawing, run: RunProcess) -> Figures:
-    """Measure a new process that knows nothing."""
-    spent = run(own_command(opening, wishes, drawing.path, "--no-cache"), _AS_INSTALLED)
-    return process_figures(drawing.name, spent) | {(_cold_token(drawing), "s"): _first_token(spent)}
-
-
-def kept(
-    opening: Opening, wishes: OpenOptions, drawing: Drawing, cache: Path, run: RunProcess, cold: Figures
-) -> Figures:
-    """Measure a new process that finds on disk what an earlier one left there.
-
-    Args:
-        opening: the model.
-        options: context and GPU.
-        drawing: the image.
-        cache: an empty folder, or one that is not there yet.
-        run: runs a process.
-        cold: what `cold` measured of the image.
-    """
-    command = own_command(opening, wishes, drawing.path, "--cache")
-    environment = {**_AS_INSTALLED, CACHE_VARIABLE: str(cache)}
-    run(command, environment)
-    again = run(command, environment)
-    name = f"new process, embeddings on disk, {drawing.name}"
-    share = _first_token(again) / max(cold[_cold_token(drawing), "s"], 1e-9)
-    return {(name, "s"): again.seconds, (f"{name}, first token, share", "x"): share}
-
-
-def _cold_token(drawing: Drawing) -> str:
-    return f"cold run, {drawing.name}, first token"
-
-
-def own_command(opening: Opening, wishes: OpenOptions, picture: Path, *more: str) -> list[str]:
-    """Return the command that asks about an image in a new process, with files and threads named."""
-    given = {
-        "-m": opening.pair.model,
-        "--mmproj": opening.pair.mmproj,
-        "-t": opening.n_threads,
-        "-c": wishes.n_ctx,
-        "--gpu-layers": wishes.n_gpu_layers,
-        "-n": COMPLETION_TOKENS,
-        "--temperature": 0,
-        "--repetition-penalty": 1,
-    } | ({"--device": wishes.device} if wishes.device else {})
-    words = [str(word) for pair in given.items() for word in pair]
-    return [sys.executable, "-m", "lfm2vl_edge", "run", str(picture), PROMPT, *words, "--json", *more]
-
-
-def _first_token(spent: ProcessUsage) -> float:
-    try:
-        return float(json.loads(spent.output)["stats"]["first_token_seconds"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise EngineError(f"a process printed no figures: {spent.output[:80]!r}") from error
-
-
-Measure: TypeAlias = "Callable[[Figures], Figures]"
-"""One step of a run, given what the steps before it found."""
+        spread = f"({min(row.runs):.3g} to {max(row.runs):.3g})"
+        yield f"{row.name:<{width}}  {row.median:>8.3g} {row.unit:<8}  {spread}"
 
 
 def bench(
@@ -397,7 +185,7 @@ def bench(
 
     Args:
         opening: its files and how they are opened.
-        options: context and GPU are honoured; files and threads are the opening's.
+        options: context and GPU are honoured; files and threads are those of the opening.
         runs: repetitions.
         run: runs a process; by default `run_process`.
         report: called with a line before each run.
@@ -405,35 +193,199 @@ def bench(
     Raises:
         EngineError: a native call or a process failed.
     """
-    measured: list[Figures] = []
+    measured: list[Values] = []
     with tempfile.TemporaryDirectory(prefix="lfm2vl-bench-") as folder:
-        drawings = draw_into(Path(folder), SIZES)
+        images = write_images(Path(folder), SIZES)
         for number in range(runs):
             report(f"run {number + 1} of {runs}")
-            found: Figures = {}
-            for _, measure in steps(opening, options, drawings, run or run_process, Path(folder) / f"cache-{number}"):
-                found.update(measure(found))
-            measured.append(found)
+            cache = Path(folder) / f"cache-{number}"
+            measured.append(_run_all(steps(opening, options, images, run or run_process, cache)))
     return rows_of(measured)
 
 
-def steps(
-    opening: Opening, options: OpenOptions, drawings: Drawings, run: RunProcess, cache: Path
-) -> Iterator[tuple[str, Measure]]:
-    """Yield name and measurement of each step of a run; the resident model is closed before new processes start.
+def _run_all(steps: Iterable[Step]) -> Values:
+    values: Values = {}
+    for _, measure in steps:
+        values.update(measure(values))
+    return values
+
+
+def steps(opening: Opening, options: OpenOptions, images: BenchImages, run: RunProcess, cache: Path) -> Iterator[Step]:
+    """Yield the steps of one run; the model in this process is closed before new processes start.
 
     Args:
         opening: the model's files and how they are opened.
         options: context and GPU.
-        drawings: the images that are shown.
+        images: the images of the questions.
         run: runs a process.
         cache: a folder that does not exist yet.
     """
     with open_model(opening, options) as model:
-        yield "open", lambda _: opened(model, drawings)
-        yield "encode", lambda _: encode(model, drawings.small)
-        yield "small", lambda _: small_questions(model, drawings)
-        yield "large", lambda _: large_questions(model, drawings)
-    yield "cold small", lambda _: cold(opening, options, drawings.small, run)
-    yield "cold large", lambda _: cold(opening, options, drawings.large, run)
-    yield "disk cache", lambda found: kept(opening, options, drawings.large, cache, run, found)
+        yield from model_steps(model, images)
+    yield from process_steps(opening, options, images, run, cache)
+
+
+def model_steps(model: Model, images: BenchImages) -> Iterator[Step]:
+    """Yield the steps that measure a model in this process."""
+    yield "open", lambda _: measure_opening(model, images)
+    yield "encode", lambda _: measure_encoder(model, images.small)
+    yield "small", lambda _: measure_small(model, images)
+    yield "large", lambda _: measure_large(model, images)
+
+
+def process_steps(
+    opening: Opening, options: OpenOptions, images: BenchImages, run: RunProcess, cache: Path
+) -> Iterator[Step]:
+    """Yield the steps that measure new processes; arguments as for `steps`."""
+    yield "cold small", lambda _: measure_cold(opening, options, images.small, run)
+    yield "cold large", lambda _: measure_cold(opening, options, images.large, run)
+    yield "disk cache", lambda values: measure_disk_cache(opening, options, images.large, cache, run, values)
+
+
+def open_model(opening: Opening, options: OpenOptions) -> Model:
+    """Open the model that is measured.
+
+    Raises:
+        EngineError: llama.cpp refuses a file.
+    """
+    return Model.open(
+        opening.pair.model,
+        mmproj=opening.pair.mmproj,
+        n_threads=opening.n_threads,
+        n_ctx=options.n_ctx,
+        n_gpu_layers=options.n_gpu_layers,
+        device=options.device,
+    )
+
+
+def measure_opening(model: Model, images: BenchImages) -> Values:
+    """Return how long opening took, after one answer that warms the model up."""
+    _ask(model, [user_message(images.warm_up, DEFAULT_PROMPT)])
+    return {("open the model", "s"): model.load_seconds}
+
+
+def measure_encoder(model: Model, image: Path) -> Values:
+    """Measure the encoder alone, per view of an image."""
+    tiles = model.preprocess(image).tiles
+    start = time.perf_counter()
+    for tile in tiles:
+        model.engine.encode(tile.pixels, tile.n_tokens)
+    return {("encode a view", "s"): (time.perf_counter() - start) / len(tiles)}
+
+
+def measure_small(model: Model, images: BenchImages) -> Values:
+    """Measure questions about the small image, and decoding."""
+    values, first = _measure_questions(model, images.small)
+    return values | {("decode", "tokens/s"): first.decode_speed}
+
+
+def measure_large(model: Model, images: BenchImages) -> Values:
+    """Measure questions about the large image, prefill, preprocessing, and an image of which one tile has changed."""
+    values, first = _measure_questions(model, images.large)
+    _, changed = _ask(model, [user_message(images.changed, DEFAULT_PROMPT)])
+    encoding = max(first.encode_seconds, 1e-9)
+    return values | {
+        ("prefill", "tokens/s"): first.prefill_speed,
+        ("preprocess, share of encode", "x"): first.preprocess_seconds / encoding,
+        (f"encode, one of {first.views} views changed, share", "x"): changed.encode_seconds / encoding,
+    }
+
+
+def _measure_questions(model: Model, image: Path) -> tuple[Values, Stats]:
+    """Ask two questions about an image and a third in the second's conversation; also return the first statistics."""
+    _, first = _ask(model, [user_message(image, DEFAULT_PROMPT)])
+    answer, second = _ask(model, [user_message(image, SECOND_PROMPT)])
+    # A conversation keeps its images preprocessed: see `Chat.add_image`.
+    question = user_message(model.preprocess(image), SECOND_PROMPT)
+    _, follow_up = _ask(model, [question, answer.message, user_message([], FOLLOW_UP)])
+    seconds = [stats.first_token_seconds for stats in (first, second, follow_up)]
+    return question_values(image.stem, *seconds), first
+
+
+def _ask(model: Model, messages: Sequence[Message]) -> tuple[Turn, Stats]:
+    options: AskOptions = {**GREEDY, "max_tokens": COMPLETION_TOKENS}
+    turn = model.turn(messages, **options)
+    if turn.stats is None:
+        raise EngineError("an answer has no statistics; report this as a bug")
+    return turn, turn.stats
+
+
+def measure_cold(opening: Opening, options: OpenOptions, image: Path, run: RunProcess) -> Values:
+    """Measure a new process without a cache."""
+    usage = run(run_command(opening, options, image, "--no-cache"), _AS_INSTALLED)
+    return process_values(image.stem, usage) | {(_first_token_name(image), "s"): _first_token_seconds(usage)}
+
+
+def measure_disk_cache(
+    opening: Opening, options: OpenOptions, image: Path, cache: Path, run: RunProcess, values: Values
+) -> Values:
+    """Measure a new process that finds the embeddings which an earlier process stored on disk.
+
+    Args:
+        opening: the model.
+        options: context and GPU.
+        image: the image.
+        cache: a folder that is empty or does not exist.
+        run: runs a process.
+        values: what `measure_cold` returned for the image.
+    """
+    command = run_command(opening, options, image, "--cache")
+    environment = {**_AS_INSTALLED, CACHE_VARIABLE: str(cache)}
+    run(command, environment)
+    usage = run(command, environment)
+    name = f"new process, embeddings on disk, {image.stem}"
+    share = _first_token_seconds(usage) / max(values[_first_token_name(image), "s"], 1e-9)
+    return {(name, "s"): usage.seconds, (f"{name}, first token, share", "x"): share}
+
+
+def _first_token_name(image: Path) -> str:
+    return f"cold run, {image.stem}, first token"
+
+
+def run_command(opening: Opening, options: OpenOptions, image: Path, *more: str) -> list[str]:
+    """Return the command that asks about an image in a new process, with files and threads stated."""
+    stated = {
+        "-m": opening.pair.model,
+        "--mmproj": opening.pair.mmproj,
+        "-t": opening.n_threads,
+        "-c": options.n_ctx,
+        "--n-gpu-layers": options.n_gpu_layers,
+        "-n": COMPLETION_TOKENS,
+        "--temperature": 0,
+        "--repetition-penalty": 1,
+    } | ({"--device": options.device} if options.device else {})
+    arguments = [str(word) for pair in stated.items() for word in pair]
+    return [sys.executable, "-m", "lfm2vl_edge", "run", str(image), DEFAULT_PROMPT, *arguments, "--json", *more]
+
+
+def _first_token_seconds(usage: ProcessUsage) -> float:
+    try:
+        return float(json.loads(usage.output)["stats"]["first_token_seconds"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise EngineError(f"a process printed no statistics: {usage.output[:80]!r}; report this as a bug") from error
+
+
+def question_values(name: str, first: float, second: float, follow_up: float) -> Values:
+    """Return the values of questions about one image.
+
+    Args:
+        name: of the image.
+        first: seconds to the first token of the first answer.
+        second: the same for another question about it.
+        follow_up: the same for the second turn of that conversation.
+    """
+    return {
+        (f"first token, {name}", "s"): first,
+        (f"another question, {name}", "s"): second,
+        (f"another question, {name}, share", "x"): second / max(first, 1e-9),
+        (f"second turn, {name}", "s"): follow_up,
+    }
+
+
+def process_values(name: str, usage: ProcessUsage) -> Values:
+    """Return the values of a whole process that describes the image of that name."""
+    return {
+        (f"cold run, {name}", "s"): usage.seconds,
+        (f"cold run, {name}, cpu", "s"): usage.cpu_seconds,
+        (f"cold run, {name}, peak memory", "MB"): usage.memory_bytes / 1e6,
+    }

@@ -1,4 +1,4 @@
-"""Stand-ins for llama.cpp's tools: scripts that print what those print, for tests that build nothing."""
+"""Scripts that print what llama.cpp's tools print, for tests that build nothing."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ _SERVER = """\
 import base64, http.server, json, os, sys
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    looks = 0
+    requests = 0
 
     def log_message(self, *_):
         pass
 
     def do_GET(self):
-        Handler.looks += 1
-        self.send_response(503 if Handler.looks < 3 else 200)
+        Handler.requests += 1
+        self.send_response(503 if Handler.requests < 3 else 200)
         self.end_headers()
 
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        shown = asked["messages"][0]["content"][0]["image_url"]["url"]
-        assert base64.b64decode(shown.split(",")[1]).startswith(b"\\\\x89PNG")
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        url = request["messages"][0]["content"][0]["image_url"]["url"]
+        assert base64.b64decode(url.split(",")[1]).startswith(b"\\\\x89PNG")
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
@@ -69,14 +69,14 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
 def make_tool(path: Path, code: str) -> Path:
-    """Write a Python script that can be run."""
+    """Write an executable Python script."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!{PYTHON}\n{code}")
     path.chmod(0o755)
     return path
 
 
-def make_peer(folder: Path) -> Path:
+def make_tools(folder: Path) -> Path:
     """Write all three tools into a folder and return it."""
     make_tool(folder / "llama-mtmd-cli", f"import sys; sys.stderr.write({ENCODED!r}); print('A red circle.')")
     make_tool(folder / "llama-bench", f"print({SPEED!r})")

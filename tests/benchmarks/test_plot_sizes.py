@@ -1,4 +1,4 @@
-"""The chart of costs by image size: what is measured, kept and drawn."""
+"""The chart of costs by image size: what is measured, stored and plotted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RED, BLUE = (200, 0, 0), (0, 0, 200)
         (0, [0]),
     ],
 )
-def test_ticks_are_round_and_reach_the_most(most: float, expected: list[float]) -> None:
+def test_ticks_are_round_and_reach_the_maximum(most: float, expected: list[float]) -> None:
     assert ticks(most) == pytest.approx(expected)
 
 
@@ -37,9 +37,9 @@ def rows_of(pixels: np.ndarray, colour: tuple[int, int, int]) -> int:
 
 def test_bars_are_as_high_as_their_values() -> None:
     parts = [Series(name="a", colour=RED, values=[1.0, 2.0]), Series(name="b", colour=BLUE, values=[0.0, 6.0])]
-    picture = draw_chart([Bars(title="t", unit="u", series=parts, form=".1f")], ["one", "two\nlines"])
-    pixels = np.asarray(picture)
-    left, right = pixels[:, : picture.width // 2], pixels[:, picture.width // 2 :]
+    image = draw_chart([Bars(title="t", unit="u", series=parts, form=".1f")], ["one", "two\nlines"])
+    pixels = np.asarray(image)
+    left, right = pixels[:, : image.width // 2], pixels[:, image.width // 2 :]
     unit = rows_of(left, RED)
     assert unit > 20
     assert rows_of(left, BLUE) == 0
@@ -47,13 +47,13 @@ def test_bars_are_as_high_as_their_values() -> None:
     assert rows_of(right, BLUE) == pytest.approx(6 * unit, abs=3)
 
 
-def test_what_was_measured_is_kept_and_drawn(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_are_stored_and_plotted(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.plot_sizes.SIZES", ((256, 256), (600, 1200)))
-    kept, chart = tmp_path / "sizes.json", tmp_path / "sizes.png"
-    options = ["--runs", "2", "--threads", "1", "-o", str(kept)]
+    stored, chart = tmp_path / "sizes.json", tmp_path / "sizes.png"
+    options = ["--runs", "2", "--threads", "1", "-o", str(stored)]
     result = CliRunner().invoke(app, ["measure", str(pair("a", "F16")), *options])
     assert result.exit_code == 0, result.output
-    facts = json.loads(kept.read_text())
+    facts = json.loads(stored.read_text())
     assert (facts["threads"], facts["mmproj"]) == (1, "mmproj-checkpoint-F16.gguf")
     small, large = facts["points"]
     assert (small["width"], small["height"], small["views"], large["views"]) == (256, 256, 1, 3)
@@ -62,6 +62,6 @@ def test_what_was_measured_is_kept_and_drawn(pair: Pair, tmp_path: Path, monkeyp
         for phase in ("preprocess", "encode", "prefill"):
             assert len(point[phase]) == 2
             assert min(point[phase]) > 0
-    assert CliRunner().invoke(app, ["draw", str(kept), "-o", str(chart)]).exit_code == 0
-    with Image.open(chart) as picture:
-        assert picture.format == "PNG"
+    assert CliRunner().invoke(app, ["draw", str(stored), "-o", str(chart)]).exit_code == 0
+    with Image.open(chart) as image:
+        assert image.format == "PNG"
