@@ -1,9 +1,9 @@
 """Several questions about one image in one row, none of which sees another one.
 
 The image is encoded and goes through the language tower once for all of its questions. A question that could see the
-answers to earlier ones would learn to copy from them instead of looking. So attention is masked, positions begin anew
-at each question, and the short convolutions take what precedes a question from in front of the first one. The numbers
-are those of rows with one question each.
+answers to earlier ones would learn to copy from them instead of using the image. So attention is masked, positions
+restart at each question, and the short convolutions read what precedes a question from the end of the opening. The
+results are those of rows with one question each.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _NEVER = -1e9
 
 
 def keep_apart(model: Lfm2VlForConditionalGeneration) -> None:
-    """Let the short convolutions heed `masks`; without these they do what they did."""
+    """Make the short convolutions apply `masks`; without masks they compute what they did before."""
     for layer in model.model.language_model.layers:
         if not layer.is_attention_layer:
             layer.conv.forward = functools.partial(_convolve, layer.conv, layer.conv.forward)
 
 
 def masks(questions: Tensor) -> dict[str, Tensor]:
-    """Return what the layers are given as their masks.
+    """Return the masks of the layers.
 
     Args:
         questions: int64 `[n, length]`, see `Batch.questions`.
@@ -44,7 +44,7 @@ def masks(questions: Tensor) -> dict[str, Tensor]:
 
 
 def _before(questions: Tensor) -> Tensor:
-    """Return the places one and two before each, 1-based; in front of a question lies the end of the opening."""
+    """Return the places one and two before each, 1-based; before a question comes the end of the opening."""
     place = torch.arange(1, questions.shape[1] + 1).expand_as(questions)
     opening = (questions == 0).sum(1, keepdim=True)
     first = nn.functional.pad(questions[:, 1:] != questions[:, :-1], (1, 0), value=False)
@@ -60,7 +60,7 @@ def _before(questions: Tensor) -> Tensor:
 def _convolve(
     conv: Any, plain: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **more: Any
 ) -> Tensor:
-    """Stand in for the forward of a short convolution."""
+    """Replace the forward of a short convolution."""
     if attention_mask is None or attention_mask.ndim != 3:
         result: Tensor = plain(hidden_states, attention_mask=attention_mask, **more)
         return result

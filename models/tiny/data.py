@@ -17,39 +17,39 @@ from lfm2vl_edge.planning.geometry import TilePlan
 from models.tiny import recipe
 from models.tiny.draw import draw
 from models.tiny.landmarks import landmarks
-from models.tiny.questions import Question, talk
+from models.tiny.questions import Question, conversation
 from models.tiny.scene import Scene, draw_scene
 from models.tiny.settings import PATCH
-from models.tiny.views import patches_of, quick_cut
+from models.tiny.views import patches_of, quick_preprocess
 
 IGNORED: Final = -100
 TURN_TOKENS: Final = 8
-"""What a question takes besides its text and the answer."""
+"""Tokens of a question besides its text and the answer."""
 _PADDING: Final = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one step learns from, or what is judged at once."""
+    """What one step learns from, or what is evaluated at once."""
 
     patches: NDArray[np.uint8]
     """`[n_views, n_patches, PATCH * PATCH * 3]`, smaller views padded with zeros."""
     shapes: NDArray[np.int64]
     """`[n_views, 2]`: rows and columns of patches."""
     ids: NDArray[np.int64]
-    """`[n_pictures, length]`: tokens, padded at the end."""
+    """`[n_images, length]`: tokens, padded at the end."""
     labels: NDArray[np.int64]
-    """`[n_pictures, length]`: the token that follows, where it belongs to an answer; else `IGNORED`."""
+    """`[n_images, length]`: the token that follows if it belongs to an answer, else `IGNORED`."""
     weights: NDArray[np.float32]
-    """`[n_pictures, length]`: what each label counts; longer answers count more, but less per token."""
+    """`[n_images, length]`: the weight of each label; longer answers weigh more, but less per token."""
     questions: NDArray[np.int64]
-    """`[n_pictures, length]`: 0 in front of the questions, 1 in the first one with its answer, 2 in the second..."""
+    """`[n_images, length]`: 0 in front of the questions, 1 in the first one with its answer, 2 in the second..."""
     positions: NDArray[np.int64]
-    """`[n_pictures, length]`: every question stands where it would stand if it were the only one."""
+    """`[n_images, length]`: every question has the positions that it would have if it were the only one."""
     groups: tuple[tuple[str, ...], ...]
     """Of each image's questions."""
     landmarks: NDArray[np.int64] | None = None
-    """`[n_image_tokens, len(landmarks.CLASSES)]`: what each image token of the batch shows, where that is known."""
+    """`[n_image_tokens, len(landmarks.CLASSES)]`: what each image token of the batch shows, if that is known."""
 
 
 class Writer:
@@ -64,7 +64,7 @@ class Writer:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def picture(self, tiles: Sequence[Tile]) -> list[int]:
+    def image(self, tiles: Sequence[Tile]) -> list[int]:
         """Return the ids that stand for an image: markers and one placeholder for each image token."""
         ids = [self.special["<|image_start|>"]]
         for tile in tiles:
@@ -78,10 +78,10 @@ class Writer:
     def opening(self, tiles: Sequence[Tile]) -> list[int]:
         """Return the ids that come before a question about an image."""
         head = [self.special["<|startoftext|>"], self.special["<|im_start|>"], *self.text("user\n")]
-        return [*head, *self.picture(tiles)]
+        return [*head, *self.image(tiles)]
 
     def turn(self, question: Question) -> tuple[list[int], list[float]]:
-        """Return the ids of a question and its answer, and for each what it counts as a label (0 outside answers)."""
+        """Return the ids of a question and its answer, and the weight of each as a label (0 outside answers)."""
         start, end = self.special["<|im_start|>"], self.special["<|im_end|>"]
         asked = [*self.text(question.text), end, *self.text("\n"), start, *self.text("assistant\n")]
         answer = [*self.text(question.answer), end]
@@ -94,13 +94,13 @@ class Line:
 
     ids: list[int]
     counts: list[float]
-    """What each id counts as a label."""
+    """The weight of each id as a label."""
     questions: list[int]
     positions: list[int]
 
     @classmethod
     def of(cls, writer: Writer, tiles: Sequence[Tile], questions: Sequence[Question]) -> Line:
-        """Write questions one behind the other; none of them shall see another one, so each begins anew."""
+        """Write questions one after the other; none of them may see another one, so positions restart at each."""
         opening = writer.opening(tiles)
         line = cls(
             ids=[*opening], counts=[0.0] * len(opening), questions=[0] * len(opening),
@@ -115,14 +115,14 @@ class Line:
         return line
 
 
-def collate(writer: Writer, pictures: Sequence[Sequence[Tile]], conversations: Sequence[Sequence[Question]]) -> Batch:
+def collate(writer: Writer, images: Sequence[Sequence[Tile]], conversations: Sequence[Sequence[Question]]) -> Batch:
     """Return images and their conversations as arrays."""
-    views = [patches_of(tile) for tiles in pictures for tile in tiles]
+    views = [patches_of(tile) for tiles in images for tile in tiles]
     patches = np.zeros((len(views), max(map(len, views)), views[0].shape[1]), np.uint8)
     for number, view in enumerate(views):
         patches[number, : len(view)] = view
-    shapes = [(tile.view.height // PATCH, tile.view.width // PATCH) for tiles in pictures for tile in tiles]
-    lines = [Line.of(writer, tiles, questions) for tiles, questions in zip(pictures, conversations, strict=True)]
+    shapes = [(tile.view.height // PATCH, tile.view.width // PATCH) for tiles in images for tile in tiles]
+    lines = [Line.of(writer, tiles, questions) for tiles, questions in zip(images, conversations, strict=True)]
     size = len(lines), max(len(line.ids) for line in lines)
     ids, positions = np.zeros(size, np.int64), np.zeros(size, np.int64)
     labels, questions = np.full(size, IGNORED, np.int64), np.full(size, _PADDING, np.int64)
@@ -150,10 +150,10 @@ def training_batch(writer: Writer, seed: int, step: int, n_steps: int) -> Batch:
     stage = recipe.stage_at(step / n_steps)
     plans = _plans(rng, stage)
     is_long = plans[0].is_tiled or (not stage.close_up and rng.random() < recipe.LONG_SHARE)
-    room = recipe.LONG_TALK if is_long else recipe.CLOSE_UP_TALK if stage.close_up else recipe.TALK
-    drawn = [example(writer, rng, tile_plan, stage, room) for tile_plan in plans]
-    batch = collate(writer, [one.tiles for one in drawn], [one.questions for one in drawn])
-    return replace(batch, landmarks=np.concatenate([landmarks(one.scene, one.tiles) for one in drawn]))
+    room = recipe.LONG_TOKENS if is_long else recipe.CLOSE_UP_TOKENS if stage.close_up else recipe.TOKENS
+    examples = [example(writer, rng, tile_plan, stage, room) for tile_plan in plans]
+    batch = collate(writer, [one.tiles for one in examples], [one.questions for one in examples])
+    return replace(batch, landmarks=np.concatenate([landmarks(one.scene, one.tiles) for one in examples]))
 
 
 def _plans(rng: random.Random, stage: recipe.Stage) -> list[TilePlan]:
@@ -170,7 +170,7 @@ def _plans(rng: random.Random, stage: recipe.Stage) -> list[TilePlan]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """An image and what is asked about it."""
+    """An image and the questions about it."""
 
     scene: Scene
     tiles: list[Tile]
@@ -178,15 +178,15 @@ class Example:
 
 
 def example(writer: Writer, rng: random.Random, tile_plan: TilePlan, stage: recipe.Stage, room: int) -> Example:
-    """Return an image of this plan, cut, and a conversation about it that takes at most `room` tokens."""
+    """Return an image of this plan, its tiles, and a conversation about it that takes at most `room` tokens."""
     share = max(stage.numbers, recipe.TILED_NUMBERS) if tile_plan.is_tiled else stage.numbers
     kind = recipe.kind_for(tile_plan, fine=rng.random() < 0.75, number_share=share)
     kind = replace(kind, close_up=stage.close_up)
     scene = draw_scene(rng, tile_plan.height, tile_plan.width, kind)
     questions: list[Question] = []
-    for question in talk(rng, scene, recipe.TURNS, stage.weights):
+    for question in conversation(rng, scene, recipe.TURNS, stage.weights):
         needed = len(writer.text(question.text)) + len(writer.text(question.answer)) + TURN_TOKENS
         if needed <= room:
             questions.append(question)
             room -= needed
-    return Example(scene=scene, tiles=quick_cut(draw(scene), tile_plan), questions=questions)
+    return Example(scene=scene, tiles=quick_preprocess(draw(scene), tile_plan), questions=questions)

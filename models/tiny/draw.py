@@ -19,7 +19,7 @@ Pixels = NDArray[np.uint8]
 Points = list[tuple[float, float]]
 
 SMOOTHING: Final = 2
-"""An anti-aliased image is drawn this many times as large and reduced."""
+"""An anti-aliased image is rendered this many times as large and reduced."""
 FONTS: Final = (
     ("font_roboto", "Roboto-Regular.ttf"),
     ("font_roboto", "Roboto-Bold.ttf"),
@@ -106,7 +106,7 @@ def _heart(angle: float) -> tuple[float, float]:
 
 
 def _cross() -> Points:
-    """Return a plus sign whose bars are a third wide."""
+    """Return a plus whose bars are a third wide."""
     bar, tip = 0.32, 0.95
     corner = [(-bar, -tip), (bar, -tip), (bar, -bar)]
     points: Points = []

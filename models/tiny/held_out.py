@@ -27,7 +27,7 @@ FINE_SHARE: Final = 0.75
 NUMBER_SHARE: Final = 0.5
 FINE: Final = "number in tiles"
 """Group of the questions for such numbers."""
-ABSENT: Final = "no number"
+ABSENT: Final = "no number"  # quote
 """Group of the questions for numbers that are not there: right answers to these are easy."""
 
 
@@ -53,7 +53,7 @@ def examples(seed: int, scenes: int) -> Iterator[Example]:
 
 
 def _plan(rng: random.Random) -> TilePlan:
-    """Return an image's plan: a single view, drawn in the view's size or another, or tiles."""
+    """Return an image's plan: a single view, rendered in the view's size or another, or tiles."""
     if rng.random() < TILED_SHARE:
         return recipe.tiled_plan(rng)
     while True:
@@ -84,13 +84,13 @@ def write(folder: Path, found: Iterator[Example]) -> int:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Where the pictures and data.jsonl go.")],
-    scenes: Annotated[int, typer.Option(min=1, help="Pictures.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = recipe.HELD_OUT_SEED,
+    folder: Annotated[Path, typer.Argument(help="Folder for the images and data.jsonl.")],
+    scenes: Annotated[int, typer.Option(min=1, help="Images.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Same seed, same images.")] = recipe.HELD_OUT_SEED,
 ) -> None:
     """Write held-out images with questions and answers."""
     count = write(folder, examples(seed, scenes))
-    print(f"{count} questions about {scenes} pictures in {folder / 'data.jsonl'}")
+    print(f"{count} questions about {scenes} images in {folder / 'data.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ N_DIGITS: Final = 10
 READABLE: Final = 14.0
 """Least height of a digit, in pixels of the view, that a view is expected to show."""
 CLASSES: Final = (len(SHAPES) + 1, len(COLORS) + 1, len(PLACES) + 1, *[11, 10] * 4, *[N_DIGITS + 1] * MAX_DIGITS)
-"""How many classes each label has: shape, colour and place of the object (the last one: there is none), both decimals
+"""How many classes each label has: shape, colour and place of the object (the last one: no object), both decimals
 of its left, top, right and bottom edge, the first to the fourth digit of the number (the last one: not here)."""
 ABSENT: Final = (len(SHAPES), len(COLORS), len(PLACES), *[UNKNOWN] * 8, *[N_DIGITS] * MAX_DIGITS)
 """The class of each label that says that there is nothing, where it has one."""
@@ -76,7 +76,7 @@ def _within(corners: Box, window: Box) -> Box:
 
 
 def _mark(labels: NDArray[np.int64], corners: Box, values: Sequence[int]) -> None:
-    """Label the tokens whose middle is stored in an object, or that have its middle; leave open those that it touches."""
+    """Label the tokens whose middle is inside an object, or that have its middle; not those that it only touches."""
     rows, cols = labels.shape[:2]
     left, top, right, bottom = (edge * size for edge, size in zip(corners, (cols, rows, cols, rows), strict=True))
     if right <= 0 or bottom <= 0 or left >= cols or top >= rows:

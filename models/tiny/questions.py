@@ -25,7 +25,7 @@ class Question:
 
 
 def ask(rng: random.Random, scene: Scene, group: str) -> Question | None:
-    """Return a random question of the group, or None where the scene allows none with one right answer."""
+    """Return a random question of the group, or None if the scene allows none with one right answer."""
     made = GROUPS[group](rng, scene)
     if made is None:
         return None
@@ -41,8 +41,9 @@ def _describe(_: random.Random, scene: Scene) -> Made:
     if scene.number is not None:
         parts.append((scene.number.place, f"the number {scene.number.digits}"))
     texts = [f"{text.removeprefix('a ')} {at(place)}" for place, text in sorted(parts)]
-    answer = f"{_listing(texts) or 'nothing'} on a {scene.background} background."
-    return ("Describe the picture.", "What is in the picture?", "Describe this image."), answer[0].upper() + answer[1:]
+    answer = f"{_listing(texts) or 'nothing'} on a {scene.ground} background."  # quote
+    phrasings = "Describe the picture.", "What is in the picture?", "Describe this image."  # quote
+    return phrasings, answer[0].upper() + answer[1:]
 
 
 def _with_article(name: str) -> str:
@@ -66,7 +67,7 @@ def _plural(shape: str) -> str:
 def _count(rng: random.Random, scene: Scene) -> Made:
     kind = rng.choice(("object", "object", "shape", "color"))
     if kind == "object":
-        phrasings = "How many objects are there?", "How many shapes are in the picture?", "Count the objects."
+        phrasings = "How many objects are there?", "How many shapes are in the picture?", "Count the objects."  # quote
         return phrasings, str(len(scene.items))
     if kind == "shape":
         shape = _seen_or_not(rng, [item.shape for item in scene.items], SHAPES)
@@ -74,7 +75,8 @@ def _count(rng: random.Random, scene: Scene) -> Made:
     else:
         color = _seen_or_not(rng, [item.color for item in scene.items], COLORS)
         what, number = f"{color} objects", sum(item.color == color for item in scene.items)
-    return (f"How many {what} are there?", f"How many {what} are in the picture?", f"Count the {what}."), str(number)
+    phrasings = f"How many {what} are there?", f"How many {what} are in the picture?", f"Count the {what}."  # quote
+    return phrasings, str(number)
 
 
 def _seen_or_not(rng: random.Random, seen: list[str], every: tuple[str, ...]) -> str:
@@ -131,7 +133,8 @@ def _number(_: random.Random, scene: Scene) -> Made:
 
 
 def _background(_: random.Random, scene: Scene) -> Made:
-    return ("What color is the background?", "Which color does the background have?"), _title(scene.background)
+    phrasings = "What color is the background?", "Which color does the background have?"  # quote
+    return phrasings, _title(scene.ground)
 
 
 def _yes_no(rng: random.Random, scene: Scene) -> Made:
@@ -154,7 +157,7 @@ def _yes_no(rng: random.Random, scene: Scene) -> Made:
 
 def _is_there(name: str) -> tuple[str, ...]:
     name = _with_article(name)
-    return f"Is there {name}?", f"Do you see {name}?", f"Is there {name} in the picture?"
+    return f"Is there {name}?", f"Do you see {name}?", f"Is there {name} in the picture?"  # quote
 
 
 def _yes(condition: bool) -> str:
@@ -202,18 +205,18 @@ GROUPS: Final[dict[str, Callable[[random.Random, Scene], Made]]] = {
     "place": _place,
     "shape": _shape,
     "number": _number,
-    "background": _background,
+    "background": _background,  # quote
     "yes/no": _yes_no,
     "detect": _detect,
 }
 
 
-_ONE_ANSWER: Final = frozenset({"describe", "number", "background"})
+_ONE_ANSWER: Final = frozenset({"describe", "number", "background"})  # quote
 """Groups whose questions are one question in other words."""
 
 
-def talk(rng: random.Random, scene: Scene, turns: int, weights: Mapping[str, float]) -> Iterator[Question]:
-    """Yield up to `turns` different questions, drawn by the groups' weights."""
+def conversation(rng: random.Random, scene: Scene, turns: int, weights: Mapping[str, float]) -> Iterator[Question]:
+    """Yield up to `turns` different questions, sampled by the groups' weights."""
     asked: set[str] = set()
     names, shares = list(weights), list(weights.values())
     for _ in range(4 * turns):

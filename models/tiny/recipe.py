@@ -24,7 +24,7 @@ WEIGHTS: Final = {
     "place": 2.5,
     "shape": 3.0,
     "number": 2.5,
-    "background": 0.2,
+    "background": 0.2,  # quote
     "yes/no": 2.0,
     "detect": 1.5,
 }
@@ -32,16 +32,17 @@ WEIGHTS: Final = {
 LATE_WEIGHTS: Final = WEIGHTS | {"describe": 3.0, "count": 4.0, "color": 2.0, "number": 3.0, "detect": 2.0}
 """The same towards the end: more of what is learned last."""
 CLOSE_UP_WEIGHTS: Final = {
-    "describe": 1.0, "count": 0.3, "color": 1.0, "shape": 3.0, "number": 3.0, "background": 0.2, "yes/no": 2.0,
+    "describe": 1.0, "count": 0.3, "color": 1.0, "shape": 3.0, "number": 3.0,
+    "background": 0.2, "yes/no": 2.0,  # quote
 }  # fmt: skip
 """The same about close-ups."""
 TURNS: Final = 9
 """Most questions about one image of the training, which is encoded once for all of them..."""
-TALK: Final = 100
-"""...as far as these many tokens go..."""
-LONG_TALK: Final = 190
-"""...or in some batches, and about tiled images, these, so that the longest answers have room."""
-CLOSE_UP_TALK: Final = 60
+TOKENS: Final = 100
+"""...up to this many tokens of all questions and answers..."""
+LONG_TOKENS: Final = 190
+"""...or this many in some batches and about tiled images, so that the longest answers fit."""
+CLOSE_UP_TOKENS: Final = 60
 LONG_SHARE: Final = 0.05
 DIGITS: Final = (18.0, 48.0)
 """Least and greatest height of a digit in the view that shows it best, pixels."""
@@ -69,7 +70,7 @@ class Stage:
     weights: Mapping[str, float]
     """How often each group of questions is asked."""
     resized: float
-    """Share of the batches whose images are drawn in another size than the view's, and so are resized."""
+    """Share of the batches whose images are rendered in another size than the view's, and so are resized."""
     landmarks: float
     """What the loss of the landmarks counts beside that of the answers."""
 
@@ -143,7 +144,7 @@ def rescaled(rng: random.Random, tile_plan: TilePlan) -> TilePlan:
 
 
 def tiled_plan(rng: random.Random) -> TilePlan:
-    """Return the plan of an image that is cut into tiles, of any aspect ratio from 1:3 to 3:1."""
+    """Return the plan of an image in tiles, of any aspect ratio from 1:3 to 3:1."""
     while True:
         if rng.random() < 0.5:  # nothing to resize, so quick to make
             side = IMAGE_CONFIG.tile_size
@@ -160,7 +161,7 @@ def kind_for(tile_plan: TilePlan, *, fine: bool, number_share: float = 0.5) -> K
     """Return what scenes to draw for images of this plan.
 
     Args:
-        tile_plan: of the image as it is drawn.
+        tile_plan: of the image as it is rendered.
         fine: whether numbers are so small that only a tile shows them.
         number_share: how often there is one.
     """

@@ -1,4 +1,4 @@
-"""What an image shows: objects and perhaps a number at the nine places of a grid, drawn at random from a seed."""
+"""What an image shows: objects and perhaps a number at the nine places of a grid, sampled from a seed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _BACKGROUND_HSV: Final[dict[str, tuple[tuple[float, float], tuple[float, float],
 }
 BACKGROUNDS: Final = tuple(_BACKGROUND_HSV)
 _UNSEEN: Final = {"navy": ("black", "blue")}
-"""Colours that would hardly show on a background."""
+"""Colours that would hardly be visible on a ground."""
 SIZES: Final = {"small": (0.42, 0.52), "medium": (0.58, 0.7), "large": (0.78, 0.92)}
 """Side of an object as a share of its cell's shorter side."""
 DIGIT_WIDTH: Final = 0.78
@@ -96,15 +96,15 @@ class Number(Thing):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """Everything that the image shows and how it is drawn."""
+    """Everything that the image shows and how it is rendered."""
 
     height: int
     """Pixels."""
     width: int
     """Pixels."""
-    background: str
+    ground: str
     rgb: Rgb
-    """Of the background."""
+    """Of the ground."""
     texture: str
     """`plain`, `gradient`, `stripes` or `speckle`."""
     items: tuple[Item, ...]
@@ -137,22 +137,22 @@ class Kind:
 
 def draw_scene(rng: random.Random, height: int, width: int, kind: Kind) -> Scene:
     """Return a scene of the given size (pixels)."""
-    background = rng.choice(BACKGROUNDS)
+    ground = rng.choice(BACKGROUNDS)
     places = rng.sample(range(9), 5)
     has_number = rng.random() < kind.number_share
     count = rng.choices(range(5), (6 if has_number else 1, 25, 25, 24, 20))[0]
     if kind.close_up:
         places, count = [4] * 5, 0 if has_number else 1
-    palette = _palette(rng, background)
+    palette = _palette(rng, ground)
     items = [_item(rng, place, height, width, palette) for place in places[:count]]
     if kind.close_up or (count == 1 and rng.random() < 0.25 and not has_number):
         items = [_huge(rng, item) for item in items]
-    number = _number(rng, places[4], height, width, background, kind) if has_number else None
+    number = _number(rng, places[4], height, width, ground, kind) if has_number else None
     return Scene(
         height=height,
         width=width,
-        background=background,
-        rgb=_color(rng, *_BACKGROUND_HSV[background]),
+        ground=ground,
+        rgb=_color(rng, *_BACKGROUND_HSV[ground]),
         texture=rng.choices(("plain", "gradient", "stripes", "speckle"), (4, 2, 1, 1))[0],
         items=tuple(sorted(items, key=lambda item: item.place)),
         number=number,
@@ -163,9 +163,9 @@ def draw_scene(rng: random.Random, height: int, width: int, kind: Kind) -> Scene
     )
 
 
-def _palette(rng: random.Random, background: str) -> list[tuple[str, str]]:
+def _palette(rng: random.Random, ground: str) -> list[tuple[str, str]]:
     """Return (colour, shape) pairs to choose from: often few, so that counts and absences get interesting."""
-    colors = [color for color in COLORS if color not in _UNSEEN.get(background, ())]
+    colors = [color for color in COLORS if color not in _UNSEEN.get(ground, ())]
     colors = rng.sample(colors, rng.choice((2, 3, 4, 6)))
     shapes = rng.sample(SHAPES, rng.choice((1, 2, 3, 4, 6)))
     return [(color, shape) for color in colors for shape in shapes]
@@ -210,12 +210,12 @@ def _center(rng: random.Random, place: int, extent: tuple[float, float]) -> tupl
 
 
 def _inside(middle: float, side: float) -> float:
-    """Return the middle moved so that nothing is cut off by the image's edge."""
+    """Return the middle moved so that nothing extends over the image's edge."""
     half = min(0.5, side / 2)
     return min(1 - half, max(half, middle))
 
 
-def _number(rng: random.Random, place: int, height: int, width: int, background: str, kind: Kind) -> Number:
+def _number(rng: random.Random, place: int, height: int, width: int, ground: str, kind: Kind) -> Number:
     low, high = kind.digits
     cells = 1 if kind.close_up else 3
     most = max(1, min(4, int(1.2 * width / cells / (DIGIT_WIDTH * low))))
@@ -223,7 +223,7 @@ def _number(rng: random.Random, place: int, height: int, width: int, background:
     tall = math.exp(rng.uniform(math.log(low), math.log(high)))
     tall = max(low, min(tall, 0.9 * width / cells / (DIGIT_WIDTH * len(digits)), 0.6 * height / cells))
     extent = (DIGIT_WIDTH * len(digits) * tall / width, tall / height)
-    dark = background != "navy" and (background != "gray" or rng.random() < 0.5)
+    dark = ground != "navy" and (ground != "gray" or rng.random() < 0.5)
     level = (0.0, 0.12) if dark else (0.92, 1.0)
     return Number(
         place=place,

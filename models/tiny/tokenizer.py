@@ -44,7 +44,7 @@ TEMPLATE: Final = (
 
 
 def corpus(seed: int) -> Iterator[str]:
-    """Yield questions and answers of scenes that are never drawn."""
+    """Yield questions and answers of scenes that are never rendered."""
     rng = random.Random(seed)
     kind = Kind(digits=(14, 40), number_share=0.3)
     for _ in range(N_SCENES):

@@ -1,6 +1,6 @@
 """Train the demonstration model: `python -m models.tiny.train`; run again after a stop, it goes on where it was.
 
-The state is saved every few minutes. Batches are drawn in a second process, from the seed and the step's number, so
+The state is saved every few minutes. Batches are made in a second process, from the seed and the step's number, so
 that a resumed training sees what an uninterrupted one would have seen.
 """
 

@@ -18,14 +18,14 @@ from typing import Annotated, Any, Final
 import typer
 
 from lfm2vl_convert import convert_checkpoint
-from lfm2vl_convert.recipes import ENCODER_TYPES, LANGUAGE_TYPES
+from lfm2vl_edge.config import ENCODER_TYPES, LANGUAGE_TYPES
 from lfm2vl_edge import Model
 from lfm2vl_edge.cli._quantizing import quantizer_with
 from lfm2vl_edge.evaluate import Row, Summary, evaluate, read_rows, summarise
 
 SHIPPED: Final = ("Q8_0", "F16")
 UNWEIGHTED: Final = frozenset({"F32", "F16", "BF16", "Q8_0"})
-"""Types that heed no importance matrix."""
+"""Types that ignore an importance matrix."""
 SPEED_ROWS: Final = 40
 """Images whose description is timed."""
 Key = tuple[str, str, bool]
@@ -53,10 +53,10 @@ def measure(checkpoint: Path, rows: Sequence[Row], folder: Path, key: Key, imatr
     with Model.open(folder) as model:  # one that has seen no image
         speeds = speed(model, rows)
     sizes = [path.stat().st_size / 1e6 for path in (made.model, made.mmproj)]
-    return {"key": key, "megabytes": sizes, **figures(summary), **speeds}
+    return {"key": key, "megabytes": sizes, **accuracies(summary), **speeds}
 
 
-def figures(summary: Summary) -> dict[str, Any]:
+def accuracies(summary: Summary) -> dict[str, Any]:
     """Return the accuracy (percent) in all and by group, and how well boxes fit."""
     groups = {str(name): 100 * tally.normalised for name, tally in summary.groups.items()}
     boxes = summary.total.boxes
@@ -66,8 +66,8 @@ def figures(summary: Summary) -> dict[str, Any]:
 def speed(model: Model, rows: Sequence[Row]) -> dict[str, float]:
     """Return the medians of a view's encoding (milliseconds) and of decoding (tokens per second)."""
     encode, decode = [], []
-    for picture in list(dict.fromkeys(row.images[0] for row in rows))[:SPEED_ROWS]:
-        *_, last = model.stream(picture, "Describe the picture.", max_tokens=64)
+    for image in list(dict.fromkeys(row.images[0] for row in rows))[:SPEED_ROWS]:
+        *_, last = model.stream(image, "Describe the picture.", max_tokens=64)  # quote
         if last.stats is not None:
             encode.append(1000 * last.stats.encode_seconds / last.stats.encoded_views)
             decode.append(last.stats.decode_speed)

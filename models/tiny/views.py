@@ -1,4 +1,4 @@
-"""Images as the encoder sees them: cut into views, and views into patches."""
+"""Images as the encoder gets them: split into views, and views into patches."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from models.tiny.recipe import IMAGE_CONFIG
 from models.tiny.settings import PATCH
 
 
-def quick_cut(pixels: Pixels, tile_plan: TilePlan) -> list[Tile]:
-    """Return what the runtime's `cut` does, resized by Pillow: the same but for a level or two, in less time."""
+def quick_preprocess(pixels: Pixels, tile_plan: TilePlan) -> list[Tile]:
+    """Return what the runtime's `preprocess` returns, resized by Pillow: within two levels of 255, in less time."""
     side = IMAGE_CONFIG.tile_size
     grid = _resized(pixels, tile_plan.rows * side, tile_plan.cols * side) if tile_plan.is_tiled else pixels
     tiles = []

@@ -12,7 +12,7 @@ from models.tiny import recipe
 from models.tiny.draw import FONTS, box, draw
 from models.tiny.landmarks import ABSENT, CLASSES, UNKNOWN, landmarks
 from models.tiny.scene import COLORS, SHAPES, Kind, Number, Scene, draw_scene
-from models.tiny.views import quick_cut
+from models.tiny.views import quick_preprocess
 
 SIDE = 32
 SHAPE, COLOR, PLACE, LEFT, DIGITS = 0, 1, 2, 3, 11
@@ -22,7 +22,7 @@ def drawn(seed: int, height: int, width: int, digits: tuple[float, float] = (18,
     scene = draw_scene(random.Random(seed), height, width, Kind(digits=digits, number_share=0.7))
     number = scene.number and replace(scene.number, font=len(FONTS) - 1)
     scene = replace(scene, number=number, texture="plain", noise=0, jpeg=None)
-    return scene, quick_cut(draw(scene), plan(height, width, recipe.IMAGE_CONFIG))
+    return scene, quick_preprocess(draw(scene), plan(height, width, recipe.IMAGE_CONFIG))
 
 
 def grid(scene: Scene, tiles: list[Tile]) -> np.ndarray:

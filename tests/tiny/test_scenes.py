@@ -10,9 +10,9 @@ import pytest
 from lfm2vl_edge.image.tiles import preprocess
 from models.tiny import recipe
 from models.tiny.draw import FONTS, box, draw
-from models.tiny.questions import GROUPS, ask, talk
+from models.tiny.questions import GROUPS, ask, conversation
 from models.tiny.scene import COLORS, PLACES, SHAPES, Item, Kind, Number, Scene, draw_scene
-from models.tiny.views import quick_cut
+from models.tiny.views import quick_preprocess
 
 KIND = Kind(digits=(14, 40), number_share=0.5)
 
@@ -146,9 +146,9 @@ def test_no_and_none_are_asked_for_often_enough() -> None:
     assert 0.08 < answers.count("None") / (len(answers) - yes - no) < 0.35
 
 
-def test_a_talk_asks_nothing_twice() -> None:
+def test_a_conversation_has_no_question_twice() -> None:
     for seed in range(50):
-        texts = [question.text for question in talk(random.Random(seed), scene_of(seed), 9, recipe.WEIGHTS)]
+        texts = [question.text for question in conversation(random.Random(seed), scene_of(seed), 9, recipe.WEIGHTS)]
         assert len(texts) == len(set(texts))
 
 
@@ -157,7 +157,7 @@ def test_training_sees_what_the_runtime_sees(seed: int) -> None:
     rng = random.Random(seed)
     tile_plan = recipe.tiled_plan(rng) if seed % 2 else recipe.rescaled(rng, recipe.single_plan(rng, (16, 64)))
     pixels = draw(scene_of(seed, tile_plan.height, tile_plan.width))
-    quick, exact = quick_cut(pixels, tile_plan), preprocess(pixels, tile_plan, recipe.IMAGE_CONFIG)
+    quick, exact = quick_preprocess(pixels, tile_plan), preprocess(pixels, tile_plan, recipe.IMAGE_CONFIG)
     for one, other in zip(quick, exact, strict=True):
         assert one.view == other.view
         assert np.abs(one.pixels.astype(int) - other.pixels).max() <= 2
