@@ -1,4 +1,4 @@
-"""Token bytes to text: whole characters only, stop strings never shown, nothing lost."""
+"""Bytes of tokens to text: complete characters only, no stop strings, and nothing lost."""
 
 from itertools import pairwise
 
@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from lfm2vl_edge.stream import TextStream
 
 
-def split(data: bytes, cuts: list[int]) -> list[bytes]:
-    places = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
-    return [data[begin:end] for begin, end in pairwise(places)]
+def split(data: bytes, ends: list[int]) -> list[bytes]:
+    bounds = sorted({min(end, len(data)) for end in ends} | {0, len(data)})
+    return [data[start:end] for start, end in pairwise(bounds)]
 
 
 def joined(pieces: list[bytes], stop: tuple[str, ...]) -> str:
@@ -19,8 +19,8 @@ def joined(pieces: list[bytes], stop: tuple[str, ...]) -> str:
 
 
 @given(st.text(), st.lists(st.integers(0, 40)))
-def test_pieces_join_to_the_text_however_the_bytes_are_cut(text: str, cuts: list[int]) -> None:
-    assert joined(split(text.encode(), cuts), ()) == text
+def test_pieces_join_to_the_text_however_the_bytes_are_split(text: str, ends: list[int]) -> None:
+    assert joined(split(text.encode(), ends), ()) == text
 
 
 @given(
@@ -28,8 +28,8 @@ def test_pieces_join_to_the_text_however_the_bytes_are_cut(text: str, cuts: list
     st.lists(st.text(alphabet="ab\n🙂", min_size=1, max_size=4), min_size=1, max_size=3),
     st.lists(st.integers(0, 60)),
 )
-def test_nothing_of_the_first_stop_string_or_after_it_comes_out(text: str, stop: list[str], cuts: list[int]) -> None:
-    """Fed byte by byte, the first stop string to be complete ends the text; cut otherwise, one that begins earlier."""
+def test_the_first_stop_string_and_the_rest_are_never_returned(text: str, stop: list[str], splits: list[int]) -> None:
+    """Byte by byte, the stop string that ends first ends the text; in larger pieces, the one that starts first."""
     whole = joined([bytes([byte]) for byte in text.encode()], tuple(stop))
     ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(one) for one in stop)]
     if ends:
@@ -37,10 +37,10 @@ def test_nothing_of_the_first_stop_string_or_after_it_comes_out(text: str, stop:
         assert whole == text[: ends[0] - len(longest)]
     else:
         assert whole == text
-    assert not any(one in joined(split(text.encode(), cuts), tuple(stop)) for one in stop)
+    assert not any(one in joined(split(text.encode(), splits), tuple(stop)) for one in stop)
 
 
-def test_text_comes_as_early_as_it_is_certain() -> None:
+def test_text_is_returned_as_soon_as_it_is_certain() -> None:
     stream = TextStream(("STOP",))
     assert stream.push("ab 🙂".encode()[:-1]) == "ab "
     assert stream.push("🙂".encode()[-1:]) == "🙂"
@@ -51,7 +51,7 @@ def test_text_comes_as_early_as_it_is_certain() -> None:
     assert stream.push(b"more") == stream.flush() == ""
 
 
-def test_half_a_character_at_the_end_is_marked() -> None:
+def test_an_incomplete_character_at_the_end_is_replaced() -> None:
     stream = TextStream()
     assert stream.push("é".encode()[:1]) == ""
     assert stream.flush() == "\ufffd"

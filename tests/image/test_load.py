@@ -1,4 +1,4 @@
-"""Images of every form and mode become upright RGB; what is no image is refused in one clear line."""
+"""Images of every form and mode are loaded as upright RGB; anything else is a one-line ImageError."""
 
 import base64
 import io
@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 
 from lfm2vl_edge import ImageError, load_image
-from tests.conftest import PICTURES
+from tests.conftest import IMAGES
 
 RNG = np.random.default_rng(5)
 PIXELS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
 
 
-def encoded(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
+    image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
@@ -29,8 +29,8 @@ PNG = encoded(Image.fromarray(PIXELS))
 @pytest.mark.parametrize(
     "form", ["path", "str", "bytes", "bytearray", "memoryview", "data", "percent", "pil", "array"]
 )
-def test_every_form_gives_the_same_pixels(form: str, tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
+def test_every_form_loads_the_same_pixels(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
     path.write_bytes(PNG)
     sources: dict[str, Any] = {
         "path": path,
@@ -60,7 +60,7 @@ def test_other_formats(form: str) -> None:
 
 
 def turned(orientation: int) -> np.ndarray[Any, Any]:
-    """What a viewer shows of PIXELS with each EXIF orientation, from the EXIF standard's table."""
+    """PIXELS as a viewer displays them for each EXIF orientation, from the table of the EXIF standard."""
     up = PIXELS
     views: dict[int, np.ndarray[Any, Any]] = {
         1: up,
@@ -89,7 +89,7 @@ def test_sixteen_bit_grey_keeps_its_range() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LA", "RGBA", "I", "F"])
-def test_any_mode_becomes_rgb(mode: str) -> None:
+def test_every_mode_is_converted_to_rgb(mode: str) -> None:
     white = Image.new("RGB", (4, 3), "white").convert(mode)
     if mode in ("I", "F"):
         white = Image.fromarray(np.full((3, 4), 65535 if mode == "I" else 1.0, "int32" if mode == "I" else "float32"))
@@ -103,11 +103,11 @@ def test_alpha_is_laid_over_white() -> None:
         assert np.abs(load_image(source).astype(int) - 127).max() <= 1
     palette = Image.fromarray(PIXELS).quantize(4)
     palette.info["transparency"] = 0
-    seen = load_image(encoded(palette, transparency=0))
-    assert (seen[np.asarray(palette) == 0] == 255).all()
+    loaded = load_image(encoded(palette, transparency=0))
+    assert (loaded[np.asarray(palette) == 0] == 255).all()
 
 
-def test_the_first_frame_of_an_animation_is_taken() -> None:
+def test_the_first_frame_of_an_animation_is_used() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert (load_image(data) == (255, 0, 0)).all()
@@ -122,22 +122,22 @@ def test_arrays_of_every_shape(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "named"),
+    ("source", "message"),
     [
-        (b"", "no picture"),
-        (b"GIF89a", "picture"),
-        (b"not a picture at all", "no picture"),
-        (PNG[:60], "damaged"),
-        (PNG[:-30], "damaged"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "no picture"),
+        (b"", "not an image"),
+        (b"GIF89a", "image"),
+        (b"not an image at all", "not an image"),
+        (PNG[:60], "corrupt"),
+        (PNG[:-30], "corrupt"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "not an image"),
         ("no/such/file.png", "check the path"),
         ("data:image/png;base64", "comma"),
-        ("data:image/png;base64,@@@", "damaged"),
+        ("data:image/png;base64,@@@", "corrupt"),
         ("ftp://example.com/a.png", "only http and https"),
         ("a\0b", "cannot read"),
         (Path(), "cannot read"),
-        (12, "int is no picture"),
-        (None, "NoneType is no picture"),
+        (12, "int is not an image"),
+        (None, "NoneType is not an image"),
         (np.zeros((3, 4), np.float32), "float32 is ambiguous"),
         (np.zeros((3, 4, 2), np.uint8), "shape"),
         (np.zeros((2, 2, 3, 1), np.uint8), "shape"),
@@ -145,13 +145,13 @@ def test_arrays_of_every_shape(shape: tuple[int, ...]) -> None:
         (np.zeros(4, np.uint8), "shape"),
     ],
 )
-def test_what_is_no_picture_is_refused(source: Any, named: str) -> None:
-    with pytest.raises(ImageError, match=named):
+def test_anything_else_is_an_image_error(source: Any, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
         load_image(source)
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has next to no pixels."""
+    """A PNG with a size in its header and hardly any pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
@@ -160,7 +160,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-def test_a_bomb_is_refused_before_it_is_decoded() -> None:
+def test_a_decompression_bomb_is_refused_before_it_is_decoded() -> None:
     with pytest.raises(ImageError, match="100000x100000, 10000 megapixels; the limit is 200"):
         load_image(png_header(100_000, 100_000))
 
@@ -176,17 +176,17 @@ def test_the_limit_is_an_option() -> None:
         load_image(Image.fromarray(PIXELS), max_pixels=53)
     assert load_image(PIXELS, max_pixels=53).shape == (6, 9, 3)  # it is in memory already
     assert load_image(PNG, max_pixels=54).shape == (6, 9, 3)
-    assert Image.MAX_IMAGE_PIXELS is not None  # Pillow's own limit is as it was
+    assert Image.MAX_IMAGE_PIXELS is not None  # Pillow's own limit is restored
 
 
-def test_damaged_files_never_raise_anything_else() -> None:
+def test_corrupt_files_never_raise_anything_else() -> None:
     rng = np.random.default_rng(8)
     originals = [PNG, encoded(Image.fromarray(PIXELS), "JPEG"), encoded(Image.fromarray(PIXELS), "GIF")]
-    originals += [encoded(Image.fromarray(PIXELS), "TIFF"), (PICTURES / "small.png").read_bytes()[:4000]]
+    originals += [encoded(Image.fromarray(PIXELS), "TIFF"), (IMAGES / "small.png").read_bytes()[:4000]]
     for _ in range(300):
         data = bytearray(originals[rng.integers(len(originals))])
-        for place in rng.integers(0, len(data), rng.integers(1, 8)):
-            data[place] = rng.integers(256)
+        for position in rng.integers(0, len(data), rng.integers(1, 8)):
+            data[position] = rng.integers(256)
         try:
             load_image(bytes(data[: rng.integers(1, len(data) + 1)]))
         except ImageError as error:

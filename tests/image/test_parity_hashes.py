@@ -17,10 +17,10 @@ from tests.parity.images import HASHES, N_IMAGES, SETTINGS, Case, cases, checkpo
 
 ENTRIES: list[dict[str, Any]] = json.loads(HASHES.read_text(encoding="utf-8"))["images"]
 N_FAST = 2 * len(SETTINGS)
-"""How many of the images the ordinary suite compares: two of each setting; `make parity-images` compares all."""
+"""Images that the ordinary suite compares: two of each setting; `make parity-images` compares all."""
 
 
-def test_the_file_has_every_case_and_no_case_is_excused() -> None:
+def test_the_file_has_every_case_and_no_exception() -> None:
     assert [(entry["seed"], entry["setting"], entry["size"]) for entry in ENTRIES] == [
         (case.seed, case.setting, [case.height, case.width]) for case in cases()
     ]
