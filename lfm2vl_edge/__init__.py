@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lfm2vl_edge.cache.fingerprint import Fingerprint
     from lfm2vl_edge.chat import Chat
     from lfm2vl_edge.config import (
         AskOptions,
@@ -47,16 +48,18 @@ if TYPE_CHECKING:
     from lfm2vl_edge.model import ChatOptions, EncodedImage, Model, ModelOptions
     from lfm2vl_edge.models.download import pull
     from lfm2vl_edge.models.names import Pair
+    from lfm2vl_edge.opening import ModelName, OpenedModel
     from lfm2vl_edge.planning.budget import BudgetOptions, Detail, ImageBudget
     from lfm2vl_edge.planning.costs import Costs
     from lfm2vl_edge.planning.geometry import TilePlan, View, plan
-    from lfm2vl_edge.prompt.messages import Message
+    from lfm2vl_edge.prompt.messages import AnyImage, Message
     from lfm2vl_edge.prompt.tools import ToolCall, ToolInput
     from lfm2vl_edge.stats import Stats
 
 __version__ = "0.1.0"
 
 _MODULES = {
+    "cache.fingerprint": "Fingerprint",
     "chat": "Chat",
     "config": "AskOptions Box BoxFormat ImageConfig ModelConfig Options Point Sampling SamplingOptions",
     "errors": (
@@ -69,10 +72,11 @@ _MODULES = {
     "model": "ChatOptions EncodedImage Model ModelOptions",
     "models.download": "pull",
     "models.names": "Pair",
+    "opening": "ModelName OpenedModel",
     "planning.budget": "BudgetOptions Detail ImageBudget",
     "planning.costs": "Costs",
     "planning.geometry": "TilePlan View plan",
-    "prompt.messages": "Message",
+    "prompt.messages": "AnyImage Message",
     "prompt.tools": "ToolCall ToolInput",
     "stats": "Stats",
 }
@@ -82,6 +86,7 @@ _PLACES = {name: module for module, names in _MODULES.items() for name in names.
 __all__ = [
     "AnswerError",
     "AnswerTruncated",
+    "AnyImage",
     "AskOptions",
     "Box",
     "BoxFormat",
@@ -99,6 +104,7 @@ __all__ = [
     "EdgeError",
     "EncodedImage",
     "EngineError",
+    "Fingerprint",
     "FinishReason",
     "ImageBudget",
     "ImageConfig",
@@ -107,9 +113,11 @@ __all__ = [
     "Message",
     "Model",
     "ModelConfig",
+    "ModelName",
     "ModelNotFound",
     "ModelNotPulled",
     "ModelOptions",
+    "OpenedModel",
     "Options",
     "Pair",
     "Point",

@@ -20,7 +20,7 @@ from lfm2vl_edge.engine import Engine
 from lfm2vl_edge.errors import ConfigError
 from lfm2vl_edge.host import big_cores
 from lfm2vl_edge.models.facts import read_facts
-from lfm2vl_edge.models.names import Pair, ResolvedModel, find_pair, mmproj_type, resolve_model
+from lfm2vl_edge.models.names import Pair, ResolvedModel, mmproj_type, resolve_model
 from lfm2vl_edge.planning.budget import BudgetOptions, Detail, ImageBudget, check_detail
 from lfm2vl_edge.planning.costs import Costs, CostShape, cost_shape, guess
 from lfm2vl_edge.planning.device import Profile, load_profile, profile_key
@@ -129,13 +129,17 @@ class Opening:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedModel:
-    """A model in memory."""
+    """A model in memory, of which `Model.of` makes a `Model`.
+
+    Attributes:
+        engine: it owns native memory: close it.
+        opening: what was decided about it.
+        seconds: time that opening took.
+    """
 
     engine: Engine
-    """It owns native memory: close it."""
     opening: Opening
     seconds: float
-    """Time that opening took."""
 
 
 def decide(name: ModelName, options: OpenOptions, *, use_profile: bool = True) -> Opening:
@@ -159,7 +163,7 @@ def _find(name: ModelName, options: OpenOptions, use_profile: bool = True) -> tu
     profile = None
     if use_profile:
         profile = load_profile(profile_key(resolved.model, options.n_gpu_layers, options.device))
-    return OpenedFiles.of(find_pair(resolved.model, resolved.mmproj, _view_seconds(profile))), profile
+    return OpenedFiles.of(resolved.fastest_pair(_view_seconds(profile))), profile
 
 
 def _view_seconds(profile: Profile | None) -> dict[str, float]:

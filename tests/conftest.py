@@ -23,8 +23,8 @@ from tests.hub_server import Hub, serving
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
-PICTURES = REFERENCE / "a"
-"""All three references saw the same images; they lie here once."""
+IMAGES = REFERENCE / "a"
+"""All three references use the same images, which are stored here once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ def conversations(name: str) -> dict[str, Conversation]:
 
 
 def _talk(case: dict[str, Any], arrays: dict[str, Any]) -> Conversation:
-    images = [PICTURES / image for image in case["images"]]
+    images = [IMAGES / image for image in case["images"]]
     waiting = list(images)
     messages = [
         {
@@ -105,7 +105,7 @@ def model(opened: Callable[[str, str], Model]) -> Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubHere:
-    """A hub on 127.0.0.1, and where what is fetched from it lies."""
+    """A hub on 127.0.0.1, and where downloads are stored."""
 
     hub: Hub
     cache: Path

@@ -58,6 +58,7 @@ class FakeEngine:
             n_threads=1,
             system="none",
             libraries=(),
+            encoder="none",
             encoder_settings="",
             language_settings="",
         )
@@ -97,7 +98,7 @@ class FakeEngine:
         pass
 
     def sample(
-        self, sampling: Sampling, seed: int | None, seen: Sequence[int], grammar: str | None = None
+        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], grammar: str | None = None
     ) -> Iterator[int]:
         question = bytes(token for token in self._sequence if token < 256).decode()
         if self.fails_at == len(self.asked):
@@ -121,4 +122,4 @@ def scripted(folder: Path, answers: Mapping[str, str], weights: bytes = b"weight
     pair.model.write_bytes(weights)
     pair.mmproj.write_bytes(weights)
     engine = FakeEngine(answers)
-    return Model(engine, CONFIG, source=OpenedFiles.of(pair)), engine
+    return Model(engine, CONFIG, files=OpenedFiles.of(pair)), engine

@@ -10,10 +10,10 @@ import pytest
 
 from lfm2vl_edge import Chat, Chunk, ConfigError, ContextFull, EngineError, ImageError, Model, PromptError
 from lfm2vl_edge.engine import Floats
-from tests.conftest import PICTURES
+from tests.conftest import IMAGES
 from tests.fake_engine import CONFIG, FakeEngine
 
-SMALL, WIDE = PICTURES / "small.png", PICTURES / "wide.png"
+SMALL, WIDE = IMAGES / "small.png", IMAGES / "wide.png"
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8}
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %}<|model|>{% else %}<|user|>{% endif %}"
@@ -89,7 +89,7 @@ def test_each_turn_decodes_only_what_is_new() -> None:
     assert [answer for role, answer in texts(chat) if role == "assistant"] == ["Yes.", "No.", "Perhaps."]
 
 
-def test_a_talk_of_a_model_goes_on_from_its_state_with_the_answers_of_a_fresh_one(model: Model) -> None:
+def test_a_conversation_of_a_model_goes_on_from_its_state_with_the_answers_of_a_fresh_one(model: Model) -> None:
     fresh = Model(model.engine, model.config)
     chat = Chat(fresh, system="Be brief.", **GREEDY)
     stats = []
@@ -106,14 +106,14 @@ def test_a_talk_of_a_model_goes_on_from_its_state_with_the_answers_of_a_fresh_on
     assert [one.restored_tokens for one in stats[1:]] == [one.prompt_tokens for one in stats[:-1]]
 
 
-def test_pictures_wait_for_the_next_question_and_come_first() -> None:
+def test_images_wait_for_the_next_question_and_come_first() -> None:
     model, _ = talkative({})
     chat = Chat(model)
-    picture = chat.add_image(SMALL)
-    assert chat.pending_images == (picture,)
+    image = chat.add_image(SMALL)
+    assert chat.pending_images == (image,)
     assert joined(chat.send("Both?", SMALL.read_bytes())) == "?"
     assert texts(chat) == [("user", "<image><image>Both?"), ("assistant", "?")]
-    assert chat.messages[0]["content"][0]["image"] is picture
+    assert chat.messages[0]["content"][0]["image"] is image
     assert not chat.pending_images
     joined(chat.send("None?"))
     assert texts(chat)[2] == ("user", "None?")
@@ -122,14 +122,14 @@ def test_pictures_wait_for_the_next_question_and_come_first() -> None:
 def test_an_answer_that_is_broken_off_stays_as_far_as_it_came() -> None:
     model, engine = talkative({"One?": "Yes, it is.", "One?Yes,Two?": "So."})
     chat = Chat(model)
-    picture = chat.add_image(SMALL)
+    image = chat.add_image(SMALL)
     stream = chat.send("One?")
     assert [next(stream).text for _ in range(4)] == [*"Yes,"]
     engine.cancel()
     with pytest.raises(EngineError, match="cancelled"):
         next(stream)
     assert texts(chat) == [("user", "<image>One?"), ("assistant", "Yes,")]
-    assert chat.messages[0]["content"][0]["image"] is picture
+    assert chat.messages[0]["content"][0]["image"] is image
     assert not chat.pending_images
     assert joined(chat.send("Two?")) == "So."
     stream = chat.send("Three?")
@@ -139,24 +139,24 @@ def test_an_answer_that_is_broken_off_stays_as_far_as_it_came() -> None:
     assert len(joined(chat.send("Four?"))) > 0  # the model is free again
 
 
-def test_where_nothing_was_said_the_talk_is_as_it_was_and_pictures_wait_on() -> None:
+def test_if_nothing_was_said_the_conversation_is_as_it_was_and_images_wait_on() -> None:
     model, engine = talkative({"One?": "Yes."})
     chat = Chat(model)
     joined(chat.send("One?"))
     before = texts(chat)
-    picture = chat.add_image(SMALL)
+    image = chat.add_image(SMALL)
     engine.fails_at = len(engine.asked)
     with pytest.raises(EngineError):
         joined(chat.send("Two?"))
     chat.send("never asked").close()
     with pytest.raises(ImageError):
-        chat.send("Two?", [SMALL, b"no picture"])
+        chat.send("Two?", [SMALL, b"not an image"])
     with pytest.raises(ImageError):
-        chat.add_image(b"no picture")
+        chat.add_image(b"not an image")
     with pytest.raises(PromptError):
         joined(chat.send(3))  # type: ignore[arg-type]
     assert texts(chat) == before
-    assert chat.pending_images == (picture,)
+    assert chat.pending_images == (image,)
     engine.fails_at = None
     assert joined(chat.send("Two?")) == "?"
     assert texts(chat)[2] == ("user", "<image>Two?")

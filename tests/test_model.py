@@ -12,10 +12,10 @@ from PIL import Image
 
 from lfm2vl_edge import ConfigError, EngineError, ImageError, Model, PromptError, plan
 from lfm2vl_edge.host import available_cpus, physical_cores
-from tests.conftest import PICTURES, Pair, conversations
+from tests.conftest import IMAGES, Pair, conversations
 
-SMALL = PICTURES / "small.png"
-WIDE = PICTURES / "wide.png"
+SMALL = IMAGES / "small.png"
+WIDE = IMAGES / "wide.png"
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
 
 
@@ -31,13 +31,13 @@ def test_the_five_lines_of_the_readme(pair: Pair) -> None:
     assert answer
 
 
-def test_every_form_of_a_picture_gives_the_same_answer(model: Model) -> None:
+def test_every_form_of_an_image_gives_the_same_answer(model: Model) -> None:
     expected = model.ask(SMALL, "What is this?", **GREEDY)
     for form in (str(SMALL), SMALL.read_bytes(), Image.open(SMALL), np.asarray(Image.open(SMALL)), [SMALL]):
         assert model.ask(form, "What is this?", **GREEDY) == expected
 
 
-def test_a_stream_joins_to_the_answer_and_ends_with_its_figures(model: Model) -> None:
+def test_a_stream_joins_to_the_answer_and_ends_with_its_statistics(model: Model) -> None:
     fresh = Model(model.engine, model.config)  # it has not seen the image yet
     *pieces, last = fresh.stream(WIDE, "What is this?", **GREEDY)
     assert "".join(str(chunk) for chunk in (*pieces, last)) == model.ask(WIDE, "What is this?", **GREEDY)
@@ -54,23 +54,23 @@ def test_a_stream_joins_to_the_answer_and_ends_with_its_figures(model: Model) ->
 
 
 def greedy_by_hand(model: Model, messages: list[dict[str, Any]], n_tokens: int, penalty: float) -> list[int]:
-    """transformers' rule, slowly: penalise what was there, take the likeliest; the prompt is decoded anew."""
-    engine, drawn = model.engine, []
+    """transformers' rule, slowly: penalise what was there, take the most_likely; the prompt is decoded anew."""
+    engine, sampled = model.engine, []
     seen = {token for token in model.token_ids(messages) if token != model.config.control_tokens["<image>"]}
     logits = model.next_token_logits(messages)
     for _ in range(n_tokens):
         scores = logits.astype(np.float64)
         for token in seen:
             scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
-        drawn.append(int(scores.argmax()))
-        seen.add(drawn[-1])
-        engine.decode_tokens(drawn[-1:])
+        sampled.append(int(scores.argmax()))
+        seen.add(sampled[-1])
+        engine.decode_tokens(sampled[-1:])
         logits = engine.logits()
-    return drawn
+    return sampled
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_tokens_are_the_likeliest_after_the_penalty(model: Model, penalty: float) -> None:
+def test_greedy_tokens_are_the_most_likely_after_the_penalty(model: Model, penalty: float) -> None:
     messages = question("what colours are there?", SMALL)
     expected = greedy_by_hand(model, messages, 8, penalty)
     ends = [index for index, token in enumerate(expected) if model.engine.is_end(token)]
@@ -108,21 +108,21 @@ def test_max_tokens_and_stop_end_an_answer(model: Model) -> None:
     assert last.finish_reason == "stop"
 
 
-def test_text_without_a_picture(model: Model) -> None:
+def test_text_without_an_image(model: Model) -> None:
     assert model.ask([], "what is this? 12345", **GREEDY)
 
 
-def test_several_pictures_and_turns(model: Model) -> None:
-    talk = conversations("a")["two_images_two_turns"]
-    *_, last = model.chat(talk.messages, **GREEDY)
+def test_several_images_and_turns(model: Model) -> None:
+    conversation = conversations("a")["two_images_two_turns"]
+    *_, last = model.chat(conversation.messages, **GREEDY)
     assert last.stats is not None
-    assert (last.stats.images, last.stats.prompt_tokens) == (2, len(talk.input_ids))
+    assert (last.stats.images, last.stats.prompt_tokens) == (2, len(conversation.input_ids))
 
 
 def test_the_context_grows_for_a_prompt_and_answers_stay_the_same(pair: Pair) -> None:
     with Model.open(pair("a", "F32"), n_ctx=256) as small, Model.open(pair("a", "F32"), n_ctx=4096) as large:
         assert small.engine.info.n_ctx == 256
-        for image in (SMALL, PICTURES / "photo.png", SMALL):
+        for image in (SMALL, IMAGES / "photo.png", SMALL):
             assert small.ask(image, "what?", **GREEDY) == large.ask(image, "what?", **GREEDY)
         assert small.engine.info.n_ctx > 256
         assert large.engine.info.n_ctx == 4096
@@ -156,7 +156,7 @@ def test_views_larger_than_usual_reopen_the_encoder(model: Model) -> None:
 
 def test_image_settings_can_be_changed(pair: Pair) -> None:
     with Model.open(pair("a", "F16"), image_settings={"do_image_splitting": False, "max_image_tokens": 64}) as model:
-        assert len(model.embed_image(PICTURES / "photo.png")) <= 64
+        assert len(model.embed_image(IMAGES / "photo.png")) <= 64
         assert model.config.image_source.endswith("changed: do_image_splitting, max_image_tokens")
     with pytest.raises(ConfigError, match="unknown image setting 'tiles'"):
         Model.open(pair("a", "F16"), image_settings={"tiles": 3})
@@ -187,9 +187,9 @@ def test_wrong_options_are_named_at_the_call(model: Model, options: dict[str, An
         model.stream(SMALL, "x", **options)
 
 
-def test_a_wrong_picture_leaves_the_model_usable(model: Model) -> None:
+def test_a_wrong_image_leaves_the_model_usable(model: Model) -> None:
     with pytest.raises(ImageError):
-        model.ask(b"no picture", "x")
+        model.ask(b"not an image", "x")
     assert model.ask(SMALL, "x", **GREEDY)
 
 

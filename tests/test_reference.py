@@ -1,4 +1,4 @@
-"""The whole line against transformers's own values: ids, embeddings and logits of every conversation."""
+"""The whole line against transformers' own values: ids, embeddings and logits of every conversation."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from lfm2vl_edge import Model
 from tests.conftest import conversations
 
 NAMES = ("a", "b", "c")
-TALKS = [(name, talk) for name in NAMES for talk in conversations(name)]
+CONVERSATIONS = [(name, conversation) for name in NAMES for conversation in conversations(name)]
 Opened = Callable[[str, str], Model]
 
 
@@ -25,23 +25,23 @@ def relative_error(reference: npt.NDArray[np.float32], found: npt.NDArray[np.flo
     return float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
 
 
-@pytest.mark.parametrize(("name", "talk"), TALKS)
-def test_token_ids_are_the_reference_input_ids(opened: Opened, name: str, talk: str) -> None:
-    reference = conversations(name)[talk]
+@pytest.mark.parametrize(("name", "conversation"), CONVERSATIONS)
+def test_token_ids_are_transformers_input_ids(opened: Opened, name: str, conversation: str) -> None:
+    reference = conversations(name)[conversation]
     assert opened(name, "F32").token_ids(reference.messages) == reference.input_ids
 
 
-@pytest.mark.parametrize(("name", "talk"), TALKS)
-def test_logits_in_float32(opened: Opened, name: str, talk: str) -> None:
-    reference = conversations(name)[talk]
+@pytest.mark.parametrize(("name", "conversation"), CONVERSATIONS)
+def test_logits_in_float32(opened: Opened, name: str, conversation: str) -> None:
+    reference = conversations(name)[conversation]
     logits = opened(name, "F32").next_token_logits(reference.messages)
     assert divergence(reference.logits, logits) <= 1e-5
 
 
-@pytest.mark.parametrize(("name", "talk"), TALKS)
+@pytest.mark.parametrize(("name", "conversation"), CONVERSATIONS)
 @pytest.mark.parametrize(("quant", "most"), [("F16", 1e-3), ("BF16", 5e-2)])
-def test_logits_in_sixteen_bits(opened: Opened, name: str, talk: str, quant: str, most: float) -> None:
-    reference = conversations(name)[talk]
+def test_logits_in_sixteen_bits(opened: Opened, name: str, conversation: str, quant: str, most: float) -> None:
+    reference = conversations(name)[conversation]
     logits = opened(name, quant).next_token_logits(reference.messages)
     assert divergence(reference.logits, logits) <= most
 

@@ -20,7 +20,7 @@ WORDS: Final = {
     "preprocess, resize, tile, truncate": r"\bcut(?:s|ting)?\b|\bno whole\b",
     "conversation": r"\btalks?\b",
     "send, add_image, pending images": r"\.say\(|def say\(|\.show\(|\bwaiting\b(?= (?:image|for the next))|\.waiting\b",
-    "finish_reason": r"\bfinish\b(?!_reason)",
+    "finish_reason": r"\bfinish\b(?![_ ]reason)",
     "completion_tokens": r"\banswer_tokens\b",
     "tool_calls": r"\.calls\b|\bcalls=|[\"']calls[\"']",
     "n_gpu_layers": r"(?<!n_)gpu_layers|(?<!n-)gpu-layers",
@@ -39,11 +39,11 @@ WORDS: Final = {
     "worker thread": r"\bbackground\b",
     "transformers": r"\bthe reference(?:'s)?\b",
     "baseline": r"\bpeers?\b",
-    "is not a valid": r"(?<!there )\bis no (?!longer\b|more\b)|\bis none\b",
+    "is not a valid": r"(?<!there )\bis no (?!longer\b|more\b)|(?-i:\bis none\b)",
     "if": r"\bwhere (?:there (?:is|are|was|were)|none|nobody|nothing|possible|needed|wanted|asked)\b",
     "stored in": r"\b(?:lies|lie|lay|lying)\b",
     "honoured": r"\bheed(?:s|ed)?\b",
-    "the start of": r"\bthe begin\b",
+    "the start of": r"\bthe begin\b(?!-)",
 }
 """What to write -> a regular expression of what not to write; any case counts."""
 QUOTED: Final = (

@@ -40,7 +40,7 @@ class ImageBudget:
 
     Attributes:
         detail: `full`: the model's own settings. The others make one view, see `detail_changes`.
-        budget_tokens: most image tokens of one image; None is no limit.
+        budget_tokens: most image tokens of one image; None means no limit.
         budget_seconds: most seconds of one image in encoder and language tower, as predicted by `costs`; None is no
             limit.
         costs: what a limit of seconds is predicted with; it must have been measured on this machine.

@@ -48,7 +48,7 @@ def parse_messages(messages: Sequence[Message]) -> list[ParsedMessage]:
     """Return the messages of a conversation, parsed.
 
     Raises:
-        PromptError: there is none, or one does not have the Hugging Face form; the error shows it.
+        PromptError: there is no message, or one does not have the Hugging Face form; the error shows it.
     """
     if not messages:
         raise PromptError("there is no message to answer; give at least one")

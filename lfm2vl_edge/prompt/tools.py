@@ -1,7 +1,7 @@
-"""Tools: what a model is told that it may call, and the calls in its answers.
+"""Tools: the definitions that a model is shown, and the tool calls in its answers.
 
-LFM2 writes calls as Python would, `[name(place="x", days=3)]`, or as JSON where it is asked to, between two control
-tokens. What it writes is parsed and never evaluated: names of the given tools and plain values pass, nothing else.
+LFM2 writes calls in Python syntax, `[name(place="x", days=3)]`, or as JSON if the prompt requests it, between two
+control tokens. They are parsed and never evaluated: only names of the given tools and plain values are accepted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def definition_of(function: Callable[..., Any]) -> dict[str, Any]:
     with a default may be left out by the model.
 
     Raises:
-        PromptError: it has no docstring, or a parameter has no annotation that JSON knows.
+        PromptError: it has no docstring, or a parameter has no annotation that JSON supports.
     """
     name = str(getattr(function, "__name__", function))
     try:
@@ -51,11 +51,11 @@ def definition_of(function: Callable[..., Any]) -> dict[str, Any]:
     except (AttributeError, NameError, SyntaxError, TypeError, ValueError) as error:
         raise PromptError(f"the tool {name} has no signature that can be read: {error}; give a definition") from error
     parameters = list(signature.parameters.values())
-    description, told = _docstring(inspect.getdoc(function) or "", [one.name for one in parameters])
+    description, described = _docstring(inspect.getdoc(function) or "", [one.name for one in parameters])
     if not description:
-        raise PromptError(f"the tool {name} has no docstring; write what it does, the model reads that")
+        raise PromptError(f"the tool {name} has no docstring; describe what it does: the model reads it")
     properties = {
-        one.name: _parameter(one, hints, f"parameter {one.name!r} of the tool {name}", told) for one in parameters
+        one.name: _parameter(one, hints, f"parameter {one.name!r} of the tool {name}", described) for one in parameters
     }
     required = [one.name for one in parameters if one.default is one.empty]
     schema = {"type": "object", "properties": properties, "required": required}
@@ -63,13 +63,13 @@ def definition_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _parameter(
-    one: inspect.Parameter, hints: Mapping[str, Any], where: str, told: Mapping[str, str]
+    one: inspect.Parameter, hints: Mapping[str, Any], where: str, described: Mapping[str, str]
 ) -> dict[str, Any]:
     if one.kind not in _NAMED:
         raise PromptError(f"{where} has no name to call it by; give it one, without * and /")
     if one.name not in hints:
         raise PromptError(f"{where} has no annotation; write its type")
-    description = {"description": told[one.name]} if one.name in told else {}
+    description = {"description": described[one.name]} if one.name in described else {}
     return _schema(hints[one.name], where) | description
 
 
@@ -96,9 +96,9 @@ def _schema(hint: Any, where: str) -> dict[str, Any]:
 
 
 def _docstring(text: str, names: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """Return the first paragraph, and what the section `Args:` tells of each parameter."""
+    """Return the first paragraph, and the description of each parameter in the section `Args:`."""
     head, *rest = _ARGS.split(text, maxsplit=1)
-    told: dict[str, str] = {}
+    described: dict[str, str] = {}
     name = ""
     for line in (rest or [""])[0].splitlines():
         if line and not line[0].isspace():  # the next section
@@ -106,34 +106,33 @@ def _docstring(text: str, names: Sequence[str]) -> tuple[str, dict[str, str]]:
         found = _ARG.fullmatch(line)
         if found and found[1] in names:
             name = found[1]
-            told[name] = found[2].strip()
+            described[name] = found[2].strip()
         elif name:
-            told[name] = f"{told[name]} {line.strip()}".strip()
-    return " ".join(head.strip().split("\n\n")[0].split()), told
+            described[name] = f"{described[name]} {line.strip()}".strip()
+    return " ".join(head.strip().split("\n\n")[0].split()), described
 
 
 _MAX_CHARACTERS: Final = 8192
-"""Of the calls between two markers; it also bounds how deep a syntax tree can become."""
+"""Between two markers; it also bounds the depth of the syntax tree."""
 _MAX_CALLS: Final = 64
 _MAX_DEPTH: Final = 16
-"""Lists and objects within one another, in an argument."""
+"""Nesting of lists and objects in an argument."""
 _JSON_NAMES: Final[Mapping[str, bool | None]] = {"true": True, "false": False, "null": None}
-"""What models that saw much JSON write among Python's literals."""
+"""JSON literals that models write among Python's."""
 
 ToolInput: TypeAlias = "Mapping[str, Any] | Callable[..., Any]"
-"""A function, or a definition in the OpenAI form, with `{"type": "function", "function": ...}` around it or not."""
+"""A function, or a definition in the OpenAI form, with or without `{"type": "function", "function": ...}` around it."""
 
 
 class _Refused(ValueError):
-    """What was written is no call; the message says why."""
+    """The text is not a valid call; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """Something that the model may call."""
+    """A tool that the model may call."""
 
     name: str
-    """What the model calls it."""
     definition: Mapping[str, Any]
     """What the chat template shows the model."""
     parameters: tuple[str, ...]
@@ -142,15 +141,18 @@ class Tool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A call that the model wrote. Its arguments are what the model made up: check them before acting on them."""
+    """A tool call that the model wrote. Check its arguments before acting on them: the model invented them.
+
+    Attributes:
+        name: which tool.
+        arguments: parameter -> plain JSON value.
+    """
 
     name: str
-    """Which tool."""
     arguments: dict[str, Any]
-    """Parameter -> plain value, as JSON has them."""
 
     def result(self, value: Any) -> dict[str, Any]:
-        """Return the message that tells the model what the tool gave: a text as it is, anything else as JSON.
+        """Return the message with the tool's result for the model: a text as it is, anything else as JSON.
 
         Raises:
             PromptError: the value is neither.
@@ -158,7 +160,7 @@ class ToolCall:
         return {"role": "tool", "name": self.name, "content": value if isinstance(value, str) else _json(value)}
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the call as it stands in a message's `tool_calls`."""
+        """Return the call in the form of a message's `tool_calls`."""
         return {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
@@ -166,14 +168,14 @@ def _json(value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise PromptError(f"{type(value).__name__} cannot be told to a model: {error}; give text or JSON") from error
+        raise PromptError(f"{type(value).__name__} cannot be sent to a model: {error}; give text or JSON") from error
 
 
 def as_tools(given: Sequence[ToolInput]) -> tuple[Tool, ...]:
-    """Return what a caller gave as tools, checked.
+    """Return the tools that a caller gave, checked.
 
     Raises:
-        PromptError: one is no definition and no function, or two have the same name.
+        PromptError: one is neither a definition nor a function, or two have the same name.
     """
     if not isinstance(given, (list, tuple)):
         raise PromptError(f"tools is of type {type(given).__name__}; it must be a list of functions or definitions")
@@ -199,7 +201,7 @@ def _tool(one: ToolInput) -> Tool:
         )
     for name in (function.get("name"), *properties):
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-            raise PromptError(f"{name!r} is no name that a model can write in a call; use letters, digits and _")
+            raise PromptError(f"{name!r} is not a valid name in a tool call; use letters, digits and _")
     return Tool(name=function["name"], definition=definition, parameters=tuple(properties))
 
 
@@ -212,7 +214,7 @@ def tool_calls_of(given: object) -> list[ToolCall]:
     try:
         if isinstance(given, (list, tuple)):
             return [_json_call(one) for one in given]
-        why = "no list"
+        why = "not a list"
     except (ValueError, RecursionError) as error:
         why = str(error)
     raise PromptError(
@@ -222,7 +224,7 @@ def tool_calls_of(given: object) -> list[ToolCall]:
 
 
 def write_calls(calls: Sequence[ToolCall]) -> str:
-    """Return calls as LFM2 writes them; the inverse of `parse_calls`."""
+    """Return tool calls in LFM2's syntax; the inverse of `parse_calls`."""
     return f"[{', '.join(map(_written, calls))}]"
 
 
@@ -231,7 +233,7 @@ def _written(call: ToolCall) -> str:
 
 
 def _literal(value: Any) -> str:
-    """Return a value as Python writes it, with JSON's double quotes, which the models use."""
+    """Return a value in Python syntax, with JSON's double quotes, which the models use."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list):
@@ -249,14 +251,14 @@ def parse_calls(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
         tools: those that there are; they give positional arguments their names.
 
     Raises:
-        ToolError: it is cut off or malformed, holds more than plain values, or calls what is no tool.
+        ToolError: it is truncated or malformed, holds more than plain values, or calls an unknown tool.
     """
     try:
         return _parsed(text, tools)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         why = error.msg if isinstance(error, SyntaxError) else str(error)
         shown = text if len(text) <= 200 else f"{text[:200]}..."
-        raise ToolError(f"the model wrote no valid call: {shown!r}: {why}; ask again", text) from error
+        raise ToolError(f"the model wrote an invalid tool call: {shown!r}: {why}; ask again", text) from error
 
 
 def _parsed(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
@@ -264,7 +266,7 @@ def _parsed(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
         raise _Refused(f"it has more than {_MAX_CHARACTERS} characters")
     calls = _json_calls(text) if text.lstrip("[ \n").startswith("{") else _python_calls(text, tools)
     if len(calls) > _MAX_CALLS:
-        raise _Refused(f"it has {len(calls)} calls; at most {_MAX_CALLS} are taken")
+        raise _Refused(f"it has {len(calls)} calls; at most {_MAX_CALLS} are accepted")
     for call in calls:
         _check(call, tools)
     return calls
@@ -273,14 +275,14 @@ def _parsed(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
 def _check(call: ToolCall, tools: Sequence[Tool]) -> None:
     names = [tool.name for tool in tools]
     if call.name not in names:
-        raise _Refused(f"no tool is called {call.name!r}; there are: {', '.join(names)}")
+        raise _Refused(f"unknown tool {call.name!r}; known: {', '.join(names)}")
     _check_plain(call.arguments, _MAX_DEPTH)
 
 
 def _check_plain(value: Any, depth: int) -> None:
-    """Refuse what is nested too deeply and numbers that JSON does not have."""
+    """Refuse nesting that is too deep, and numbers that JSON cannot hold."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise _Refused(f"{value} is no number")
+        raise _Refused(f"{value} is not a JSON number")
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if inner and not depth:
         raise _Refused(f"an argument is nested more than {_MAX_DEPTH} deep")
@@ -290,7 +292,7 @@ def _check_plain(value: Any, depth: int) -> None:
 
 def _python_calls(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes such as "\d", which Python takes as they stand
+        warnings.simplefilter("ignore")  # about escapes such as "\d", which Python keeps as they are
         body = ast.parse(text.strip(), mode="eval").body
     nodes = body.elts if isinstance(body, ast.List) else [body]
     parameters = {tool.name: tool.parameters for tool in tools}
@@ -299,7 +301,7 @@ def _python_calls(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
 
 def _python_call(node: ast.expr, parameters: Mapping[str, tuple[str, ...]]) -> ToolCall:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        raise _Refused("it is no call of a tool by its name")
+        raise _Refused("it is not a call of a tool by its name")
     name, positional = node.func.id, node.args
     known = parameters.get(name, ())
     if len(positional) > len(known):
@@ -307,7 +309,7 @@ def _python_call(node: ast.expr, parameters: Mapping[str, tuple[str, ...]]) -> T
     pairs = [*zip(known, positional), *((one.arg, one.value) for one in node.keywords)]  # noqa: B905  # fewer given
     arguments = {str(key): _value(value) for key, value in pairs if key is not None}
     if len(arguments) != len(pairs):
-        raise _Refused(f"an argument of {name} is given twice or has no name")
+        raise _Refused(f"an argument of {name} is repeated or has no name")
     return ToolCall(name=name, arguments=arguments)
 
 
@@ -327,7 +329,7 @@ def _value(node: ast.expr) -> Any:
         number = _value(node.operand)
         if type(number) in (int, float):
             return -number if isinstance(node.op, ast.USub) else number
-    raise _Refused(f"{ast.unparse(node):.60} is no plain value")
+    raise _Refused(f"{ast.unparse(node):.60} is not a plain value")
 
 
 def _json_calls(text: str) -> list[ToolCall]:
@@ -341,16 +343,16 @@ def _json_call(one: object) -> ToolCall:
     function = one.get("function", one) if isinstance(one, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str):
-        raise _Refused("it has no name of a tool")
+        raise _Refused("it does not name a tool")
     arguments = function.get("arguments") or {}
     arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(arguments, Mapping):
-        raise _Refused(f"the arguments of {name} are no object")
+        raise _Refused(f"the arguments of {name} are not an object")
     return ToolCall(name=name, arguments=dict(arguments))
 
 
 class CallReader:
-    """Takes the calls out of an answer, token by token. Only the control tokens begin and end one, no text does.
+    """Separates the tool calls from an answer, token by token. Only control tokens start and end one, never text.
 
     Raises:
         PromptError: there are tools, and the model has no tokens for calls.
@@ -363,11 +365,11 @@ class CallReader:
         self._open: bytearray | None = None
         if tools and None in (self._start, self._end):
             raise PromptError(
-                f"the model has no tokens {TOOL_CALL_START} and {TOOL_CALL_END}; without them it cannot call tools"
+                f"the model has no tokens {TOOL_CALL_START} and {TOOL_CALL_END}; it cannot call tools without them"
             )
 
     def take(self, token: int, piece: bytes) -> bytes:
-        """Return what a token adds to the text of the answer: nothing, where it belongs to a call."""
+        """Return what a token adds to the text of the answer: nothing if it belongs to a tool call."""
         if not self._tools:
             return piece
         if token == self._start and self._open is None:
@@ -386,14 +388,14 @@ class CallReader:
         self._open = None
 
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """Return the calls of the whole answer, in order.
+        """Return the tool calls of the whole answer, in order.
 
         Raises:
-            ToolError: the last one is cut off, or one is not valid.
+            ToolError: the last one is truncated, or one is not valid.
         """
         if self._open is not None:
             text = self._open.decode("utf-8", "replace")
             raise ToolError(
-                f"the answer ends within a call: {text[-200:]!r}; allow more max_tokens, or ask again", text
+                f"the answer ends within a tool call: {text[-200:]!r}; raise max_tokens, or ask again", text
             )
         return tuple(call for text in self._texts for call in parse_calls(text, self._tools))

@@ -18,10 +18,10 @@ import pytest
 from lfm2vl_edge import Model
 from lfm2vl_edge.cache.disk import STATE, CacheFolder, DiskCache, clear, entries, entries_folder
 from lfm2vl_edge.host import cache_folder
-from tests.conftest import PICTURES, Pair
+from tests.conftest import IMAGES, Pair
 
-WIDE = PICTURES / "wide.png"
-TALK = [{"role": "user", "content": [{"type": "image", "image": WIDE}, {"type": "text", "text": "What is this?"}]}]
+WIDE = IMAGES / "wide.png"
+CONVERSATION = [{"role": "user", "content": [{"type": "image", "image": WIDE}, {"type": "text", "text": "What is this?"}]}]
 SHAPE = (64, 128)
 
 
@@ -33,19 +33,19 @@ def folder_of_pair(pair: Pair) -> Path:
 @pytest.fixture(scope="module")
 def expected(folder_of_pair: Path) -> Iterator[Any]:
     with Model.open(folder_of_pair, n_threads=1) as model:
-        yield model.next_token_logits(TALK)
+        yield model.next_token_logits(CONVERSATION)
 
 
 def encoded(pair: Path, cache: Path, expected: Any) -> int:
     """Return how many views a model opened anew encodes, after checking that the logits are those without a cache."""
     with Model.open(pair, n_threads=1, cache=cache, state_bytes=0) as model:
-        *_, last = model.chat(TALK, max_tokens=1)
-        assert np.array_equal(model.next_token_logits(TALK), expected)
+        *_, last = model.chat(CONVERSATION, max_tokens=1)
+        assert np.array_equal(model.next_token_logits(CONVERSATION), expected)
     assert last.stats is not None
     return last.stats.encoded_views
 
 
-def shelf_of(folder: Path, budget: int = 10**9) -> DiskCache:
+def cache_of(folder: Path, budget: int = 10**9) -> DiskCache:
     return DiskCache(CacheFolder(folder, budget), lambda: "origin")
 
 
@@ -63,27 +63,27 @@ def test_another_opening_encodes_nothing_and_gives_the_same_bits(
     assert encoded(folder_of_pair, tmp_path, expected) == 1
     assert encoded(folder_of_pair, tmp_path, expected) == 0
     with Model.open(pair("a", "F32"), n_threads=1, cache=tmp_path) as other:
-        *_, last = other.chat(TALK, max_tokens=1)
+        *_, last = other.chat(CONVERSATION, max_tokens=1)
     assert last.stats is not None
     assert last.stats.encoded_views == 4
 
 
-def test_a_state_on_disk_is_taken_by_the_next_opening_and_gives_the_same_bits(
+def test_a_state_on_disk_is_used_by_the_next_opening_and_gives_the_same_bits(
     folder_of_pair: Path, pair: Pair, expected: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def paid(folder: Path, **settings: Any) -> tuple[int, bool]:
         """Views that are encoded, and whether a state is restored, after a check of the logits."""
         with Model.open(folder, n_threads=1, cache=tmp_path, **settings) as model:
-            *_, last = model.chat(TALK, max_tokens=1)
+            *_, last = model.chat(CONVERSATION, max_tokens=1)
         with Model.open(folder, n_threads=1, cache=tmp_path, **settings) as model:
             is_same = folder == folder_of_pair and "image_settings" not in settings
-            assert np.array_equal(model.next_token_logits(TALK), expected) is is_same
+            assert np.array_equal(model.next_token_logits(CONVERSATION), expected) is is_same
         assert last.stats is not None
         return last.stats.encoded_views, last.stats.restored_tokens > 0
 
     assert paid(folder_of_pair) == (4, False)
     assert paid(folder_of_pair) == (0, True)
-    (state,) = (entry.path for entry in entries(entries_folder(tmp_path)) if entry.path.suffix == STATE.suffix)
+    (state,) = (entry.path for entry in entries(entries_folder(tmp_path)) if entry.path.suffix == STATE)
     state.write_bytes(state.read_bytes()[:-1])
     assert paid(folder_of_pair) == (0, False)
     assert "a damaged entry of the cache was dropped" in caplog.text
@@ -93,7 +93,7 @@ def test_a_state_on_disk_is_taken_by_the_next_opening_and_gives_the_same_bits(
     assert paid(pair("a", "F32")) == (4, False)
 
 
-def test_a_picture_looked_at_before_is_not_decoded_again(folder_of_pair: Path, expected: Any, tmp_path: Path) -> None:
+def test_an_image_encoded_before_is_not_decoded_again(folder_of_pair: Path, expected: Any, tmp_path: Path) -> None:
     with Model.open(folder_of_pair, n_threads=1, cache=tmp_path) as model:
         first = model.encode_image(WIDE)
     with Model.open(folder_of_pair, n_threads=1, cache=tmp_path) as model:
@@ -102,13 +102,13 @@ def test_a_picture_looked_at_before_is_not_decoded_again(folder_of_pair: Path, e
         *_, last = again.stream("What is this?", max_tokens=1)
         assert last.stats is not None
         assert (last.stats.encoded_views, last.stats.restored_tokens > 0) == (0, True)
-        assert np.array_equal(model.next_token_logits(TALK), expected)
+        assert np.array_equal(model.next_token_logits(CONVERSATION), expected)
 
 
 def test_an_entry_larger_than_the_budget_is_not_written(tmp_path: Path) -> None:
-    shelf_of(tmp_path).put(b"a", values(1))
+    cache_of(tmp_path).put(b"a", values(1))
     (kept,) = entries(entries_folder(tmp_path))
-    shelf_of(tmp_path, kept.n_bytes - 1).put(b"b", values(2))
+    cache_of(tmp_path, kept.n_bytes - 1).put(b"b", values(2))
     assert entries(entries_folder(tmp_path)) == [kept]
 
 
@@ -120,15 +120,15 @@ def test_kinds_are_not_taken_for_each_other(tmp_path: Path) -> None:
     assert found is not None
     assert np.array_equal(found, state)
     assert not found.flags.writeable
-    assert shelf_of(tmp_path).get(b"a") is None
+    assert cache_of(tmp_path).get(b"a") is None
     (entry,) = entries(entries_folder(tmp_path))
     entry.path.rename(entry.path.with_suffix(".view"))
-    assert shelf_of(tmp_path).get(b"a") is None
+    assert cache_of(tmp_path).get(b"a") is None
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda data: b"",
-    "cut": lambda data: data[:-1],
+    "truncated": lambda data: data[:-1],
     "longer": lambda data: data + b"x",
     "bit": lambda data: data[:5000] + bytes([data[5000] ^ 4]) + data[5001:],
     "noughts": lambda data: bytes(len(data)),
@@ -139,47 +139,47 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 def test_damaged_entries_are_dropped_with_a_warning_and_made_again(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shelf_of(tmp_path).put(b"a", values(1))
+    cache_of(tmp_path).put(b"a", values(1))
     (entry,) = entries(entries_folder(tmp_path))
     good = entry.path.read_bytes()
     entry.path.write_bytes(DAMAGES[damage](good))
-    assert shelf_of(tmp_path).get(b"a", SHAPE) is None
+    assert cache_of(tmp_path).get(b"a", SHAPE) is None
     assert "a damaged entry of the cache was dropped" in caplog.text
     assert not entry.path.exists()
-    shelf_of(tmp_path).put(b"a", values(1))
+    cache_of(tmp_path).put(b"a", values(1))
     assert entry.path.read_bytes() == good
 
 
 def test_entries_of_another_key_shape_or_origin_are_not_taken(tmp_path: Path) -> None:
-    shelf_of(tmp_path).put(b"a", values(1))
-    assert shelf_of(tmp_path).get(b"b", SHAPE) is None
+    cache_of(tmp_path).put(b"a", values(1))
+    assert cache_of(tmp_path).get(b"b", SHAPE) is None
     assert DiskCache(CacheFolder(tmp_path, 10**9), lambda: "another").get(b"a", SHAPE) is None
-    found = shelf_of(tmp_path).get(b"a", SHAPE)
+    found = cache_of(tmp_path).get(b"a", SHAPE)
     assert found is not None
     assert np.array_equal(found, values(1))
-    shelf_of(tmp_path).put(b"b", values(2))
+    cache_of(tmp_path).put(b"b", values(2))
     one, two = (entry.path for entry in entries(entries_folder(tmp_path)))
     one.replace(two)
-    assert shelf_of(tmp_path).get(b"a", SHAPE) is None
-    assert shelf_of(tmp_path).get(b"b", SHAPE) is None
+    assert cache_of(tmp_path).get(b"a", SHAPE) is None
+    assert cache_of(tmp_path).get(b"b", SHAPE) is None
 
 
 def test_the_least_recently_used_go_first_and_old_remains_too(tmp_path: Path) -> None:
-    shelf = shelf_of(tmp_path)
+    cache = cache_of(tmp_path)
     for index in range(4):
-        shelf.put(bytes([index]), values(index))
+        cache.put(bytes([index]), values(index))
     kept = entries(entries_folder(tmp_path))
     for age, entry in enumerate(reversed(kept)):
         os.utime(entry.path, (time.time() - 100 - age,) * 2)
-    first = next(key for key in range(4) if shelf._path(bytes([key])) == kept[0].path)
-    assert shelf.get(bytes([first]), SHAPE) is not None
+    first = next(key for key in range(4) if cache._path(bytes([key])) == kept[0].path)
+    assert cache.get(bytes([first]), SHAPE) is not None
     begun = entries_folder(tmp_path) / f".{'0' * 64}.view.1-00000000.partial"
     fresh = begun.with_name(f".{'1' * 64}.view.1-00000000.partial")
     stranger = begun.with_name("letter.txt")
     for path in (begun, fresh, stranger):
         path.write_bytes(b"x")
     os.utime(begun, (1, 1))
-    narrow = shelf_of(tmp_path, 2 * kept[0].n_bytes)
+    narrow = cache_of(tmp_path, 2 * kept[0].n_bytes)
     narrow.put(b"new", values(9))
     assert narrow.get(b"new", SHAPE) is not None
     assert narrow.get(bytes([first]), SHAPE) is not None
@@ -193,14 +193,14 @@ WRITER = """
 import sys, numpy as np
 from pathlib import Path
 from lfm2vl_edge.cache.disk import (CacheFolder, DiskCache)
-shelf = DiskCache(CacheFolder(Path(sys.argv[1]), int(sys.argv[2])), lambda: "origin")
+cache = DiskCache(CacheFolder(Path(sys.argv[1]), int(sys.argv[2])), lambda: "origin")
 print("ready", flush=True)
 for turn in range(int(sys.argv[3])):
     key = turn % 7
     value = np.random.default_rng(key).standard_normal((64, 128), np.float32)
-    found = shelf.get(bytes([key]), (64, 128))
+    found = cache.get(bytes([key]), (64, 128))
     assert found is None or np.array_equal(found, value)
-    shelf.put(bytes([key]), value)
+    cache.put(bytes([key]), value)
 """
 
 
@@ -218,14 +218,14 @@ def test_a_process_killed_while_it_writes_leaves_no_wrong_entry(tmp_path: Path) 
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        shelf = shelf_of(tmp_path)
+        cache = cache_of(tmp_path)
         for key in range(7):
-            found = shelf.get(bytes([key]), SHAPE)
+            found = cache.get(bytes([key]), SHAPE)
             assert found is None or np.array_equal(found, values(key))
 
 
 def test_two_processes_share_a_folder_that_is_too_small_for_them(tmp_path: Path) -> None:
-    budget = 3 * (64 * 128 * 4 + 56)
+    budget = 3 * (64 * 128 * 4 + 400)
     for process in [writer(tmp_path, budget, 300), writer(tmp_path, budget, 300)]:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors.decode()
@@ -246,9 +246,9 @@ def test_a_folder_that_cannot_be_used_is_a_warning_and_the_answer_is_right(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
 def test_a_read_only_folder_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shelf_of(tmp_path).put(b"a", values(1))
+    cache_of(tmp_path).put(b"a", values(1))
     entries_folder(tmp_path).chmod(0o500)
-    shelf_of(tmp_path).put(b"b", values(2))
+    cache_of(tmp_path).put(b"b", values(2))
     entries_folder(tmp_path).chmod(0o700)
     assert "cannot write to the cache" in caplog.text
 
@@ -261,7 +261,7 @@ def test_an_origin_that_is_gone_turns_the_cache_off(
     with Model.open(tmp_path, n_threads=1, cache=tmp_path / "cache") as model:
         mmproj = next(tmp_path.glob("mmproj*"))
         os.utime(mmproj, (1, 1))
-        assert np.array_equal(model.next_token_logits(TALK), expected)
+        assert np.array_equal(model.next_token_logits(CONVERSATION), expected)
     assert "was replaced after the model was opened" in caplog.text
     assert entries(entries_folder(tmp_path / "cache")) == []
 
@@ -310,4 +310,3 @@ def test_the_cache_folder_follows_the_platform() -> None:
     assert cache_folder({"XDG_CACHE_HOME": "relative"}, "linux") == home / ".cache" / "lfm2vl-edge"
     assert cache_folder({}, "linux") == home / ".cache" / "lfm2vl-edge"
     assert cache_folder({}, "darwin") == home / "Library" / "Caches" / "lfm2vl-edge"
-    assert cache_folder({"LOCALAPPDATA": "/z"}, "win32") == Path("/z/lfm2vl-edge/Cache")

@@ -17,13 +17,13 @@ from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.image.load import Pixels
 from lfm2vl_edge.image.tiles import Tile
 from lfm2vl_edge.prompt.prepare import prepare, split
-from tests.conftest import PICTURES, Pair
+from tests.conftest import IMAGES, Pair
 
 WORDS = ("what is this?", "and the colours?", "describe the left side", "why?", "count them: 1, 2, 3")
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 6}
 
 
-def picture(seed: int, height: int = 96, width: int = 64) -> Pixels:
+def image(seed: int, height: int = 96, width: int = 64) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -34,7 +34,7 @@ def user(text: str, *images: Any) -> dict[str, Any]:
 
 def with_memory(model: Model, state_bytes: int, tile_bytes: int = 10**8) -> Model:
     memory = Caches(states=StateCache(state_bytes), embeddings=EmbeddingCache(tile_bytes))
-    return Model(model.engine, model.config, memory=memory)
+    return Model(model.engine, model.config, caches=memory)
 
 
 @pytest.fixture(scope="module", params=["F32", "F16"])
@@ -62,21 +62,21 @@ class Walk:
         self.restored = 0
 
     def step(self) -> None:
-        talk = self.next_talk()
-        expected = self.forgetful.next_token_logits(talk)
-        assert np.array_equal(self.remembering.next_token_logits(talk), expected)
-        *_, last = chunks = list(self.remembering.chat(talk, **GREEDY))
+        conversation = self.next_conversation()
+        expected = self.forgetful.next_token_logits(conversation)
+        assert np.array_equal(self.remembering.next_token_logits(conversation), expected)
+        *_, last = chunks = list(self.remembering.chat(conversation, **GREEDY))
         answer = "".join(chunk.text for chunk in chunks)
         assert last.stats is not None
         self.restored += last.stats.restored_tokens
-        assert answer == "".join(chunk.text for chunk in self.forgetful.chat(talk, **GREEDY))
+        assert answer == "".join(chunk.text for chunk in self.forgetful.chat(conversation, **GREEDY))
         said = answer if self.draw.random() < 0.8 else "something else"
-        self.conversations.append([*talk, {"role": "assistant", "content": [{"type": "text", "text": said}]}])
+        self.conversations.append([*conversation, {"role": "assistant", "content": [{"type": "text", "text": said}]}])
 
-    def next_talk(self) -> list[dict[str, Any]]:
+    def next_conversation(self) -> list[dict[str, Any]]:
         """Another question on an image, one with several images or none, or the next turn of an old conversation."""
         text = self.draw.choice(WORDS)
-        images = [picture(self.draw.randrange(3)) for _ in range(self.draw.choice((0, 1, 1, 1, 2)))]
+        images = [image(self.draw.randrange(3)) for _ in range(self.draw.choice((0, 1, 1, 1, 2)))]
         if self.conversations and self.draw.random() < 0.5:
             return [*self.draw.choice(self.conversations), user(text, *images[:1] if self.draw.random() < 0.3 else ())]
         system = [{"role": "system", "content": "Be brief."}] if self.draw.random() < 0.2 else []
@@ -88,7 +88,7 @@ def test_no_walk_over_questions_turns_and_evictions_changes_a_bit(
     two_models: tuple[Model, Model], n_states: int
 ) -> None:
     one, forgetful = two_models
-    one.next_token_logits([user(WORDS[0], picture(0))])
+    one.next_token_logits([user(WORDS[0], image(0))])
     size = one.engine.snapshot().nbytes
     remembering = with_memory(one, n_states * size, 2 * 6 * 128 * 4)
     walk = Walk(n_states, remembering, forgetful)
@@ -99,23 +99,23 @@ def test_no_walk_over_questions_turns_and_evictions_changes_a_bit(
 
 def test_a_second_question_decodes_only_what_is_new_and_encodes_nothing(model: Model) -> None:
     remembering = with_memory(model, 10**8)
-    *_, first = remembering.stream(PICTURES / "wide.png", "What is this?", **GREEDY)
-    *_, second = remembering.stream(PICTURES / "wide.png", "And what is behind it?", **GREEDY)
+    *_, first = remembering.stream(IMAGES / "wide.png", "What is this?", **GREEDY)
+    *_, second = remembering.stream(IMAGES / "wide.png", "And what is behind it?", **GREEDY)
     assert first.stats is not None
     assert second.stats is not None
     assert (first.stats.encoded_views, first.stats.restored_tokens) == (4, 0)
     assert second.stats.encoded_views == 0
-    prompt = prepare(model.engine, model.config, [user("And what is behind it?", PICTURES / "wide.png")])
+    prompt = prepare(model.engine, model.config, [user("And what is behind it?", IMAGES / "wide.png")])
     after_last_view = len(prompt.segments) - 1 - max(i for i, s in enumerate(prompt.segments) if isinstance(s, Tile))
     assert second.stats.prompt_tokens - second.stats.restored_tokens == after_last_view
 
 
-def test_the_next_turn_begins_where_the_last_prompt_ended(model: Model) -> None:
+def test_the_next_turn_begins_if_the_last_prompt_ended(model: Model) -> None:
     remembering = with_memory(model, 10**8)
-    talk = [user("What is this?", PICTURES / "small.png")]
-    *_, first = remembering.chat(talk, **GREEDY)
-    talk += [{"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}, user("Which colour?")]
-    *_, second = remembering.chat(talk, **GREEDY)
+    conversation = [user("What is this?", IMAGES / "small.png")]
+    *_, first = remembering.chat(conversation, **GREEDY)
+    conversation += [{"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}, user("Which colour?")]
+    *_, second = remembering.chat(conversation, **GREEDY)
     assert first.stats is not None
     assert second.stats is not None
     assert second.stats.restored_tokens == first.stats.prompt_tokens
@@ -123,7 +123,7 @@ def test_the_next_turn_begins_where_the_last_prompt_ended(model: Model) -> None:
 
 def test_a_changed_tile_is_encoded_alone(model: Model) -> None:
     remembering = with_memory(model, 0)
-    image = np.asarray(Image.open(PICTURES / "photo.png").convert("RGB").resize((1024, 1024)))
+    image = np.asarray(Image.open(IMAGES / "photo.png").convert("RGB").resize((1024, 1024)))
     changed = image.copy()
     changed[600:900, 100:400] = 255 - changed[600:900, 100:400]
     *_, first = remembering.stream(image, "What is this?", **GREEDY)
@@ -136,10 +136,10 @@ def test_a_changed_tile_is_encoded_alone(model: Model) -> None:
 
 
 def test_pieces_join_to_the_prompt_and_begin_alike_in_the_next_turn(model: Model) -> None:
-    talk = [user("What is this?", picture(0), picture(1))]
-    longer = [*talk, {"role": "assistant", "content": "It is a cat."}, user("Sure?", picture(2))]
-    short, long = (split(prepare(model.engine, model.config, messages)) for messages in (talk, longer))
-    for pieces, messages in ((short, talk), (long, longer)):
+    conversation = [user("What is this?", image(0), image(1))]
+    longer = [*conversation, {"role": "assistant", "content": "It is a cat."}, user("Sure?", image(2))]
+    short, long = (split(prepare(model.engine, model.config, messages)) for messages in (conversation, longer))
+    for pieces, messages in ((short, conversation), (long, longer)):
         flat = [part for piece in pieces for part in ([piece] if isinstance(piece, Tile) else piece)]
         ids = [part for part in flat if isinstance(part, int)]
         segments = prepare(model.engine, model.config, messages).segments
@@ -149,7 +149,7 @@ def test_pieces_join_to_the_prompt_and_begin_alike_in_the_next_turn(model: Model
     assert len({*chain(long), *chain(short)}) == len(long)
 
 
-def test_a_key_depends_on_pixels_shape_and_where_runs_end() -> None:
+def test_a_key_depends_on_pixels_shape_and_if_runs_end() -> None:
     keys = [chain(pieces)[-1] for pieces in ([(1, 2, 3)], [(1, 2), (3,)], [(1, 2)], [(1,), (2, 3)], [(258, 3)])]
     assert len(set(keys)) == len(keys)
 

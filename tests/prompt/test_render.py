@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lfm2vl_edge import ImageConfig, PromptError, Sampling
 from lfm2vl_edge.config import ModelConfig
-from lfm2vl_edge.image.tiles import PreprocessedImage, Tile, preprocess_image
-from lfm2vl_edge.prompt.messages import images_in
+from lfm2vl_edge.image.tiles import Tile, preprocess_image
+from lfm2vl_edge.prompt.messages import images_in, parse_messages
 from lfm2vl_edge.prompt.render import Control, Segment, Text, render, split_names
 from tests.conftest import REFERENCE
 
@@ -42,8 +42,8 @@ def config(template: str = CHATML, **image: Any) -> ModelConfig:
 
 def rendered(messages: list[dict[str, Any]], template: str = CHATML, **image: Any) -> list[Segment]:
     settled = config(template, **image)
-    pictures: list[PreprocessedImage] = [preprocess_image(one, settled.image) for one in images_in(messages)]
-    return render(messages, pictures, settled)
+    parsed = parse_messages(messages)
+    return render(parsed, [preprocess_image(one, settled.image) for one in images_in(parsed)], settled)
 
 
 def readable(segments: list[Segment]) -> list[str]:
@@ -81,8 +81,8 @@ def test_a_single_view_has_two_markers() -> None:
 
 
 def test_tiles_have_markers_that_count_from_one_and_the_thumbnail_comes_last() -> None:
-    picture = np.zeros((128, 192, 3), np.uint8)
-    segments = rendered([user(picture)], tile_size=64, min_image_tokens=1, max_image_tokens=4)
+    image = np.zeros((128, 192, 3), np.uint8)
+    segments = rendered([user(image)], tile_size=64, min_image_tokens=1, max_image_tokens=4)
     tiles = [part for r in (1, 2) for c in (1, 2, 3) for part in (f"<|img_row_{r}_col_{c}|>", "tile")]
     image = ["<|image_start|>", *tiles, "<|img_thumbnail|>", "thumbnail", "<|image_end|>"]
     assert readable(segments) == [*OPENING, r"'user\n'", *image, *ENDING]
@@ -90,8 +90,8 @@ def test_tiles_have_markers_that_count_from_one_and_the_thumbnail_comes_last() -
 
 def test_several_images_keep_their_order_and_their_pixels() -> None:
     shades = [np.full((32, 32, 3), shade, np.uint8) for shade in (10, 20, 30)]
-    talk = [user(shades[0], "a", shades[1]), {"role": "assistant", "content": "b"}, user("c", shades[2])]
-    found = [int(one.pixels[0, 0, 0]) for one in rendered(talk) if isinstance(one, Tile)]
+    conversation = [user(shades[0], "a", shades[1]), {"role": "assistant", "content": "b"}, user("c", shades[2])]
+    found = [int(one.pixels[0, 0, 0]) for one in rendered(conversation) if isinstance(one, Tile)]
     assert found == [10, 20, 30]
 
 
@@ -189,9 +189,9 @@ def test_messages_of_another_form_are_refused(messages: Any) -> None:
 
 
 def test_a_grid_without_markers_is_refused() -> None:
-    picture = np.zeros((64, 2000, 3), np.uint8)
+    image = np.zeros((64, 2000, 3), np.uint8)
     with pytest.raises(PromptError, match="lower max_tiles"):
-        rendered([user(picture)], tile_size=64, min_image_tokens=1, max_image_tokens=4)
+        rendered([user(image)], tile_size=64, min_image_tokens=1, max_image_tokens=4)
 
 
 def test_split_names_cuts_inside_every_name() -> None:
