@@ -1,4 +1,4 @@
-"""The device profile: kept, found again, refused when it is another's; and what is chosen by it."""
+"""The device profile: saved, loaded, refused if it belongs to another device; and what it decides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lfm2vl_edge import ConfigError, EngineError, Model, ModelNotFound, StateError
+from lfm2vl_edge import AskOptions, ConfigError, EngineError, Model, ModelNotFound, StateError
 from lfm2vl_edge.engine.devices import find_gpu, gpus
 from lfm2vl_edge.host import (
     available_cpus,
@@ -27,7 +27,7 @@ from lfm2vl_edge.models.names import find_pair
 from lfm2vl_edge.opening import OpenOptions, decide
 from lfm2vl_edge.planning import device as device_module
 from lfm2vl_edge.planning.device import Profile, ProfileKey, load_profile, profile_key, save_profile
-from tests.conftest import PICTURES, Pair
+from tests.conftest import IMAGES, Pair
 
 PROFILE = Profile(
     threads=1,
@@ -42,7 +42,7 @@ PROFILE = Profile(
 
 @pytest.fixture
 def folder(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A pair with two mmproj types, and a cache folder of its own."""
+    """A pair with two mmproj types; the cache folder is empty."""
     monkeypatch.setenv("LFM2VL_CACHE", str(tmp_path / "cache"))
     model = tmp_path / "model"
     shutil.copytree(pair("a", "F16"), model)
@@ -50,67 +50,69 @@ def folder(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return model
 
 
-def place(folder: Path) -> ProfileKey:
+def key_of(folder: Path) -> ProfileKey:
     return profile_key(folder / "checkpoint-F16.gguf")
 
 
-def test_a_profile_is_found_again(folder: Path) -> None:
-    assert load_profile(place(folder)) is None
-    path = save_profile(PROFILE, place(folder))
+def test_a_saved_profile_is_loaded(folder: Path) -> None:
+    assert load_profile(key_of(folder)) is None
+    path = save_profile(PROFILE, key_of(folder))
     assert path.parent.parent.name == "cache"
-    assert load_profile(place(folder)) == PROFILE
+    assert load_profile(key_of(folder)) == PROFILE
 
 
 def test_a_profile_belongs_to_model_gpu_and_engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = place(folder)
-    save_profile(PROFILE, own)
+    save_profile(PROFILE, key_of(folder))
     model = folder / "checkpoint-F16.gguf"
     assert load_profile(profile_key(model, -1, "CUDA0")) is None
     with monkeypatch.context() as other:
         other.setattr(device_module, "cpu_name", lambda: "another processor")
-        assert load_profile(place(folder)) is None
+        assert load_profile(key_of(folder)) is None
     with monkeypatch.context() as other:
         other.setattr(device_module, "_ENGINE", "json")
-        assert load_profile(place(folder)) is None
+        assert load_profile(key_of(folder)) is None
     with model.open("ab") as file:
         file.write(b"x")
-    assert load_profile(place(folder)) is None
+    assert load_profile(key_of(folder)) is None
     with pytest.raises(ModelNotFound, match="nothing.gguf"):
         profile_key(folder / "nothing.gguf")
 
 
-def spoil(content: dict[str, Any], **changes: Any) -> bytes:
+def changed(content: dict[str, Any], **changes: Any) -> bytes:
     return json.dumps(content | {"profile": content["profile"] | changes}).encode()
 
 
 BAD: dict[str, Callable[[dict[str, Any]], bytes]] = {
-    "no JSON": lambda _: b"\xff\x00 nonsense",
-    "cut short": lambda content: json.dumps(content).encode()[:200],
+    "not JSON": lambda _: b"\xff\x00 nonsense",
+    "truncated": lambda content: json.dumps(content).encode()[:200],
     "empty": lambda _: b"",
     "a list": lambda _: b"[1, 2]",
     "deep": lambda _: b"[" * 100_000,
     "no profile": lambda content: json.dumps({**content, "profile": None}).encode(),
     "version 0": lambda content: json.dumps({**content, "version": 0}).encode(),
-    "foreign": lambda content: json.dumps({**content, "place": {**content["place"], "cpu": "Z80"}}).encode(),
-    "no threads": lambda content: spoil(content, threads=0),
-    "absurd threads": lambda content: spoil(content, threads=10**9),
-    "threads as text": lambda content: spoil(content, threads="2"),
-    "speed 0": lambda content: spoil(content, prefill_speed=0),
-    "speed not finite": lambda content: spoil(content, decode_speed=float("inf")),
-    "unknown field": lambda content: spoil(content, colour="red"),
-    "encode as list": lambda content: spoil(content, encode=[1]),
-    "encode without views": lambda content: spoil(content, encode={"F16": {}}),
-    "encode by words": lambda content: spoil(content, encode={"F16": {"many": 1.0}}),
-    "encode below 0": lambda content: spoil(content, encode={"F16": {"256": -1.0}}),
-    "views of no tokens": lambda content: spoil(content, encode={"F16": {"0": 1.0}}),
-    "fastest not measured": lambda content: spoil(content, mmproj="F32"),
-    "no date": lambda content: spoil(content, measured=5),
+    "another processor": lambda content: json.dumps({**content, "place": {**content["place"], "cpu": "Z80"}}).encode(),
+    "no threads": lambda content: changed(content, threads=0),
+    "absurd threads": lambda content: changed(content, threads=10**9),
+    "threads as text": lambda content: changed(content, threads="2"),
+    "speed 0": lambda content: changed(content, prefill_speed=0),
+    "speed not finite": lambda content: changed(content, decode_speed=float("inf")),
+    "speed beyond a float": lambda content: changed(content, decode_speed=10**400),
+    "unknown field": lambda content: changed(content, colour="red"),
+    "encode as list": lambda content: changed(content, encode=[1]),
+    "encode without views": lambda content: changed(content, encode={"F16": {}}),
+    "encode by words": lambda content: changed(content, encode={"F16": {"many": 1.0}}),
+    "encode below 0": lambda content: changed(content, encode={"F16": {"256": -1.0}}),
+    "views of no tokens": lambda content: changed(content, encode={"F16": {"0": 1.0}}),
+    "fastest not measured": lambda content: changed(content, mmproj="F32"),
+    "no date": lambda content: changed(content, measured=5),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_profile_is_a_warning_and_not_used(kind: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = save_profile(PROFILE, place(folder))
+def test_an_invalid_profile_is_a_warning_and_not_used(
+    kind: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save_profile(PROFILE, key_of(folder))
     path.write_bytes(BAD[kind](json.loads(path.read_bytes())))
     with caplog.at_level(logging.WARNING):
         opening = decide(folder, OpenOptions())
@@ -121,23 +123,23 @@ def test_a_bad_profile_is_a_warning_and_not_used(kind: str, folder: Path, caplog
     assert "run `lfm2vl-edge tune` again" in line
 
 
-def test_a_profile_that_cannot_be_read_or_written(
+def test_a_profile_that_cannot_be_read_or_written_is_reported(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place(folder).path.mkdir(parents=True)
-    assert load_profile(place(folder)) is None
+    key_of(folder).path.mkdir(parents=True)
+    assert load_profile(key_of(folder)) is None
     assert "is not used" in caplog.text
     (tmp_path / "file").touch()
     monkeypatch.setenv("LFM2VL_CACHE", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="cannot write to .*LFM2VL_CACHE"):
-        save_profile(PROFILE, place(folder))
+        save_profile(PROFILE, key_of(folder))
 
 
-def test_a_profile_decides_threads_and_mmproj_and_options_win(folder: Path) -> None:
+def test_a_profile_decides_threads_and_mmproj_unless_an_option_does(folder: Path) -> None:
     before = decide(folder, OpenOptions())
     assert before.n_threads == big_cores()
     assert not before.costs.is_measured
-    save_profile(PROFILE, place(folder))
+    save_profile(PROFILE, key_of(folder))
     opening = decide(folder, OpenOptions())
     assert (opening.n_threads, opening.pair.mmproj.name) == (1, "mmproj-checkpoint-Q8_0.gguf")
     assert opening.costs.is_measured
@@ -147,12 +149,12 @@ def test_a_profile_decides_threads_and_mmproj_and_options_win(folder: Path) -> N
     assert named.pair.mmproj.name == "mmproj-checkpoint-F16.gguf"
     tile = 256 * named.costs.token_seconds + named.costs.view_seconds
     assert tile == pytest.approx(0.4)
-    save_profile(replace(PROFILE, encode={"F32": {256: 1.0}}, mmproj="F32"), place(folder))
-    assert not decide(folder, OpenOptions()).costs.is_measured  # no figure of the type that lies there
+    save_profile(replace(PROFILE, encode={"F32": {256: 1.0}}, mmproj="F32"), key_of(folder))
+    assert not decide(folder, OpenOptions()).costs.is_measured  # the installed type was not measured
 
 
 @pytest.mark.parametrize(
-    ("bf16", "there", "seconds", "chosen"),
+    ("bf16", "installed", "seconds", "chosen"),
     [
         (False, ("F16", "BF16", "Q8_0", "Q4_0"), {}, "F16"),
         (True, ("F16", "BF16", "Q8_0", "Q4_0"), {}, "BF16"),
@@ -164,21 +166,21 @@ def test_a_profile_decides_threads_and_mmproj_and_options_win(folder: Path) -> N
         (False, ("F16", "Q8_0", "F32"), {"F32": 9.0}, "F32"),
     ],
 )
-def test_of_several_mmproj_types_the_fastest_exact_one_is_taken(
+def test_the_fastest_exact_mmproj_type_is_chosen(
     bf16: bool,
-    there: tuple[str, ...],
+    installed: tuple[str, ...],
     seconds: dict[str, float],
     chosen: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("lfm2vl_edge.models.names.has_fast_bf16", lambda: bf16)
-    for name in ("x-Q4_0", *(f"mmproj-x-{kind}" for kind in there)):
+    for name in ("x-Q4_0", *(f"mmproj-x-{kind}" for kind in installed)):
         (tmp_path / f"{name}.gguf").touch()
     assert find_pair(tmp_path, seconds=seconds).mmproj.name == f"mmproj-x-{chosen}.gguf"
 
 
-def test_processor_features_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_the_processor_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lfm2vl_edge.host.sys.platform", "linux")
     info = tmp_path / "cpuinfo"
     for text, fast in (
@@ -207,7 +209,7 @@ def test_small_cores_do_not_count(tmp_path: Path) -> None:
     assert thread_counts()[-1] == len(cpus)
 
 
-def test_a_gpu_that_is_not_there_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lfm2vl_edge.engine.ffi import llama
 
     monkeypatch.setattr(llama, "llama_supports_gpu_offload", lambda: False)
@@ -221,42 +223,43 @@ def test_a_gpu_that_is_not_there_is_said(folder: Path, monkeypatch: pytest.Monke
     with pytest.raises(EngineError, match="no GPU 'Voodoo2'; this machine has "):
         find_gpu(3, "Voodoo2")
     assert find_gpu(3, None) is None
-    assert all(find_gpu(-1, gpu.name) == gpu for gpu in gpus())
+    assert all(find_gpu(-1, name) == handle for name, handle in gpus().items())
 
 
-def test_wishes_work_in_python(folder: Path) -> None:
-    photo = PICTURES / "photo.png"
+def test_image_budgets_work_in_python(folder: Path) -> None:
+    image = IMAGES / "photo.png"
     with Model.open(folder, detail="fast", n_threads=1) as model:
-        assert len(model.preprocess(photo).tiles) == 1
-        assert len(model.preprocess(photo, detail="full").tiles) > 1
-        assert model.preprocess(photo, budget_tokens=40).plan.n_image_tokens <= 40
-        assert len(model.embed_image(photo)) <= 64
-        with pytest.raises(ConfigError, match="unknown wish 'tokens'"):
-            model.encode_image(photo, tokens=3)
+        assert len(model.preprocess(image).tiles) == 1
+        assert len(model.preprocess(image, detail="full").tiles) > 1
+        assert model.preprocess(image, budget_tokens=40).plan.n_image_tokens <= 40
+        assert len(model.embed_image(image)) <= 64
+        with pytest.raises(ConfigError, match="unknown option 'tokens'"):
+            model.encode_image(image, tokens=3)  # type: ignore[call-arg]
         with pytest.raises(ConfigError, match="within the budget of 1 tokens"):
-            model.preprocess(photo, budget_tokens=1)
+            model.preprocess(image, budget_tokens=1)
     with pytest.raises(ConfigError, match="detail 'fast' decides max_tiles"):
         Model.open(folder, detail="fast", image_settings={"max_tiles": 3})
     with pytest.raises(ConfigError, match="budget_tokens is 0"):
         Model.open(folder, budget_tokens=0)
 
 
-def test_a_picture_within_a_budget_is_saved_and_loaded(folder: Path, tmp_path: Path) -> None:
-    path, greedy = tmp_path / "x.photo", {"temperature": 0.0, "max_tokens": 6}
+def test_an_image_within_a_budget_is_saved_and_loaded(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.image"
+    greedy: AskOptions = {"temperature": 0.0, "max_tokens": 6}
     with Model.open(folder, n_threads=1, budget_tokens=900) as model:
-        photo = model.encode_image(PICTURES / "photo.png", budget_tokens=800)
-        assert photo.picture.settings != model.config.image
-        answer = photo.ask("What?", **greedy)
-        photo.save(path)
+        encoded = model.encode_image(IMAGES / "photo.png", budget_tokens=800)
+        assert encoded.image.settings != model.config.image
+        answer = encoded.ask("What?", **greedy)
+        encoded.save(path)
     with Model.open(folder, n_threads=1, budget_tokens=900) as model:
         loaded = model.load_encoded_image(path)
-        assert loaded.picture.plan == photo.picture.plan
+        assert loaded.image.plan == encoded.image.plan
         assert loaded.ask("What?", **greedy) == answer
     with Model.open(folder, n_threads=1) as model, pytest.raises(StateError, match="saved with other settings"):
         model.load_encoded_image(path)
 
 
-def test_the_profile_has_no_more_than_was_documented() -> None:
+def test_the_profile_has_the_documented_fields() -> None:
     assert set(asdict(PROFILE)) == {
         *("threads", "mmproj", "encode", "prefill_speed", "decode_speed"),
         *("memory_bytes", "measured"),

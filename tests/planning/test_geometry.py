@@ -1,4 +1,4 @@
-"""The views of an image: against transformers' own results, and against a naive reading of its rules."""
+"""The views of an image, compared with transformers' own results and with a naive version of its rules."""
 
 import json
 import math
@@ -14,7 +14,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "geometry.json").rea
 VARIANTS = GOLDEN["variants"]
 
 
-def facts(tile_plan: TilePlan) -> dict[str, Any]:
+def summary(tile_plan: TilePlan) -> dict[str, Any]:
     return {
         "rows": tile_plan.rows,
         "cols": tile_plan.cols,
@@ -26,17 +26,17 @@ def facts(tile_plan: TilePlan) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_plan_equals_the_reference(variant: str) -> None:
+def test_plan_equals_that_of_transformers(variant: str) -> None:
     config = ImageConfig(**VARIANTS[variant])
     cases = [case for case in GOLDEN["cases"] if case["variant"] == variant]
     assert len(cases) >= 50
     for case in cases:
-        result = facts(plan(case["height"], case["width"], config))
+        result = summary(plan(case["height"], case["width"], config))
         assert result == {key: case[key] for key in result}, case
 
 
 def naive_views(height: int, width: int, config: ImageConfig) -> tuple[int, int, list[tuple[int, int]]]:
-    """Rows, columns and view sizes, written down again from transformers' description, slowly."""
+    """Rows, columns and view sizes, written a second time from transformers' rules, in the simplest way."""
     side = config.encoder_patch_size * config.downsample_factor
 
     def nearest(value: int) -> int:
@@ -107,25 +107,25 @@ def test_plan_equals_a_naive_version_on_random_settings() -> None:
         assert [(view.height, view.width) for view in result.views] == views, (height, width, config)
 
 
-def test_the_order_of_the_views_is_that_of_the_prompt() -> None:
+def test_views_are_in_prompt_order() -> None:
     result = plan(900, 700, ImageConfig())
     places = [(view.kind, view.row, view.col) for view in result.views]
     assert places == [*(("tile", r, c) for r in range(3) for c in range(2)), ("thumbnail", 0, 0)]
 
 
-def test_the_card_example_counts_as_the_reference_code_does() -> None:
+def test_the_example_of_the_card_has_the_token_count_of_transformers() -> None:
     result = plan(1000, 3000, ImageConfig())
     assert (result.n_image_tokens, result.n_prompt_tokens) == (1011, 1017)
 
 
 @pytest.mark.parametrize(("height", "width"), [(0, 5), (5, 0), (-3, 4)])
-def test_a_picture_without_area_is_refused(height: int, width: int) -> None:
+def test_an_image_without_area_is_refused(height: int, width: int) -> None:
     with pytest.raises(ImageError, match="1 or more"):
         plan(height, width, ImageConfig())
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "message"),
     [
         ({"min_tiles": 0}, "min_tiles"),
         ({"min_tiles": 5, "max_tiles": 4}, "max_tiles"),
@@ -142,8 +142,8 @@ def test_a_picture_without_area_is_refused(height: int, width: int) -> None:
         ({"downsample_factor": True}, "downsample_factor"),
     ],
 )
-def test_a_wrong_setting_is_named(changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
+def test_a_wrong_setting_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         ImageConfig(**changes)
 
 
