@@ -1,4 +1,4 @@
-"""What an answer cost: counts, seconds, tokens per second, peak memory."""
+"""Statistics of an answer: counts, seconds, tokens per second, and the peak memory of the process."""
 
 from __future__ import annotations
 
@@ -15,87 +15,90 @@ Phase = Literal["preprocess", "encode", "prefill", "decode"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Figures of one answer."""
+    """Statistics of one answer.
+
+    Attributes:
+        images: images in the conversation.
+        views: views of all images in the prompt (tiles, thumbnails and whole images).
+        encoded_views: views that were encoded for this answer; the others came from a cache.
+        image_tokens: image tokens of the prompt.
+        prompt_tokens: all tokens of the prompt, image tokens included.
+        restored_tokens: tokens of the prompt whose state came from a cache.
+        completion_tokens: tokens of the answer, without the end-of-turn token.
+        preprocess_seconds: loading, resizing and tiling the images.
+        encode_seconds: computing the embeddings of the views, or reading them from a cache.
+        prefill_seconds: decoding the prompt in the language tower.
+        first_token_seconds: from the request to the first token.
+        decode_seconds: from the first token to the end of the answer.
+    """
 
     images: int
-    """Images in the conversation."""
     views: int
-    """Tiles, thumbnails and single views of the prompt."""
     encoded_views: int
-    """Those of them that were encoded for this answer; the others were known."""
     image_tokens: int
-    """Image tokens of the prompt."""
     prompt_tokens: int
-    """All tokens of the prompt, image tokens included."""
     restored_tokens: int
-    """Those of them that a state from an earlier answer already held."""
     completion_tokens: int
-    """Tokens drawn, the end of the turn not counted."""
     preprocess_seconds: float
-    """Opening, resizing and cutting the images."""
     encode_seconds: float
-    """Views to embeddings, or finding those that are known."""
     prefill_seconds: float
-    """The prompt through the language tower."""
     first_token_seconds: float
-    """From the request to the first token."""
     decode_seconds: float
-    """From the first token to the end."""
 
     @property
     def decode_speed(self) -> float:
-        """Tokens per second after the first one; 0 when there was no second."""
+        """Tokens per second after the first token; 0 if there was only one."""
         later = self.completion_tokens - 1
         return later / self.decode_seconds if later > 0 and self.decode_seconds > 0 else 0.0
 
     @property
     def prefill_speed(self) -> float:
-        """Prompt tokens per second, of those that were decoded for this answer."""
+        """Prompt tokens per second, counting those that were decoded for this answer."""
         decoded = self.prompt_tokens - self.restored_tokens
         return decoded / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return every figure by name, seconds to the millisecond."""
-        figures = asdict(self) | {"prefill_speed": self.prefill_speed, "decode_speed": self.decode_speed}
-        return {name: round(value, 3) for name, value in figures.items()}
+        """Return all values by name, speeds included, rounded to three decimals."""
+        values = asdict(self) | {"prefill_speed": self.prefill_speed, "decode_speed": self.decode_speed}
+        return {name: round(value, 3) for name, value in values.items()}
 
 
 class Stopwatch:
-    """Adds up the seconds spent in each phase, knows when the first token came, and what was not done again."""
+    """Collects the seconds of each phase, the time of the first token, and counts of encoded and restored work."""
 
     def __init__(self) -> None:
         self.encoded_views = 0
-        """Views that were encoded."""
+        """Views that were encoded, not read from a cache."""
         self.restored_tokens = 0
-        """Tokens that a restored state held."""
+        """Tokens of the prompt in a restored state."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._begin = time.perf_counter()
+        self._start = time.perf_counter()
         self._first: float | None = None
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Count the time inside the block for a phase."""
-        begin = time.perf_counter()
+        """Add the time inside the block to a phase."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - begin
+            self.seconds[name] += time.perf_counter() - start
 
     def first_token(self) -> None:
-        """Note that the first token is there."""
+        """Record the time of the first token."""
         self._first = time.perf_counter()
 
     def until_first_token(self) -> float:
-        """Return the seconds from the beginning to the first token, or to now."""
-        return (self._first or time.perf_counter()) - self._begin
+        """Return the seconds from the start to the first token, or until now."""
+        return (self._first or time.perf_counter()) - self._start
 
     def since_first_token(self) -> float:
-        """Return the seconds from the first token to now."""
+        """Return the seconds from the first token until now, or 0 before it."""
         return time.perf_counter() - self._first if self._first else 0.0
 
 
 def peak_memory() -> int | None:
-    """Return the largest resident memory of this process so far, bytes; None where the system does not tell."""
+    """Return the peak resident memory of this process in bytes, or None on Windows."""
     try:
         import resource
     except ImportError:

@@ -1,4 +1,7 @@
-"""Bytes of tokens become text: characters that span tokens are held back, and so is what may become a stop string."""
+"""Decode the bytes of tokens to text, piece by piece.
+
+A character that spans tokens is held back until it is complete, and so is text that may be the start of a stop string.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,21 @@ from collections.abc import Sequence
 
 
 class TextStream:
-    """Joins token bytes into text, piece by piece.
-
-    Everything that `push` and `flush` return, joined, is the answer up to the first stop string.
-    """
+    """Decodes token bytes; all that `push` and `flush` return, joined, is the answer up to the first stop string."""
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self.stopped = False
-        """Whether a stop string was met; nothing more comes out after it."""
+        """Whether a stop string was reached; only empty text is returned afterwards."""
         self._stop = tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
     def push(self, piece: bytes) -> str:
-        """Take a token's bytes and return the text that is certain now; it may be empty."""
+        """Add the bytes of a token and return the text that is now certain, which may be empty."""
         return self._advance(self._decoder.decode(piece))
 
     def flush(self) -> str:
-        """Return what was held back; half a character becomes U+FFFD."""
+        """Return the text that was held back; an incomplete character becomes U+FFFD."""
         text = self._advance(self._decoder.decode(b"", final=True))
         text, self._held = text + self._held, ""
         return text
@@ -33,17 +33,17 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += text
-        places = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
-        if places:
+        starts = [start for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        if starts:
             self.stopped = True
-            text, self._held = self._held[: min(places)], ""
+            text, self._held = self._held[: min(starts)], ""
             return text
-        safe = len(self._held) - self._undecided()
-        text, self._held = self._held[:safe], self._held[safe:]
+        n_certain = len(self._held) - self._n_undecided()
+        text, self._held = self._held[:n_certain], self._held[n_certain:]
         return text
 
-    def _undecided(self) -> int:
-        """Return the length of the longest end of the held text that begins a stop string."""
+    def _n_undecided(self) -> int:
+        """Return the length of the longest suffix of the held text that is the start of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stop):
