@@ -1,23 +1,39 @@
-"""Every error that the library raises on purpose; anything else is a bug and keeps its traceback."""
+"""Every error that the library raises on purpose; anything else is a bug and keeps its traceback.
+
+EdgeError
+├── ConfigError          a setting
+├── ImageError           an image
+├── PromptError          the messages
+│   └── ContextFull      a prompt that is too long
+├── ModelNotFound        a model's name or path
+│   └── ModelNotPulled   a model that is not downloaded
+├── DownloadError        the hub, the network, the hub cache
+├── EngineError          llama.cpp
+├── ToolError            a tool call in an answer
+├── StateError           a saved image
+├── AnswerError          an answer that breaks its format
+│   └── AnswerTruncated  an answer that ended too early
+├── DataError            questions and results of an evaluation
+└── ConvertError         a checkpoint
+
+Each message is one line that names the value and the remedy.
+"""
 
 
 class EdgeError(Exception):
-    """Base class: catch this one to catch everything that is not a bug.
-
-    The message is one line that names the value at fault and what to do about it.
-    """
+    """Base class: catch it to catch everything that is not a bug."""
 
 
 class ConfigError(EdgeError):
-    """A setting is out of range, of the wrong type, or contradicts another one."""
+    """A setting is out of range, has the wrong type or contradicts another one, or a model file is damaged."""
 
 
 class ImageError(EdgeError):
-    """The input is no image, is damaged, or is larger than the limit."""
+    """The input is not an image, is damaged, or is larger than the limit."""
 
 
 class PromptError(EdgeError):
-    """The messages cannot be made into a prompt."""
+    """The messages are not a valid conversation, or the chat template refuses them."""
 
 
 class ContextFull(PromptError):
@@ -25,33 +41,47 @@ class ContextFull(PromptError):
 
 
 class ModelNotFound(EdgeError):
-    """No model lies where the caller pointed; the message names what does."""
+    """There is no model of this name or at this path; the message lists what there is."""
 
 
 class ModelNotPulled(ModelNotFound):
-    """A model was asked for by a name of the hub and is not on this machine; the message has the command to type."""
+    """The name is known or has the form of a hub id, but the model is not on this machine.
+
+    Args:
+        name: the name that `pull` takes.
+        remedy: what to do; by default the `pull` command.
+
+    Attributes:
+        name: the name that `pull` takes.
+    """
 
     def __init__(self, name: str, remedy: str | None = None) -> None:
-        super().__init__(f"{name} is not on this machine; {remedy or f'to fetch it: lfm2vl-edge pull {name}'}")
+        super().__init__(f"{name} is not on this machine; {remedy or f'to download it: lfm2vl-edge pull {name}'}")
         self.name = name
-        """What `pull` takes."""
 
 
 class DownloadError(EdgeError):
-    """A file could not be fetched, arrived damaged or cannot be kept; the message says whether to try again."""
+    """A file could not be downloaded, arrived damaged or cannot be stored; the message says if a retry may help."""
 
 
 class EngineError(EdgeError):
-    """A native call failed; the message names the function, its code and the last native log line."""
+    """A native call failed; the message has the function, its return code and the last line of llama.cpp's log."""
 
 
 class ToolError(EdgeError):
-    """What a model wrote as a call of a tool is none: cut off, malformed, or of a tool that it was not given."""
+    """A tool call in an answer is truncated, malformed, or names a tool that was not given.
+
+    Args:
+        message: what is wrong.
+        text: what the model wrote between the markers of the call.
+
+    Attributes:
+        text: what the model wrote between the markers of the call.
+    """
 
     def __init__(self, message: str, text: str = "") -> None:
         super().__init__(message)
         self.text = text
-        """What the model wrote between the markers of a call, as it wrote it."""
 
 
 class StateError(EdgeError):
@@ -59,16 +89,16 @@ class StateError(EdgeError):
 
 
 class AnswerError(EdgeError):
-    """An answer is not what was asked for: it breaks a rule of the schema, or holds no boxes."""
+    """An answer does not have the requested format: it breaks a rule of the schema, or has no boxes."""
 
 
 class AnswerTruncated(AnswerError):
-    """An answer that must be whole was not finished within max_tokens or the context; nothing of it is given out."""
+    """An answer that must be complete reached `max_tokens` or the end of the context; no part of it is returned."""
 
 
 class DataError(EdgeError):
-    """A file of questions or of results has a line that is none; the message names the line and what to do."""
+    """A line in a file of questions or results is not valid; the message names the line and the remedy."""
 
 
 class ConvertError(EdgeError):
-    """A checkpoint cannot be converted; the message names the file or tensor, and what was expected."""
+    """A checkpoint cannot be converted; the message names the file or tensor and what was expected."""

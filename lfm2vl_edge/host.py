@@ -1,4 +1,4 @@
-"""What the host offers: processors, memory, folders, worker threads, and files that are written whole or not at all."""
+"""The host: processors, memory, folders, files and worker threads. Linux and macOS; Windows is untested."""
 
 from __future__ import annotations
 
@@ -11,12 +11,23 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, ParamSpec, TypeAlias, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
+CACHE_VARIABLE: Final = "LFM2VL_CACHE"
+"""The environment variable that names the cache folder."""
+DATA_VARIABLE: Final = "LFM2VL_DATA"
+"""The environment variable that names the data folder."""
+PARTIAL: Final = ".partial"
+"""Suffix of a file that is being written."""
+_PROGRAM: Final = "lfm2vl-edge"
 _TOPOLOGY: Final = Path("/sys/devices/system/cpu")
 _CPUINFO: Final = Path("/proc/cpuinfo")
 _BF16_FEATURES: Final = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
-"""As Linux names them: x86-64 with AVX-512 or AMX, and ARM."""
+"""Linux's names of the processor features: AVX-512 and AMX on x86-64, and ARM."""
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+# Processors
 
 
 def available_cpus() -> set[int]:
@@ -29,7 +40,7 @@ def available_cpus() -> set[int]:
 def physical_cores(topology: Path = _TOPOLOGY) -> int:
     """Return the number of physical cores among the available processors.
 
-    Two hyperthreads share one vector unit, so a second thread on a core only gets in the way of the first.
+    Two hyperthreads share one vector unit, so a second thread per core slows the first one down.
     """
     cpus = available_cpus()
     cores = set()
@@ -41,32 +52,11 @@ def physical_cores(topology: Path = _TOPOLOGY) -> int:
     return len(cores)
 
 
-def total_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
-    """Return the bytes of memory that this process may hope for: the machine's, or its container's; None if unknown.
-
-    Args:
-        limit: the file in which Linux tells a container's limit.
-    """
-    machine = installed_memory()
-    try:
-        return machine and min(machine, int(limit.read_text()))
-    except (OSError, ValueError):  # no such file, or "max"
-        return machine
-
-
-def installed_memory() -> int | None:
-    """Return the bytes of memory of the machine, None if it does not tell."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
 def big_cores(topology: Path = _TOPOLOGY) -> int:
-    """Return the number of physical cores, of which small ones beside big ones (ARM) do not count.
+    """Return the number of physical cores without the small ones of processors with big and small cores (ARM).
 
     Every step of a computation waits for the slowest thread. Linux states a capacity for each core of such a
-    processor; a core with more than half of the largest is a big one.
+    processor; a core with more than half of the largest capacity is a big one.
     """
     capacities = []
     for cpu in available_cpus():
@@ -78,59 +68,98 @@ def big_cores(topology: Path = _TOPOLOGY) -> int:
 
 
 def thread_counts() -> list[int]:
-    """Return the numbers of threads that are worth trying, the fewest first: one, big, physical and logical cores."""
+    """Return the numbers of threads to try, ascending: one, the big, the physical and the logical cores."""
     return sorted({1, big_cores(), physical_cores(), len(available_cpus())})
 
 
 def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
-    """Return what the system calls the processor, with the number of its logical processors that may be used."""
+    """Return the processor's name, architecture and number of available logical processors."""
     found = re.search(r"^(?:model name|Model|Hardware|cpu model)\s*:\s*(.+)$", _text(cpuinfo), re.MULTILINE)
     name = found[1].strip() if found else platform.processor() or "unknown processor"
     return f"{name} ({platform.machine()}, {len(available_cpus())} processors)"
 
 
 def has_fast_bf16(cpuinfo: Path = _CPUINFO) -> bool:
-    """Tell whether the processor multiplies bfloat16 itself; where the system does not say, it does not."""
+    """Return whether the processor multiplies bfloat16 in hardware; False if Linux does not list its features."""
     return not _BF16_FEATURES.isdisjoint(_features(cpuinfo))
 
 
 def has_avx512(cpuinfo: Path = _CPUINFO) -> bool:
-    """Tell whether the processor has 512-bit registers; where the system does not say, it has not."""
+    """Return whether the processor has 512-bit registers; False if Linux does not list its features."""
     return "avx512f" in _features(cpuinfo)
 
 
 def _features(cpuinfo: Path) -> list[str]:
-    """Return what Linux says that the processor can do, nothing elsewhere."""
     lines = re.findall(r"^(?:flags|Features)\s*:\s*(.+)$", _text(cpuinfo), re.MULTILINE)
     return lines[0].split() if lines else []
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(errors="replace") if sys.platform == "linux" else ""
+        return path.read_text(errors="replace")
     except OSError:
         return ""
 
 
-PARTIAL: Final = ".partial"
-"""Ends the name of a file that is being written."""
-CACHE_VARIABLE: Final = "LFM2VL_CACHE"
-"""The environment variable that names the cache folder."""
-DATA_VARIABLE: Final = "LFM2VL_DATA"
-"""The environment variable that names the data folder."""
-_NAME: Final = "lfm2vl-edge"
+# Memory
+
+
+def total_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
+    """Return the memory that this process may use, bytes: the machine's or its container's; None if unknown.
+
+    Args:
+        limit: the file with the container's limit (Linux, cgroup v2).
+    """
+    machine = installed_memory()
+    try:
+        return machine and min(machine, int(limit.read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return machine
+
+
+def installed_memory() -> int | None:
+    """Return the memory of the machine, bytes; None if unknown."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+# Folders
+
+
+def cache_folder(environment: Mapping[str, str] | None = None, platform: str = sys.platform) -> Path:
+    """Return LFM2VL_CACHE, else the platform's folder for caches."""
+    usual = ("", "Library/Caches") if platform == "darwin" else ("XDG_CACHE_HOME", ".cache")
+    return _folder(CACHE_VARIABLE, *usual, os.environ if environment is None else environment)
+
+
+def data_folder(environment: Mapping[str, str] | None = None, platform: str = sys.platform) -> Path:
+    """Return LFM2VL_DATA, else the platform's folder for the data of programs."""
+    usual = ("", "Library/Application Support") if platform == "darwin" else ("XDG_DATA_HOME", ".local/share")
+    return _folder(DATA_VARIABLE, *usual, os.environ if environment is None else environment)
+
+
+def _folder(variable: str, xdg_variable: str, usual: str, environment: Mapping[str, str]) -> Path:
+    if chosen := environment.get(variable):
+        return Path(chosen)
+    base = Path(environment.get(xdg_variable, ""))
+    return (base if base.is_absolute() else Path.home() / usual) / _PROGRAM  # XDG: relative paths are ignored
+
+
+# Files
 
 
 def write_whole(path: Path, blocks: Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
-    """Write a file under another name in its folder, which is made if needed, and rename it when it is complete.
+    """Write a file completely or not at all: under a temporary name in its folder, then renamed.
 
     Args:
-        path: where it is to lie; a file of that name is replaced.
-        blocks: what is written.
-        mode: who may read and write it, as far as the umask allows.
+        path: the file, which is replaced if it exists; its folder is created if needed.
+        blocks: the content.
+        mode: permissions, before the umask.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; nothing is left behind.
+        OSError: the folder cannot be written or the disk is full; no temporary file remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}{PARTIAL}")
@@ -145,55 +174,22 @@ def write_whole(path: Path, blocks: Iterable[bytes | memoryview], *, mode: int =
         raise
 
 
-_Place: TypeAlias = tuple[str, str, str]
-"""The platform's variable, the usual folder below home where it is not set, and a folder within ours."""
-_CACHE: Final[Mapping[str, _Place]] = {
-    "darwin": ("", "Library/Caches", ""),
-    "win32": ("LOCALAPPDATA", "AppData/Local", "Cache"),
-}
-_DATA: Final[Mapping[str, _Place]] = {
-    "darwin": ("", "Library/Application Support", ""),
-    "win32": ("LOCALAPPDATA", "AppData/Local", "Data"),
-}
-
-
-def cache_folder(environment: Mapping[str, str] | None = None, platform: str = sys.platform) -> Path:
-    """Return LFM2VL_CACHE, or the folder that the platform keeps for the caches of programs."""
-    return _folder(CACHE_VARIABLE, _CACHE.get(platform, ("XDG_CACHE_HOME", ".cache", "")), environment)
-
-
-def data_folder(environment: Mapping[str, str] | None = None, platform: str = sys.platform) -> Path:
-    """Return LFM2VL_DATA, or the folder that the platform keeps for the data of programs."""
-    return _folder(DATA_VARIABLE, _DATA.get(platform, ("XDG_DATA_HOME", ".local/share", "")), environment)
-
-
-def _folder(own: str, place: _Place, environment: Mapping[str, str] | None) -> Path:
-    known = os.environ if environment is None else environment
-    if chosen := known.get(own):
-        return Path(chosen)
-    variable, usual, within = place
-    base = Path(known.get(variable) or "")
-    is_set = base.is_absolute() if variable.startswith("XDG") else bool(known.get(variable))  # as XDG demands
-    return (base if is_set else Path.home() / usual) / _NAME / within
-
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+# Worker threads
 
 
 def start_worker(
-    work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-) -> Future[Result]:
-    """Begin some work now, and return what will hold its result, or the error that it raised.
+    work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
+) -> Future[_Result]:
+    """Start a function in a daemon thread and return the future of its result.
 
-    An executor's threads would have to end before the interpreter does, even if nobody wants their result any more.
+    Unlike an executor's threads, it does not delay the end of the interpreter if its result is not needed any more.
     """
-    future: Future[Result] = Future()
+    future: Future[_Result] = Future()
 
     def run() -> None:
         try:
             future.set_result(work(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001  # it is raised where the result is asked for
+        except BaseException as error:  # noqa: BLE001  # raised by future.result()
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()

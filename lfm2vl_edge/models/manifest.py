@@ -1,4 +1,4 @@
-"""What was pulled: a small JSON file in the user's data folder. The files themselves are stored in the hub's own cache."""
+"""The manifest: a JSON file in the data folder that lists the downloaded models; their files are in the hub cache."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _FORMAT: Final = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestFile:
-    """A file that was fetched and verified."""
+    """A file that was downloaded and verified."""
 
     path: Path
-    """Where it lies, absolute."""
+    """Absolute path in the hub cache."""
     n_bytes: int
-    """Its size."""
+    """Size, bytes."""
     digest: str
-    """Its SHA-256, or the SHA-1 of its git blob, hex digits: whichever the hub states."""
+    """SHA-256 (64 hex digits) or git's SHA-1 (40 hex digits), whichever the hub states."""
 
     @property
-    def is_there(self) -> bool:
-        """Whether it still lies there, in its size."""
+    def exists(self) -> bool:
+        """Whether the file exists and has the right size."""
         try:
             return self.path.stat().st_size == self.n_bytes
         except OSError:
@@ -36,57 +36,57 @@ class ManifestFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestEntry:
-    """A pair of GGUF files, or the files of a checkpoint, that belong together."""
+    """A pair of GGUF files, or the files of a checkpoint."""
 
     repo: str
-    """Id on the hub."""
+    """Hub id, `owner/repo`."""
     quant: str | None
     """Type of the language file, upper case; None for a checkpoint."""
     revision: str
-    """The commit that the files are of."""
+    """The commit of the files."""
     files: tuple[ManifestFile, ...]
     """Of a pair: the language file, then the mmproj."""
 
     @property
     def is_pair(self) -> bool:
-        """Whether it is a model that can run, not a checkpoint."""
+        """Whether it is a model that can run, rather than a checkpoint."""
         return self.quant is not None
 
     @property
-    def is_there(self) -> bool:
-        """Whether all its files still lie there."""
-        return all(file.is_there for file in self.files)
+    def exists(self) -> bool:
+        """Whether all files exist and have the right size."""
+        return all(file.exists for file in self.files)
 
     @property
     def n_bytes(self) -> int:
-        """Size of all its files."""
+        """Size of all files, bytes."""
         return sum(file.n_bytes for file in self.files)
 
 
-def state_path() -> Path:
-    """Return where the list lies."""
+def manifest_path() -> Path:
+    """Return the path of the manifest."""
     return data_folder() / "models.json"
 
 
 def read_manifest() -> list[ManifestEntry]:
-    """Return what was pulled, the latest last.
+    """Return the entries, the latest last.
 
     Raises:
-        DownloadError: the list is damaged or cannot be read.
+        DownloadError: the manifest is damaged or cannot be read.
     """
-    path = state_path()
+    path = manifest_path()
     try:
         stored = json.loads(path.read_bytes())
         if stored["format"] != _FORMAT:
             raise DownloadError(f"{path} was written by a newer version of this program; update it")
-        return [_entry(one) for one in stored["pulled"]]
+        return [_entry(one) for one in stored["models"]]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise DownloadError(f"cannot read {path}: {error.strerror or error}; make it readable") from error
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise DownloadError(
-            f"{path}, the list of pulled models, is damaged; remove it and pull again: what is in the cache stays"
+            f"the manifest {path} is damaged; remove it and pull again: the files in the hub cache are kept"
         ) from error
 
 
@@ -111,12 +111,12 @@ def _checked(value: Any, kind: type) -> Any:
 
 
 def write_manifest(entries: Iterable[ManifestEntry]) -> None:
-    """Write the list, the latest last.
+    """Write the entries, the latest last.
 
     Raises:
-        DownloadError: it cannot be written.
+        DownloadError: the manifest cannot be written.
     """
-    path = state_path()
+    path = manifest_path()
     rows = [
         asdict(entry)
         | {
@@ -125,7 +125,7 @@ def write_manifest(entries: Iterable[ManifestEntry]) -> None:
         for entry in entries
     ]
     try:
-        write_whole(path, [json.dumps({"format": _FORMAT, "pulled": rows}, indent=1).encode(), b"\n"])
+        write_whole(path, [json.dumps({"format": _FORMAT, "models": rows}, indent=1).encode(), b"\n"])
     except OSError as error:
         why = error.strerror or error
         raise DownloadError(f"cannot write {path}: {why}; make its folder writable, or set LFM2VL_DATA") from error
@@ -137,10 +137,10 @@ def find_entry(
     """Return the pair of a repository, or None.
 
     Args:
-        entries: what was pulled, the latest last.
-        repo: id on the hub, in whatever case.
-        quant: type of its language file; None means the usual one if it is here, else the one pulled last.
-        usual: that type.
+        entries: the manifest, the latest last.
+        repo: hub id, in any case.
+        quant: type of its language file; None means the usual type if it is downloaded, else the latest one.
+        usual: the type that `pull` takes by default.
     """
     found = [one for one in entries if one.is_pair and one.repo.lower() == repo.lower()]
     wanted = quant or usual

@@ -1,4 +1,4 @@
-"""Which files a model's name or path means. Nothing is downloaded here and no network is asked."""
+"""Which files a model's name or path means. Nothing is downloaded here, and the network is not used."""
 
 from __future__ import annotations
 
@@ -12,67 +12,105 @@ from typing import Final, TypeAlias
 from lfm2vl_edge.errors import ModelNotFound, ModelNotPulled
 from lfm2vl_edge.host import has_fast_bf16
 from lfm2vl_edge.models.manifest import ManifestEntry, find_entry, read_manifest
-from lfm2vl_edge.models.registry import BUILT_IN, RECOMMENDED, known_models, parse_name
+from lfm2vl_edge.models.registry import (
+    BUILT_IN,
+    RECOMMENDED,
+    display_name,
+    known_models,
+    parse_name,
+    quant_in_name,
+    split_file_name,
+)
 
 LANGUAGE_ARCHITECTURE: Final = "lfm2"
-"""llama.cpp's name of the language tower."""
-_EXACT_TYPES: Final = ("F16", "F32", "Q8_0", "BF16")
-"""Types of mmproj files whose embeddings err by 3 % at most, the fastest first on processors without bfloat16. Ones
-that err more (Q4_0: 24 %) are taken only where there is nothing else."""
-_BF16_FIRST: Final = ("BF16", "F16", "F32", "Q8_0")
-"""The same on processors that multiply bfloat16 themselves, where it is a quarter faster than F16."""
+"""llama.cpp's name of the language model's architecture."""
+MODEL_VARIABLE: Final = "LFM2VL_MODEL"
+"""The environment variable that names the default model."""
+TINY: Final = Path(__file__).parent / "tiny"
+"""Folder of the demonstration model."""
+FALLBACK_NOTE: Final = (
+    f"no model given and none downloaded: using the built-in {BUILT_IN} model, which knows only simple drawings; "
+    f"for a real one: lfm2vl-edge pull {RECOMMENDED}"
+)
+_FASTEST_TYPES: Final = ("F16", "F32", "Q8_0", "BF16")
+"""Those of `config.ENCODER_TYPES` whose embeddings have an error of at most 3 %, the fastest first. Types with more
+error (Q4_0: 24 %) are chosen only if there is no other file."""
+_FASTEST_TYPES_BF16: Final = ("BF16", "F16", "F32", "Q8_0")
+"""The same on processors that multiply bfloat16 in hardware, where it is a quarter faster than F16."""
 Stamp: TypeAlias = tuple[int, int, int]
-"""Size, time of the last change in nanoseconds, and number of a file."""
+"""Size in bytes, modification time in nanoseconds, and inode of a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """The two files of a model."""
+    """The two files of a model.
+
+    Attributes:
+        model: the language model, GGUF.
+        mmproj: the vision encoder and the projector, GGUF.
+    """
 
     model: Path
-    """The language tower."""
     mmproj: Path
-    """The vision encoder and the projector."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedModel:
+    """The files that a name or path means."""
+
+    model: Path
+    """The language file; it exists."""
+    mmproj: Path | None = None
+    """The mmproj file, if one was given or belongs to a downloaded model; None: the fastest one beside `model`."""
+    is_fallback: bool = False
+    """Whether it is the demonstration model because no other one was given or downloaded."""
+
+    @property
+    def pair(self) -> Pair:
+        """Both files; raises `ModelNotFound` if the mmproj is missing."""
+        return self.fastest_pair({})
+
+    def fastest_pair(self, seconds: Mapping[str, float]) -> Pair:
+        """Return both files, with the fastest mmproj if there are several.
+
+        Args:
+            seconds: measured time of a view by type of mmproj file. Types that were not measured come last, in an
+                order that depends on whether the processor has bfloat16.
+
+        Raises:
+            ModelNotFound: the mmproj is missing.
+        """
+        if self.mmproj is not None and not self.mmproj.is_file():
+            raise ModelNotFound(f"no mmproj at {str(self.mmproj)!r}; check the path")
+        return Pair(model=self.model, mmproj=self.mmproj or _fastest(mmprojs_beside(self.model), seconds))
 
 
 def find_pair(path: Path, mmproj: Path | None = None, seconds: Mapping[str, float] | None = None) -> Pair:
-    """Return the files of a model, given its language GGUF or the folder that holds it.
+    """Return the files of a model, given its language file or its folder.
 
     Args:
         path: the file or folder.
-        mmproj: the vision file; by default the one beside the language file. Of several, the fastest is taken.
-        seconds: what a view takes by type of mmproj file, where that was measured. Types that were not come after
-            those that were, in an order that depends on whether the processor knows bfloat16.
+        mmproj: the mmproj file; by default the one beside the language file, the fastest if there are several.
+        seconds: see `ResolvedModel.fastest_pair`.
 
     Raises:
-        ModelNotFound: there is no such file, the folder holds none or several, or no mmproj is beside it.
+        ModelNotFound: a file is missing, or the folder has several language files.
     """
-    model = find_model(path)
-    if mmproj is not None and not mmproj.is_file():
-        raise ModelNotFound(f"no mmproj at {str(mmproj)!r}; check the path")
-    return Pair(model=model, mmproj=mmproj or _fastest(mmprojs_beside(model), seconds or {}))
+    return ResolvedModel(model=find_model(path), mmproj=mmproj).fastest_pair(seconds or {})
 
 
 def find_model(path: Path) -> Path:
-    """Return the language GGUF, given itself or the folder that holds it.
+    """Return the language file, given itself or its folder.
 
     Raises:
-        ModelNotFound: there is no such file, or the folder holds none or several.
+        ModelNotFound: there is no such file, or the folder has none or several.
     """
     model = _only_model(path) if path.is_dir() else path
     if not model.is_file():
-        raise ModelNotFound(f"no model {str(path)!r}; {_what_exists(Path())}; give the path of a .gguf file")
+        raise ModelNotFound(f"no model {str(path)!r}; {_contents(Path())}; give the path of a .gguf file")
     if _is_mmproj(model):
         raise ModelNotFound(f"{model.name} is the mmproj of a model; give the language file beside it")
     return model
-
-
-def _is_mmproj(path: Path) -> bool:
-    return "mmproj" in path.name.lower()
-
-
-def _ggufs(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.gguf") if path.is_file())
 
 
 def _only_model(folder: Path) -> Path:
@@ -80,54 +118,58 @@ def _only_model(folder: Path) -> Path:
     if len(models) == 1:
         return models[0]
     if not models:
-        raise ModelNotFound(f"no language model in {folder}; {_what_exists(folder)}")
-    raise ModelNotFound(f"{len(models)} models in {folder}: {_file_names(models)}; give the path of one")
+        raise ModelNotFound(f"no language model in {folder}; {_contents(folder)}")
+    names = ", ".join(path.name for path in models)
+    raise ModelNotFound(f"{len(models)} models in {folder}: {names}; give the path of one")
 
 
-def _what_exists(folder: Path) -> str:
-    found = _ggufs(folder)
-    where = "the current folder" if folder == Path() else str(folder)
-    return f"{where} holds {_file_names(found)}" if found else f"{where} holds no .gguf file"
+def _contents(folder: Path) -> str:
+    names = ", ".join(path.name for path in _ggufs(folder)) or "no .gguf file"
+    return f"{'the current folder' if folder == Path() else folder} contains {names}"
 
 
-def _file_names(paths: list[Path]) -> str:
-    return ", ".join(path.name for path in paths)
+def _ggufs(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.gguf") if path.is_file())
+
+
+def _is_mmproj(path: Path) -> bool:
+    return "mmproj" in path.name.lower()
 
 
 def mmprojs_beside(model: Path) -> list[Path]:
-    """Return the mmproj files beside a language file: those of its name, or all if none has its name.
+    """Return the mmproj files beside a language file: those with its name, or all if no file has its name.
 
     Raises:
-        ModelNotFound: there is none.
+        ModelNotFound: there is no mmproj file.
     """
     found = [path for path in _ggufs(model.parent) if _is_mmproj(path)]
     if not found:
         raise ModelNotFound(
-            f"no mmproj beside {model}: the model would be blind; put its mmproj-*.gguf there or name it (--mmproj)"
+            f"no mmproj beside {model}: the model cannot see images without it; put its mmproj-*.gguf there or "
+            "give its path (--mmproj)"
         )
-    return [path for path in found if _family(path) == _family(model)] or found
+    return [path for path in found if _base_name(path) == _base_name(model)] or found
+
+
+def _base_name(path: Path) -> str:
+    """Return the name without the mmproj prefix and the quantization type."""
+    return split_file_name(path.name)[0].lower().replace("mmproj-", "").replace("-mmproj", "")
 
 
 def mmproj_type(path: Path) -> str:
-    """Return the type that an mmproj file's name states at its end, such as F16."""
-    return path.stem.upper().rpartition("-")[2]
+    """Return the quantization type in an mmproj file's name, such as F16; without one, the name itself."""
+    return quant_in_name(path.name) or path.stem.upper()
 
 
 def is_exact(kind: str) -> bool:
-    """Tell whether a type of mmproj file may be chosen for its speed."""
-    return kind in _EXACT_TYPES
-
-
-def _family(path: Path) -> str:
-    """Return the name without the mmproj prefix and without the quantization type at its end."""
-    stem = path.stem.lower().replace("mmproj-", "").replace("-mmproj", "")
-    return stem.rpartition("-")[0] or stem
+    """Return whether a type of mmproj file is exact enough to be chosen for its speed."""
+    return kind in _FASTEST_TYPES
 
 
 def _fastest(paths: Sequence[Path], seconds: Mapping[str, float]) -> Path:
     if len(paths) == 1:
         return paths[0]
-    order = _BF16_FIRST if has_fast_bf16() else _EXACT_TYPES
+    order = _FASTEST_TYPES_BF16 if has_fast_bf16() else _FASTEST_TYPES
 
     def rank(path: Path) -> tuple[bool, float, int, str]:
         kind = mmproj_type(path)
@@ -138,10 +180,10 @@ def _fastest(paths: Sequence[Path], seconds: Mapping[str, float]) -> Path:
 
 
 def stamp(path: Path) -> Stamp:
-    """Return size, time of the last change in nanoseconds, and number of a file.
+    """Return the size in bytes, modification time in nanoseconds and inode of a file.
 
     Raises:
-        ModelNotFound: the file is gone.
+        ModelNotFound: the file is missing.
     """
     try:
         facts = path.stat()
@@ -150,49 +192,21 @@ def stamp(path: Path) -> Stamp:
     return facts.st_size, facts.st_mtime_ns, facts.st_ino
 
 
-MODEL_VARIABLE: Final = "LFM2VL_MODEL"
-"""The environment variable that names the model where the caller does not."""
-TINY: Final = Path(__file__).parent / "tiny"
-"""Where the demonstration model lies."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResolvedModel:
-    """A model that was found."""
-
-    model: Path
-    """The language GGUF."""
-    mmproj: Path | None = None
-    """The vision encoder's GGUF, where one was named or belongs to it; None: the fastest beside the model."""
-    is_fallback: bool = False
-    """Whether it is the demonstration model, taken because nobody named another one."""
-
-    @property
-    def pair(self) -> Pair:
-        """Its files; raises `ModelNotFound` where one is missing."""
-        return find_pair(self.model, self.mmproj)
-
-
-FALLBACK_NOTE: Final = (
-    f"no model given and none pulled: the built-in {BUILT_IN} model answers, which knows only simple drawings; "
-    f"for a real one: lfm2vl-edge pull {RECOMMENDED}"
-)
-
-
 def resolve_model(
     wanted: str | os.PathLike[str] | Pair | ResolvedModel | None = None, mmproj: Path | None = None
 ) -> ResolvedModel:
-    """Return the model that is meant.
+    """Return the files of a model.
 
     Args:
-        wanted: a language GGUF or its folder, a name of the table, a hub id that was pulled, or `tiny`. What exists as
-            a path is one. None means LFM2VL_MODEL, else the model that was pulled last, else the built-in one.
-        mmproj: the vision encoder's GGUF; by default the one that belongs to the model.
+        wanted: a language file or its folder, a published name or hub id that was downloaded, or `tiny`. A path that
+            exists takes precedence over a name. None means LFM2VL_MODEL, else the model that was downloaded last,
+            else the built-in one.
+        mmproj: the mmproj file; by default the one that belongs to the model.
 
     Raises:
-        ModelNotPulled: it is known by name and not here.
+        ModelNotPulled: the name is valid, but the model is not downloaded.
         ModelNotFound: there is no such file or name.
-        DownloadError: the list of pulled models is damaged.
+        DownloadError: the manifest is damaged.
     """
     if isinstance(wanted, ResolvedModel):
         return wanted
@@ -202,7 +216,7 @@ def resolve_model(
     if name is None:
         last = last_entry()
         if last is not None:
-            return _from(last, mmproj)
+            return _downloaded(last, mmproj)
         return ResolvedModel(model=_built_in(), mmproj=mmproj, is_fallback=True)
     if not isinstance(name, str) or _is_path(name):
         return ResolvedModel(model=find_model(Path(name)), mmproj=mmproj)
@@ -212,12 +226,12 @@ def resolve_model(
 
 
 def last_entry() -> ManifestEntry | None:
-    """Return the pair that was pulled last and is still here, or None.
+    """Return the pair that was downloaded last and still exists, or None.
 
     Raises:
-        DownloadError: the list of pulled models is damaged.
+        DownloadError: the manifest is damaged.
     """
-    return next((one for one in reversed(read_manifest()) if one.is_pair and one.is_there), None)
+    return next((one for one in reversed(read_manifest()) if one.is_pair and one.exists), None)
 
 
 def _is_path(text: str) -> bool:
@@ -232,31 +246,27 @@ def _named(name: str, mmproj: Path | None) -> ResolvedModel:
     if reference is None:
         raise _unknown(name)
     usual = reference.known.quant if reference.known else None
-    here = find_entry(read_manifest(), reference.repo, reference.quant, usual)
-    if here is not None and here.is_there:
-        return _from(here, mmproj)
-    if reference.known is None and here is None and _is_path(str(Path(name).parent)):
-        raise _unknown(name)  # the path of a file that is not there, rather than owner/name of a hub
+    entry = find_entry(read_manifest(), reference.repo, reference.quant, usual)
+    if entry is not None and entry.exists:
+        return _downloaded(entry, mmproj)
+    if reference.known is None and entry is None and _is_path(str(Path(name).parent)):
+        raise _unknown(name)  # folder/file that does not exist, rather than owner/repo
     raise ModelNotPulled(reference.name)
 
 
 def _unknown(name: str) -> ModelNotFound:
     """Return the error of a name that is neither a path nor known."""
-    here = _names(read_manifest())
+    pairs = [one for one in read_manifest() if one.is_pair and one.exists]
     if "/" in name or "\\" in name or name.endswith(".gguf") or not name.strip():
         return ModelNotFound(f"no model {name!r}: there is no such file or folder; give the path of a .gguf file")
+    present = ", ".join([*(display_name(one.repo, one.quant) for one in pairs), BUILT_IN])
     known = ", ".join(one.name for one in known_models())
-    return ModelNotFound(f"no model {name!r}; here: {here}; to be pulled: {known}; or give the path of a .gguf file")
+    return ModelNotFound(
+        f"no model {name!r}; on this machine: {present}; for `pull`: {known}; or give the path of a .gguf file"
+    )
 
 
-def _names(entries: list[ManifestEntry]) -> str:
-    from lfm2vl_edge.models.registry import display_name
-
-    names = [display_name(one.repo, one.quant) for one in entries if one.is_pair and one.is_there]
-    return ", ".join([*names, BUILT_IN])
-
-
-def _from(entry: ManifestEntry, mmproj: Path | None) -> ResolvedModel:
+def _downloaded(entry: ManifestEntry, mmproj: Path | None) -> ResolvedModel:
     return ResolvedModel(model=find_model(entry.files[0].path), mmproj=mmproj or entry.files[1].path)
 
 
@@ -264,6 +274,6 @@ def _built_in() -> Path:
     if not any(TINY.glob("*.gguf")):
         raise ModelNotFound(
             f"the built-in model is missing from {TINY}; install the package again, give another model with --model, "
-            f"or fetch one: lfm2vl-edge pull {RECOMMENDED}"
+            f"or download one: lfm2vl-edge pull {RECOMMENDED}"
         )
     return find_model(TINY)

@@ -1,6 +1,6 @@
-"""What the published checkpoints state and their GGUF files do not: image settings and decoding defaults.
+"""The published models: their names and files, and the settings that their GGUF files do not state.
 
-Source: the processor_config.json, generation_config.json and model cards of the LiquidAI repositories.
+Source of the settings: processor_config.json, generation_config.json and model card of each LiquidAI repository.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lfm2vl_edge.config import BICUBIC, FRACTION_BOXES, SHORT_BOXES, THOUSAND_BO
 from lfm2vl_edge.errors import ModelNotFound
 
 BUILT_IN: Final = "tiny"
-"""Name of the demonstration model that lies inside the package."""
+"""Name of the demonstration model, which is part of the package."""
 RECOMMENDED: Final = "lfm2.5-vl-450m"
-"""What a newcomer is told to pull: the smallest published model of the newest series."""
+"""The model that messages recommend: the smallest one of the newest series."""
 _TABLE: Final = Path(__file__).with_name("registry.json")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_TAG: Final = re.compile(r"\w{1,24}", re.ASCII)
-_QUANT: Final = re.compile(r"(?:^|[-._])((?:BF16|F16|F32|I?Q\d|TQ\d|MXFP4)\w*)$", re.ASCII | re.IGNORECASE)
+_TYPE: Final = re.compile(r"\w{1,24}", re.ASCII)
+_TYPE_IN_NAME: Final = re.compile(r"(?:^|[-._])((?:BF16|F16|F32|I?Q\d|TQ\d|MXFP4)\w*)$", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,16 +31,16 @@ class KnownFile:
     """A published file."""
 
     file: str
-    """Its path in the repository."""
+    """Path in the repository."""
     n_bytes: int | None
-    """Its size."""
+    """Size, bytes; None if it is not known."""
     sha256: str | None
-    """Its SHA-256, hex digits."""
+    """SHA-256, 64 hex digits; None if it is not known."""
 
     @property
     def quant(self) -> str:
-        """Its type, upper case."""
-        return quant_of(self.file) or ""
+        """Quantization type, upper case."""
+        return quant_in_name(self.file) or ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,51 +48,51 @@ class KnownModel:
     """A published repository of GGUF files."""
 
     name: str
-    """What users type."""
+    """Short name, lower case."""
     repo: str
-    """Its id on the hub."""
+    """Hub id, `owner/repo`."""
     revision: str | None
-    """The commit that sizes and hashes belong to; None where it is not known."""
+    """The commit that sizes and hashes belong to; None if it is not known."""
     quant: str
-    """Type of the language file that is taken when none is asked for."""
+    """Type of the language file that `pull` takes by default."""
     licence: str
     """Licence of the weights, in a phrase."""
     models: tuple[KnownFile, ...]
     """Language files."""
     mmprojs: tuple[KnownFile, ...]
-    """Files of the encoder and projector; the first one belongs to every pair unless another is asked for."""
+    """Files of the encoder and projector; `pull` takes the first one by default."""
 
     def n_bytes(self, quant: str | None = None) -> int | None:
-        """Return the size of a pair, by default of the usual one; None where it is not known."""
+        """Return the size of a pair, by default of the default type, bytes; None if it is not known."""
         model = next((one for one in self.models if one.quant == (quant or self.quant)), None)
         sizes = [one.n_bytes for one in (model, self.mmprojs[0]) if one is not None and one.n_bytes is not None]
-        return sum(sizes) if len(sizes) == 2 else None  # of both files
+        return sum(sizes) if len(sizes) == 2 else None
 
     def file(self, path: str) -> KnownFile | None:
-        """Return what is known of a file of the repository."""
+        """Return the file with this path in the repository, or None."""
         return next((one for one in (*self.models, *self.mmprojs) if one.file == path), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """A name that was understood: a repository, and a type of language file if one was asked for."""
+    """A parsed name: a repository, and the type of the language file if the name has one."""
 
     repo: str
-    """Id on the hub."""
+    """Hub id, `owner/repo`."""
     quant: str | None
-    """Type of the language file, upper case, or None for the usual one."""
+    """Type of the language file, upper case; None means the default."""
     known: KnownModel | None
-    """The entry of the table, if there is one."""
+    """The published model, or None."""
 
     @property
     def name(self) -> str:
-        """The shortest name that leads here."""
+        """The shortest name with this meaning."""
         return display_name(self.repo, self.quant)
 
 
 @cache
 def known_models() -> tuple[KnownModel, ...]:
-    """Return the table."""
+    """Return the published models of registry.json."""
     table = json.loads(_TABLE.read_text(encoding="utf-8"))
     return tuple(_known_model(entry, table["licence"]) for entry in table["models"])
 
@@ -113,74 +113,87 @@ def _known_model(entry: dict[str, Any], licence: str) -> KnownModel:
 
 
 def find_known(text: str) -> KnownModel | None:
-    """Return the entry of a name or of a hub id, in whatever case."""
+    """Return the published model with this name or hub id, in any case, or None."""
     wanted = text.lower()
     return next((one for one in known_models() if wanted in (one.name, one.repo.lower())), None)
 
 
 def parse_name(text: str) -> Reference | None:
-    """Return what a name refers to, or None if it is neither in the table nor of the form of a hub id.
+    """Parse `NAME[:TYPE]` or `OWNER/REPO[:TYPE]`; return None if it is neither a published name nor a hub id.
 
     Raises:
-        ModelNotFound: what follows the colon is no type.
+        ModelNotFound: the text after the colon is not a valid type.
     """
     repo, colon, tag = text.partition(":")
     known = find_known(repo)
     if known is None and not is_hub_id(repo):
         return None
-    if colon and not _TAG.fullmatch(tag):
-        raise ModelNotFound(f"{tag!r} in {text!r} is no type of a file; give one such as {repo}:Q4_0, or none")
+    if colon and not _TYPE.fullmatch(tag):
+        raise ModelNotFound(f"{tag!r} in {text!r} is not a valid type; give one such as {repo}:Q4_0, or omit it")
     return Reference(repo=known.repo if known else repo, quant=tag.upper() or None, known=known)
 
 
 def reference_of(name: str) -> Reference:
-    """Return what can be pulled under a name of the table or a hub id.
+    """Parse a name that `pull` or `rm` got.
 
     Raises:
-        ModelNotFound: it is neither, or is built in.
+        ModelNotFound: it is neither a published name nor a hub id, or it is the built-in model.
     """
     if name.lower() == BUILT_IN:
-        raise ModelNotFound(f"{BUILT_IN} is built in; it need not be pulled and cannot be removed")
+        raise ModelNotFound(f"{BUILT_IN} is built in: it needs no download and cannot be removed")
     reference = parse_name(name)
     if reference is None:
         known = ", ".join(one.name for one in known_models())
-        raise ModelNotFound(f"no model is called {name!r}; known: {known}; or give OWNER/REPO[:TYPE] of a hub")
+        raise ModelNotFound(f"unknown model {name!r}; known: {known}; or give a hub id: OWNER/REPO[:TYPE]")
     return reference
 
 
 def is_hub_id(text: str) -> bool:
-    """Tell whether a text has the form `owner/repo`; it may still be a path."""
+    """Return whether a text has the form `owner/repo`; it may be a path, too."""
     odd = ".." in text or "--" in text or text.endswith((".git", ".gguf", "-", "."))
     return bool(_HUB_ID.fullmatch(text)) and not odd
 
 
 def display_name(repo: str, quant: str | None) -> str:
-    """Return the shortest name of a repository, with its type if there is one."""
+    """Return the shortest name of a repository, with the type if there is one."""
     known = find_known(repo)
     name = known.name if known else repo
     return f"{name}:{quant}" if quant else name
 
 
-def quant_of(file: str) -> str | None:
-    """Return the type that a GGUF file's name ends with, upper case, or None."""
-    found = _QUANT.search(PurePosixPath(file).stem)
-    return found[1].upper() if found else None
+def split_file_name(file: str) -> tuple[str, str | None]:
+    """Split the name of a GGUF file into the model's name and the quantization type at its end.
+
+    Args:
+        file: name or path, such as `mmproj-LFM2.5-VL-450m-Q8_0.gguf`.
+
+    Returns:
+        The name without type and suffix, and the type in upper case, or None.
+    """
+    stem = PurePosixPath(file).stem
+    found = _TYPE_IN_NAME.search(stem)
+    return (stem[: found.start()], found[1].upper()) if found else (stem, None)
+
+
+def quant_in_name(file: str) -> str | None:
+    """Return the quantization type at the end of a GGUF file's name, upper case, or None."""
+    return split_file_name(file)[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """One published model, as far as its settings differ from the documented defaults."""
+    """A published model's settings, if they differ from the documented defaults."""
 
     name: str
-    """As its repository is called, without the organisation."""
+    """Name of its repository, without the organisation."""
     image: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `ImageConfig` that differ from the class defaults."""
     sampling: Sampling = field(default_factory=Sampling)
-    """Decoding defaults of its model card."""
+    """Decoding defaults from its model card."""
     boxes: BoxFormat = FRACTION_BOXES
-    """How it writes boxes."""
+    """The format in which it writes boxes."""
     shape: tuple[int, int, int] | None = None
-    """Width, blocks and tokens of its language tower, where no other model has these and settings of its own."""
+    """Width, layers and vocabulary size of its language model, if that identifies it; else None."""
 
 
 _MODELS: Final = (
@@ -215,13 +228,14 @@ def find_published(text: str) -> Published | None:
 
 
 def find_by_shape(width: object, blocks: object, n_tokens: object) -> Published | None:
-    """Return the published model with settings of its own whose language tower has this shape, or None.
+    """Return the published model whose language model has this shape, or None.
 
-    So a file that was renamed, or whose metadata has another name, keeps its settings.
+    So a renamed file, or one with another name in its metadata, keeps its settings. The arguments are values of GGUF
+    metadata, of any type.
 
     Args:
-        width: numbers per embedding, as a file's metadata states it, and so the others.
-        blocks: layers.
-        n_tokens: entries of the vocabulary.
+        width: values per embedding.
+        blocks: number of layers.
+        n_tokens: vocabulary size.
     """
     return next((model for model in _MODELS if model.shape == (width, blocks, n_tokens)), None)
