@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from lfm2vl_edge.cli._output import ENDS_WITH_COMMAND, EXIT_FAILED, report_of_system
+from lfm2vl_edge.cli._output import ENDS_WITH_COMMAND, EXIT_FAILED, report_os_error
 from lfm2vl_edge.cli._start import prepare_process
 
 COMMANDS: Final = (
@@ -101,7 +101,7 @@ def _exit_code_of(names: Iterable[str]) -> Any:
     except SystemExit as end:
         return end.code
     except OSError as error:  # help that stdout does not take, and the like; commands report theirs
-        report_of_system(error)
+        report_os_error(error)
         return EXIT_FAILED
 
 

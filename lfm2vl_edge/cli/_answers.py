@@ -1,4 +1,4 @@
-"""What the commands share that answer about images: the answer on stdout as it comes, its statistics on stderr."""
+"""What the commands that answer share: the answer on stdout as it comes, its statistics on stderr."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 Image = Annotated[str, typer.Argument(metavar="IMAGE", help="An image; - is stdin.")]
 What = Annotated[str | None, typer.Argument(metavar="WHAT", help='Such as "red car". Default: everything.')]
 Prompt = Annotated[
-    str | None, typer.Option("--prompt", "-p", help="The whole question, instead of the model's usual one.")
+    str | None, typer.Option("--prompt", "-p", help="The whole question, instead of the usual one.")
 ]
-Free = Annotated[bool, typer.Option("--free", help="Let the model answer freely, and search boxes in its answer.")]
+Free = Annotated[bool, typer.Option("--free", help="Do not constrain the answer; search it for boxes.")]
 
 
 def show_answer(chunks: Iterable[Chunk], *, quiet: bool = False) -> Turn:
-    """Write the answer as it comes, unless `quiet`, and return it."""
+    """Write an answer as it comes, unless `quiet`, and return it whole."""
     from lfm2vl_edge.generate import Turn
 
     pieces: list[Chunk] = []
@@ -39,7 +39,7 @@ def show_answer(chunks: Iterable[Chunk], *, quiet: bool = False) -> Turn:
                 _write(chunk.text)
     except (EdgeError, KeyboardInterrupt):
         if not quiet and any(chunk.text for chunk in pieces):
-            _write("\n")  # what follows starts on a line of its own
+            _write("\n")  # the error starts on a line of its own
         raise
     if not quiet:
         _write("\n")
@@ -47,7 +47,7 @@ def show_answer(chunks: Iterable[Chunk], *, quiet: bool = False) -> Turn:
 
 
 def note_truncation(turn: Turn | None) -> None:
-    """Note on stderr that an answer ended before the model did."""
+    """Write to stderr that an answer is truncated, if it is."""
     if turn is not None and turn.finish_reason == "length":
         typer.echo("note: the answer is truncated here; --max-tokens allows more", err=True)
 
@@ -58,7 +58,7 @@ def _write(text: str) -> None:
 
 
 def statistics(turn: Turn, model: Model) -> Iterator[str]:
-    """Yield what an answer cost, line by line."""
+    """Yield the lines of a table of what an answer cost."""
     from lfm2vl_edge.stats import peak_memory
 
     stats, info = turn.stats, model.engine.info
@@ -82,7 +82,6 @@ def statistics(turn: Turn, model: Model) -> Iterator[str]:
 @contextmanager
 def answering(
     image: str,
-    max_megapixels: float,
     model: opt.ModelOptions,
     images: opt.ImageOptions,
     verbose: int,
@@ -90,14 +89,14 @@ def answering(
 ) -> Iterator[tuple[Model, Pixels]]:
     """Give an opened model and the upright pixels of an image, uint8 `[height, width, 3]`; errors end the command.
 
-    After the block, `-v` prints on stderr what the answer cost.
+    After the block, statistics of the answer go to stderr if `verbose`.
     """
     with (
         reporting(),
         at_once() as interrupt,
         opening(model, images, verbose, remember=False, cache=cache) as when_open,
     ):
-        pixels = load_argument(image, max_megapixels)
+        pixels = load_argument(image, images.max_pixels)
         opened = when_open()
         interrupt.cancel = opened.cancel
         yield opened, pixels
@@ -106,10 +105,10 @@ def answering(
 
 
 def note_nothing_found() -> None:
-    """Note on stderr why stdout stays empty."""
+    """Write to stderr why stdout is empty."""
     typer.echo("note: the model finds nothing of that kind in the image", err=True)
 
 
 def printable(label: str) -> str:
-    """Return a label of a model so that it stays on its line and cannot control a terminal."""
+    """Return a model's label without characters that end a line or control a terminal."""
     return "".join(character if character.isprintable() else "?" for character in label)

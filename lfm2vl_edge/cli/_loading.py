@@ -1,61 +1,53 @@
-"""What `pull`, `convert` and the offer of `run` share: the lines before a download and the bar during it."""
+"""From arguments to models and images; and downloads, announced before they start and with a progress bar."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 import typer
 
-from lfm2vl_edge.cli._options import ImageOptions, ModelOptions
-from lfm2vl_edge.cli._output import ENDS_WITH_COMMAND, bytes_bar, say, shows_progress, warnings_to_stderr
-from lfm2vl_edge.errors import ConfigError, DownloadError, ModelNotPulled
+from lfm2vl_edge.cli._options import STDIN, ImageOptions, ModelOptions
+from lfm2vl_edge.cli._output import ENDS_WITH_COMMAND, progress_bar, warnings_to_stderr, write_line
+from lfm2vl_edge.errors import DownloadError, ModelNotPulled
 from lfm2vl_edge.host import CACHE_VARIABLE, cache_folder, start_worker
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.engine.language import LanguageFile
     from lfm2vl_edge.image.load import ImageInput, Pixels
     from lfm2vl_edge.model import Model
-    from lfm2vl_edge.models.download import Offer
+    from lfm2vl_edge.models.download import Download
     from lfm2vl_edge.models.manifest import ManifestEntry
     from lfm2vl_edge.models.names import ResolvedModel
-    from lfm2vl_edge.models.registry import Reference
     from lfm2vl_edge.opening import OpenedModel
-
-STDIN = "-"
-_MOST_BYTES: Final = 1 << 20
-"""Of a schema or a grammar."""
 
 
 def find_model(options: ModelOptions) -> ResolvedModel:
-    """Return the model that was asked for; on a terminal, one that is not here may be pulled now.
+    """Return the model that the options name; on a terminal, the user may download a missing one now.
 
     Raises:
-        ModelNotFound: there is none of that name, or it is not here.
-        DownloadError: it could not be pulled.
+        ModelNotFound: there is no model of that name, or it is not on this machine.
+        DownloadError: it could not be downloaded.
     """
     from lfm2vl_edge.models.names import resolve_model
 
     try:
         return resolve_model(options.model, options.mmproj)
     except ModelNotPulled as error:
-        if not _wants_it_now(error.name):
+        if not _confirm_download(error.name):
             raise
-        from lfm2vl_edge.models.registry import reference_of
-
-        pull_visibly(reference_of(error.name))
+        pull_visibly(error.name)
         return resolve_model(options.model, options.mmproj)
 
 
 def chosen_model(options: ModelOptions) -> ResolvedModel:
-    """Return the same, and say on stderr when nobody chose it."""
+    """Return the same model, with a note on stderr if it is the demonstration model by default."""
     from lfm2vl_edge.models.names import FALLBACK_NOTE
 
     located = find_model(options)
@@ -64,201 +56,116 @@ def chosen_model(options: ModelOptions) -> ResolvedModel:
     return located
 
 
-def _wants_it_now(name: str) -> bool:
-    """Ask whether a model is to be pulled; without a terminal nobody is asked, and nothing is pulled."""
-    if not _is_terminal():
-        return False
-    try:
-        return typer.confirm(f"{_with_size(name)} is not on this machine. Pull it now?", err=True)
-    except typer.Abort:  # the terminal was closed
-        return False
-
-
-def _with_size(name: str) -> str:
-    """Return a name with the size of its files, where the table has it; the hub is not asked for it."""
+def _confirm_download(name: str) -> bool:
+    """Ask the user whether to download a model; without a terminal the answer is no."""
     from lfm2vl_edge.models.registry import reference_of
 
+    if not _is_terminal():
+        return False
     reference = reference_of(name)
     size = reference.known.n_bytes(reference.quant) if reference.known else None
-    return name if size is None else f"{name} ({megabytes(size)})"
+    shown = name if size is None else f"{name} ({megabytes(size)})"
+    try:
+        return typer.confirm(f"{shown} is not on this machine. Download it now?", err=True)
+    except typer.Abort:  # the terminal was closed
+        return False
 
 
 def _is_terminal() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def open_model(
-    options: ModelOptions, image: ImageOptions, verbose: int, *, remember: bool, cache: bool | None
-) -> Model:
-    """Open the model that was asked for, with its image settings changed as asked.
-
-    A single answer has no use for the states of earlier prompts, so they are kept only to `remember`, or on disk for
-    the next process. The cache on disk holds what can be seen in images, so it is used only where that was asked
-    for, here or by LFM2VL_CACHE.
-    """
-    with _reading(options, verbose) as (located, language):
-        return _model_of(_open_files(located, language, options, image), remember, _cache(cache))
-
-
 @contextmanager
 def opening(
     options: ModelOptions, image: ImageOptions, verbose: int, *, remember: bool, cache: bool | None
 ) -> Iterator[Callable[[], Model]]:
-    """Let the model open in another thread, and give what waits for it; arguments as for `open_model`.
+    """Open a model in a worker thread, and give a function that waits for it.
 
-    Reading the files keeps one core busy; another one meanwhile imports the rest of the program and reads images.
-    The model is closed with the block.
+    Reading the language file keeps one core busy; it starts before numpy, Pillow and jinja2 are imported, and another
+    core meanwhile imports the rest of the program and loads images. The model is closed with the block.
+
+    Args:
+        options: which model.
+        image: its image settings and budget.
+        verbose: from 2 on, the native log is shown.
+        remember: whether later answers of this process need the states of earlier prompts; a single answer does not.
+        cache: whether the disk cache is used, which holds what can be seen in images; None: if LFM2VL_CACHE is set.
     """
-    folder = _cache(cache)
-
-    def opened() -> Model:
-        import_module("lfm2vl_edge.model")  # while the files are still being read
-        return _model_of(files.result(), remember, folder)
-
-    with _reading(options, verbose) as (located, language):
-        import_module("lfm2vl_edge.engine.llama")  # here, since two threads that import only wait for each other
-        files = start_worker(_open_files, located, language, options, image)
-        try:
-            yield opened
-        finally:
-            if not ENDS_WITH_COMMAND.is_set() and files.exception() is None:
-                files.result().engine.close()
-
-
-@contextmanager
-def _reading(options: ModelOptions, verbose: int) -> Iterator[tuple[ResolvedModel, LanguageFile | None]]:
-    """Find the model, and let its language file be read before anything else is imported."""
     from lfm2vl_edge.engine.language import start_reading
 
     warnings_to_stderr()
-    is_heard = verbose > 1
-    if is_heard:
+    if verbose > 1:
         from lfm2vl_edge.engine.ffi import LOG
 
         LOG.verbose = True
     located = chosen_model(options)
-    language = start_reading(located.model, options.n_gpu_layers, options.device, is_heard=is_heard)
+    owned = ExitStack()
     try:
-        yield located, language
+        language = start_reading(located.model, options.n_gpu_layers, options.device, verbose=verbose > 1)
+        if language is not None:
+            owned.callback(language.close)
+        import_module("lfm2vl_edge.engine.llama")  # before the worker: two threads that import wait for each other
+        from lfm2vl_edge.opening import open_model
+
+        files = start_worker(open_model, located, options.open_options(located.mmproj, image), language)
+        owned.callback(_close, files)
+        yield lambda: _model_of(files, remember, cache)
     finally:
-        if language is not None and not ENDS_WITH_COMMAND.is_set():
-            language.close()
+        if not ENDS_WITH_COMMAND.is_set():
+            owned.close()
 
 
-def _open_files(
-    located: ResolvedModel, language: LanguageFile | None, options: ModelOptions, image: ImageOptions
-) -> OpenedModel:
-    from lfm2vl_edge.opening import OpenOptions, open_model
-
-    options_ = OpenOptions(
-        mmproj=located.mmproj,
-        image_settings=image.changes(),
-        **image.wishes(),
-        **options.machine(),
-    )
-    return open_model(located, options_, language)
+def _close(files: Future[OpenedModel]) -> None:
+    if files.exception() is None:
+        files.result().engine.close()
 
 
-def _cache(wanted: bool | None) -> Path | None:
-    """Return the folder of the cache on disk, if it is to be used."""
-    is_on = bool(os.environ.get(CACHE_VARIABLE)) if wanted is None else wanted
-    return cache_folder() if is_on else None
-
-
-def _model_of(loaded: OpenedModel, remember: bool, folder: Path | None) -> Model:
+def _model_of(files: Future[OpenedModel], remember: bool, cache: bool | None) -> Model:
     from lfm2vl_edge.cache.memory import STATE_BYTES
-    from lfm2vl_edge.model import Model
+    from lfm2vl_edge.model import Model  # while the files are still being read
 
-    return Model.of(loaded, folder, STATE_BYTES if remember or folder is not None else 0)
+    is_cached = bool(os.environ.get(CACHE_VARIABLE)) if cache is None else cache
+    folder = cache_folder() if is_cached else None
+    return Model.of(files.result(), folder, STATE_BYTES if remember or is_cached else 0)
 
 
-def load_argument(argument: str, max_megapixels: float) -> Pixels:
-    """Return the pixels of an image given as a path, an http(s) address, a data URL, or - for stdin."""
+def load_argument(argument: str, max_pixels: int) -> Pixels:
+    """Return the pixels of an image: a path, an http(s) URL, a data URL, or - for stdin."""
     from lfm2vl_edge.image.load import load_image
 
     source: ImageInput = sys.stdin.buffer.read() if argument == STDIN else argument
-    return load_image(source, max_pixels=int(max_megapixels * 1_000_000))
-
-
-def read_schema_file(argument: str) -> dict[str, Any]:
-    """Return the JSON schema in a file, or of stdin if the argument is -.
-
-    Raises:
-        ConfigError: it cannot be read, or is no JSON object.
-    """
-    text = read_text(argument, "JSON schema")
-    try:
-        schema = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the JSON schema {argument} is no JSON: {error}; correct it") from error
-    if not isinstance(schema, dict):
-        raise ConfigError(f'the JSON schema {argument} must be an object, such as {{"type": "object", ...}}')
-    return schema
-
-
-def read_text(argument: str, kind: str) -> str:
-    """Return the text of a file, or of stdin if the argument is -; `kind` says what it should be.
-
-    Raises:
-        ConfigError: it cannot be read, is empty or too large, or is no text in UTF-8.
-    """
-    try:
-        if argument == STDIN:
-            data = sys.stdin.buffer.read(_MOST_BYTES + 1)
-        else:
-            with Path(argument).open("rb") as file:
-                data = file.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise ConfigError(f"the {kind} {argument} has more than {_MOST_BYTES} bytes; simplify it")
-        text = data.decode()
-    except OSError as error:
-        raise ConfigError(f"cannot read the {kind} {argument}: {error.strerror or error}; check the path") from error
-    except ValueError as error:  # a zero byte in the name, or no UTF-8
-        raise ConfigError(f"the {kind} {argument} is no text in UTF-8: {error}; correct it") from error
-    if not text.strip():
-        raise ConfigError(f"the {kind} {argument} is empty; write it, or name another file")
-    return text
-
-
-def refuse_stdin_twice(arguments: Sequence[str | None]) -> None:
-    """Raise a ConfigError if stdin is asked for more than once.
-
-    Raises:
-        ConfigError: it is.
-    """
-    if list(arguments).count(STDIN) > 1:
-        raise ConfigError(f"stdin ({STDIN}) can be read for one thing only; give files for the others")
+    return load_image(source, max_pixels=max_pixels)
 
 
 def pull_visibly(
-    reference: Reference, *, mmproj_quant: str | None = None, revision: str | None = None, quiet: bool = False
+    name: str, *, mmproj_quant: str | None = None, revision: str | None = None, quiet: bool = False
 ) -> ManifestEntry:
-    """Pull a pair; what is fetched and how far it got goes to stderr.
+    """Download a pair; its files, sizes and progress go to stderr.
 
     Raises:
         EdgeError: see `download.pull`.
     """
-    from lfm2vl_edge.models.download import pull_reference
+    from lfm2vl_edge.models.download import download_pair
 
     warnings_to_stderr()
-    with bytes_bar("pulling", shows_progress(quiet)) as progress:
-        return pull_reference(
-            reference,
+    with progress_bar("downloading", quiet=quiet) as progress:
+        return download_pair(
+            name,
             mmproj_quant=mmproj_quant,
             revision=revision,
-            show=None if quiet else show_offer,
+            on_start=None if quiet else show_download,
             progress=progress,
         )
 
 
 @contextmanager
 def checkpoint_files(name: str, revision: str | None, *, quiet: bool) -> Iterator[Path]:
-    """Give the folder of a checkpoint: a local one, or one called like the repository with links to fetched files.
+    """Give the folder of a checkpoint: a local one, or one named like the repository with links to downloaded files.
 
-    The cache calls its folders by commit; the converter calls its files as the folder is called.
+    The hub cache names its folders by commit; the converter names its files like the folder.
 
     Raises:
-        EdgeError: see `download.fetch_checkpoint`.
+        EdgeError: see `download.download_checkpoint`.
     """
     from lfm2vl_edge.models.registry import is_hub_id
 
@@ -267,11 +174,12 @@ def checkpoint_files(name: str, revision: str | None, *, quiet: bool) -> Iterato
             raise DownloadError(f"--revision is for checkpoints of the hub; {name!r} is a local path")
         yield Path(name)
         return
-    from lfm2vl_edge.models.download import fetch_checkpoint
+    from lfm2vl_edge.models.download import download_checkpoint
 
     warnings_to_stderr()
-    with bytes_bar("fetching", shows_progress(quiet)) as progress:
-        files = fetch_checkpoint(name, revision=revision, show=None if quiet else show_offer, progress=progress)
+    with progress_bar("downloading", quiet=quiet) as progress:
+        on_start = None if quiet else show_download
+        files = download_checkpoint(name, revision=revision, on_start=on_start, progress=progress)
     with tempfile.TemporaryDirectory(prefix="lfm2vl-checkpoint-") as temporary:
         folder = Path(temporary) / name.rpartition("/")[2]
         folder.mkdir()
@@ -280,18 +188,18 @@ def checkpoint_files(name: str, revision: str | None, *, quiet: bool) -> Iterato
         yield folder
 
 
-def show_offer(offer: Offer) -> None:
-    """Say what is about to be fetched, and under which licence."""
-    missing = offer.missing_bytes
-    rest = "" if missing == offer.n_bytes else f", {megabytes(missing)} of it not here yet"
-    lines = [f"{offer.name}: {megabytes(offer.n_bytes)}{rest}, revision {offer.repository.commit}"]
-    big = [file for file in offer.files if file.path.endswith((".gguf", ".safetensors"))]
+def show_download(download: Download) -> None:
+    """Write what is about to be downloaded, and under which licence, to stderr."""
+    missing = download.missing_bytes
+    rest = "" if missing == download.n_bytes else f", {megabytes(missing)} of it not here yet"
+    lines = [f"{download.name}: {megabytes(download.n_bytes)}{rest}, revision {download.commit}"]
+    big = [file for file in download.files if file.path.endswith((".gguf", ".safetensors"))]
     lines += [f"  {file.path}  {megabytes(file.n_bytes)}" for file in big]
-    say("\n".join([*lines, f"licence of the weights: {offer.licence}"]))
+    write_line("\n".join([*lines, f"licence of the weights: {download.licence}"]))
 
 
 def megabytes(n_bytes: int | None) -> str:
-    """Return a size as people say it, `?` if it is not known."""
+    """Return a size in MB or GB, `?` if it is not known."""
     if n_bytes is None:
         return "?"
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

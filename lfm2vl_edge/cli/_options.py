@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, get_args, get_origin, get_type_hints
 
 import typer
 
+from lfm2vl_edge.config import DEFAULT_MAX_TOKENS, DEFAULT_N_CTX, GREEDY, MAX_MEGAPIXELS, RESAMPLE_NAMES
+from lfm2vl_edge.errors import ConfigError
+from lfm2vl_edge.planning.budget import DETAILS, Detail
 
-class Resample(str, Enum):
-    """Resizing filters by name."""
+if TYPE_CHECKING:
+    from lfm2vl_edge.opening import OpenOptions
+    from lfm2vl_edge.planning.budget import BudgetOptions
 
-    bilinear = "bilinear"
-    bicubic = "bicubic"
-
-
-class DetailLevel(str, Enum):
-    """Levels of detail; see `lfm2vl_edge.planning.budget`."""
-
-    fast = "fast"
-    balanced = "balanced"
-    high = "high"
-    full = "full"
+STDIN: Final = "-"
+"""The argument that means stdin instead of a file."""
+_MAX_BYTES: Final = 1 << 20
+"""Size limit of a JSON schema or a grammar."""
+_LEAST_MEGAPIXELS: Final = 0.0001
 
 
 def _option(*names: str, help: str, panel: str, **more: Any) -> Any:  # noqa: A002 - typer's own name
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+def one_of(names: Iterable[str], option: str) -> dict[str, Any]:
+    """Return arguments of `typer.Option` for a choice of names, in any case."""
+    known = {name.lower(): name for name in names}
+
+    def parse(value: str) -> str:
+        if value.lower() not in known:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(known.values())}.", param_hint=f"'{option}'")
+        return known[value.lower()]
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in known.values() if name.lower().startswith(incomplete.lower())]
+
+    return {"parser": parse, "metavar": "|".join(known.values()), "autocompletion": complete}
 
 
 _image = functools.partial(_option, panel="Image settings (default: the model's own)")
@@ -48,7 +62,7 @@ Cache = Annotated[
     bool | None,
     _machine(
         "--cache/--no-cache",
-        help="Keep encoded pictures on disk for the next run. Default: only if LFM2VL_CACHE is set.",
+        help="Keep encoded images on disk for the next run. Default: only if LFM2VL_CACHE is set.",
         show_default=False,
     ),
 ]
@@ -65,7 +79,7 @@ class ModelOptions:
             "-m",
             envvar="LFM2VL_MODEL",
             metavar="NAME|PATH",
-            help="A pulled model, tiny, a language GGUF, or its folder. Default: the one pulled last, else tiny.",
+            help="A downloaded model, tiny, a language GGUF, or its folder. Default: the newest download, else tiny.",
         ),
     ] = None
     mmproj: Annotated[
@@ -76,47 +90,58 @@ class ModelOptions:
         int | None, _machine("--threads", "-t", min=1, help="Default: what tune found, else one per physical core.")
     ] = None
     ctx_size: Annotated[
-        int, _machine("--ctx-size", "-c", min=1, help="Tokens of context to begin with; it grows if needed.")
-    ] = 1024
+        int, _machine("--ctx-size", "-c", min=1, help="Tokens of context to start with; it grows if needed.")
+    ] = DEFAULT_N_CTX
     n_gpu_layers: Annotated[
-        int, _machine("--gpu-layers", min=-1, help="Layers for a GPU, if llama.cpp was built for one; -1: all.")
+        int, _machine("--n-gpu-layers", min=-1, help="Layers for a GPU, if llama.cpp was built for one; -1: all.")
     ] = 0
     device: Annotated[
-        str | None, _machine("--device", metavar="NAME", help="Which GPU, such as CUDA0; with --gpu-layers.")
+        str | None, _machine("--device", metavar="NAME", help="Which GPU, such as CUDA0; with --n-gpu-layers.")
     ] = None
 
-    def machine(self) -> dict[str, Any]:
-        """Return the arguments of `Model.open` that say where and how it computes."""
-        return {
-            "n_ctx": self.ctx_size,
-            "n_threads": self.threads,
-            "n_gpu_layers": self.n_gpu_layers,
-            "device": self.device,
-        }
+    def open_options(self, mmproj: Path | None, image: ImageOptions | None = None) -> OpenOptions:
+        """Return how the model is opened, `mmproj` being its vision file if it has one of its own.
+
+        Raises:
+            ConfigError: the options contradict each other.
+        """
+        from lfm2vl_edge.opening import OpenOptions
+
+        image = image or ImageOptions()
+        return OpenOptions(
+            mmproj=mmproj,
+            n_ctx=self.ctx_size,
+            n_threads=self.threads,
+            n_gpu_layers=self.n_gpu_layers,
+            device=self.device,
+            image_settings=image.changes(),
+            **image.budget(),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageOptions:
-    """How closely images are looked at, and changes to the model's image settings."""
+    """What an image may take, and changes of the model's image settings."""
 
     detail: Annotated[
-        DetailLevel,
+        Detail,
         _image(
             "--detail",
+            **one_of(DETAILS, "--detail"),
             help="full: the model's own settings, with tiles. The others make one view of at most 256 (high), 128 "
             "(balanced), 64 (fast) image tokens, or those shares of the model's --max-image-tokens.",
         ),
-    ] = DetailLevel.full
+    ] = "full"
     budget_tokens: Annotated[
         int | None,
-        _image("--budget-tokens", min=1, metavar="N", help="Most image tokens of a picture: the best plan."),
+        _image("--budget-tokens", min=1, metavar="N", help="Limit of image tokens per image: the best plan within."),
     ] = None
     budget_seconds: Annotated[
         float | None,
         _image(
             "--budget-seconds",
             metavar="S",
-            help="Most predicted seconds until a picture is read (see plan, tune): the best plan.",
+            help="Limit of predicted seconds per image: the best plan within. Needs the measurements of tune.",
         ),
     ] = None
     min_image_tokens: Annotated[
@@ -125,29 +150,35 @@ class ImageOptions:
     max_image_tokens: Annotated[
         int | None, _image("--max-image-tokens", min=1, help="Most tokens of a single view; above it, tiles.")
     ] = None
-    no_splitting: Annotated[bool, _image("--no-splitting", help="Never cut a picture into tiles.")] = False
+    no_splitting: Annotated[bool, _image("--no-splitting", help="Never split an image into tiles.")] = False
     min_tiles: Annotated[int | None, _image("--min-tiles", min=1, help="Fewest tiles of a grid.")] = None
     max_tiles: Annotated[int | None, _image("--max-tiles", min=1, help="Most tiles of a grid.")] = None
-    no_thumbnail: Annotated[bool, _image("--no-thumbnail", help="Leave out the small view of a tiled picture.")] = (
-        False
-    )
-    resample: Annotated[Resample | None, _image("--resample", help="Resizing filter.")] = None
+    no_thumbnail: Annotated[bool, _image("--no-thumbnail", help="No small view of the whole beside tiles.")] = False
+    resample: Annotated[
+        str | None, _image("--resample", **one_of(RESAMPLE_NAMES, "--resample"), help="Resizing filter.")
+    ] = None
     tolerance: Annotated[
         float | None, _image("--tolerance", help="Tile above this many times the area of a single view.")
     ] = None
+    max_megapixels: Annotated[
+        float, _image("--max-megapixels", min=_LEAST_MEGAPIXELS, help="Refuse larger images.")
+    ] = MAX_MEGAPIXELS
 
-    def wishes(self) -> dict[str, Any]:
-        """Return the arguments of `Model.open` that say how closely images are looked at."""
+    @property
+    def max_pixels(self) -> int:
+        """Largest image that is decoded, pixels."""
+        return int(self.max_megapixels * 1_000_000)
+
+    def budget(self) -> BudgetOptions:
+        """Return what one image may take, as keywords of `OpenOptions`."""
         return {
-            "detail": self.detail.value,
+            "detail": self.detail,
             "budget_tokens": self.budget_tokens,
             "budget_seconds": self.budget_seconds,
         }
 
     def changes(self) -> dict[str, Any]:
         """Return the fields of `ImageConfig` that these options change."""
-        from lfm2vl_edge.config import RESAMPLE_NAMES
-
         values = {
             "min_image_tokens": self.min_image_tokens,
             "max_image_tokens": self.max_image_tokens,
@@ -155,20 +186,17 @@ class ImageOptions:
             "min_tiles": self.min_tiles,
             "max_tiles": self.max_tiles,
             "use_thumbnail": False if self.no_thumbnail else None,
-            "resample": RESAMPLE_NAMES[self.resample.value] if self.resample else None,
+            "resample": RESAMPLE_NAMES[self.resample] if self.resample else None,
             "max_pixels_tolerance": self.tolerance,
         }
         return {name: value for name, value in values.items() if value is not None}
 
 
-MaxMegapixels = Annotated[float, _image("--max-megapixels", min=0.0001, help="Refuse larger pictures.")]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """How the answer is drawn; the fields are those of `Options`."""
+    """How the answer is sampled; the fields are those of `Options`."""
 
-    max_tokens: Annotated[int, _answer("--max-tokens", "-n", help="Longest answer, tokens.")] = 512
+    max_tokens: Annotated[int, _answer("--max-tokens", "-n", help="Longest answer, tokens.")] = DEFAULT_MAX_TOKENS
     temperature: Annotated[float | None, _answer("--temperature", help="0 always takes the likeliest token.")] = None
     min_p: Annotated[float | None, _answer("--min-p", help="Drop tokens below this share of the likeliest.")] = None
     repetition_penalty: Annotated[float | None, _answer("--repetition-penalty", help="1 turns it off.")] = None
@@ -177,67 +205,56 @@ class SamplingOptions:
     seed: Annotated[int | None, _answer("--seed", help="The same seed gives the same answer.")] = None
 
     def values(self) -> dict[str, Any]:
-        """Return the options by the names of `Options`' fields; files that they name are read."""
+        """Return the options by the names of `Options`' fields."""
         return {field.name: getattr(self, field.name) for field in fields(SamplingOptions)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExactOptions(SamplingOptions):
-    """How answers are drawn that programs use; the defaults are those of `answers.EXACT`."""
-
-    temperature: Annotated[float, _answer("--temperature", help="0 always takes the likeliest token.")] = 0.0
-    repetition_penalty: Annotated[float, _answer("--repetition-penalty", help="1 turns it off.")] = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerOptions(SamplingOptions):
-    """How the answer is drawn, where it ends, and what form it has."""
+    """How the answer is sampled, what ends it, and what form it has."""
 
     stop: Annotated[list[str] | None, _answer("--stop", help="End before this text; may be repeated.")] = None
     json_schema: Annotated[
         str | None,
-        _answer("--json-schema", metavar="FILE|-", help="Answer in JSON within this schema, whole or not at all."),
+        _answer("--json-schema", metavar="FILE|-", help="Answer in JSON that matches this schema, or fail."),
     ] = None
     grammar: Annotated[
         Path | None,
-        _answer("--grammar", metavar="FILE", help="Answer within this grammar (GBNF), whole or not at all."),
+        _answer("--grammar", metavar="FILE", help="Answer that matches this grammar (GBNF), or fail."),
     ] = None
 
     def values(self) -> dict[str, Any]:
-        """Return the options by the names of `Options`' fields; files that they name are read.
+        """Return the options by the names of `Options`' fields; the files that they name are read.
 
         Raises:
-            ConfigError: a file cannot be read, or is no schema.
+            ConfigError: a file cannot be read, or is not a JSON schema.
         """
-        from lfm2vl_edge.cli._loading import read_schema_file, read_text
-
         grammar = None if self.grammar is None else read_text(str(self.grammar), "grammar")
         schema = None if self.json_schema is None else read_schema_file(self.json_schema)
-        held = {"stop": tuple(self.stop or ()), "grammar": grammar, "schema": schema}
-        return {**SamplingOptions.values(self), **held}
+        return {**SamplingOptions.values(self), "stop": tuple(self.stop or ()), "grammar": grammar, "schema": schema}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComparedOptions(AnswerOptions):
-    """How answers are drawn that are compared with known ones; the defaults are those of `evaluate.GREEDY`."""
-
-    max_tokens: Annotated[
-        int, _answer("--max-tokens", "-n", help="Longest answer, tokens: three or four boxes fit into 128.")
-    ] = 128
-    temperature: Annotated[float, _answer("--temperature", help="0 always takes the likeliest token.")] = 0.0
-    repetition_penalty: Annotated[float, _answer("--repetition-penalty", help="1 turns it off.")] = 1.0
+ExactOptions: TypeAlias = Annotated[SamplingOptions, GREEDY]
+"""Sampling of answers that programs read: other defaults."""
+ComparedOptions: TypeAlias = Annotated[AnswerOptions, {**GREEDY, "max_tokens": 128}]
+"""Options of answers that are compared with known ones; three or four boxes fit into 128 tokens."""
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command have parameters that are groups of options: typer sees their fields, the command the group."""
+    """Let a command have parameters that are groups of options: typer gets their fields, the command the group.
+
+    A group is one of the dataclasses above, or `Annotated[group, {field: default}]` with other defaults.
+    """
     hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        if parameter.name in groups:
-            parameters += _parameters_of(groups[parameter.name])
+    for name, parameter in inspect.signature(command).parameters.items():
+        group, *defaults = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
+        if is_dataclass(group):
+            groups[name] = group
+            parameters += _parameters_of(group, *defaults)
         else:
-            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY))
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(command)
     def gathered(**values: Any) -> None:
@@ -250,11 +267,60 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     return gathered
 
 
-def _parameters_of(group: Any) -> list[inspect.Parameter]:
+def _parameters_of(group: Any, defaults: Mapping[str, Any] | None = None) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
-    return [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+    for field in fields(group):
+        default = (defaults or {}).get(field.name, field.default)
+        yield inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
         )
-        for field in fields(group)
-    ]
+
+
+def read_schema_file(argument: str) -> dict[str, Any]:
+    """Return the JSON schema in a file, or on stdin if the argument is -.
+
+    Raises:
+        ConfigError: it cannot be read, or is not a JSON object.
+    """
+    text = read_text(argument, "JSON schema")
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the JSON schema {argument} is not valid JSON: {error}; correct it") from error
+    if not isinstance(schema, dict):
+        raise ConfigError(f'the JSON schema {argument} must be an object, such as {{"type": "object", ...}}')
+    return schema
+
+
+def read_text(argument: str, kind: str) -> str:
+    """Return the text of a file, or of stdin if the argument is -; `kind` names it in errors.
+
+    Raises:
+        ConfigError: it cannot be read, is empty or too large, or is not UTF-8 text.
+    """
+    try:
+        if argument == STDIN:
+            data = sys.stdin.buffer.read(_MAX_BYTES + 1)
+        else:
+            with Path(argument).open("rb") as file:
+                data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ConfigError(f"the {kind} {argument} has more than {_MAX_BYTES} bytes; simplify it")
+        text = data.decode()
+    except OSError as error:
+        raise ConfigError(f"cannot read the {kind} {argument}: {error.strerror or error}; check the path") from error
+    except ValueError as error:  # a zero byte in the name, or not UTF-8
+        raise ConfigError(f"the {kind} {argument} is not UTF-8 text: {error}; correct it") from error
+    if not text.strip():
+        raise ConfigError(f"the {kind} {argument} is empty; write it, or name another file")
+    return text
+
+
+def refuse_stdin_twice(arguments: Sequence[str | None]) -> None:
+    """Check that stdin is named once at most.
+
+    Raises:
+        ConfigError: it is named more often.
+    """
+    if list(arguments).count(STDIN) > 1:
+        raise ConfigError(f"stdin ({STDIN}) can be read for one thing only; give files for the others")

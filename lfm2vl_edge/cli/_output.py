@@ -1,4 +1,4 @@
-"""stdout is the answer and nothing else; everything for humans goes to stderr; the exit code tells the truth."""
+"""stdout is the answer and nothing else; everything for people goes to stderr; the exit code tells the truth."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import typer
 
 from lfm2vl_edge.errors import EdgeError
 
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
+EXIT_FAILED: Final = 1
+EXIT_INTERRUPTED: Final = 130
 ENDS_WITH_COMMAND: Final = threading.Event()
-"""Set where the process ends with the command: what it holds is then left to the system, which waits for nobody."""
-_GRACE_SECONDS = 0.5
+"""Set if the process ends with the command: its memory is then left to the system, and no thread is waited for."""
+_GRACE_SECONDS: Final = 0.5
 """How long a native call may take to notice Ctrl-C; encoding a view cannot be stopped from inside."""
 
 
@@ -38,12 +38,12 @@ def reporting() -> Iterator[None]:
         _drop_output()
         raise typer.Exit(EXIT_FAILED) from None
     except OSError as error:
-        report_of_system(error)
+        report_os_error(error)
         raise typer.Exit(EXIT_FAILED) from None
 
 
 def _drop_output() -> None:
-    """Let what is still to be written to stdout go nowhere, instead of failing once more at the end."""
+    """Discard what is still to be written to stdout, instead of failing once more at the end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -52,27 +52,27 @@ def report(error: EdgeError) -> None:
     typer.echo(f"error: {' '.join(str(error).split())}", err=True)
 
 
-def report_of_system(error: OSError) -> None:
-    """Write an error of the system likewise; one without a file's name is of stdout, such as a full disk behind it."""
+def report_os_error(error: OSError) -> None:
+    """Write an error of the system as one line; one without a file name concerns stdout, such as a full disk."""
     if error.filename is None:
         _drop_output()
     report(EdgeError(f"{error.filename or 'stdout'}: {error.strerror or error}; make room, or check the path"))
 
 
-def say(text: str) -> None:
-    """Write a line to stderr, above a bar if there is one: typer's own way goes round the bar, into its line."""
+def write_line(text: str) -> None:
+    """Write a line to stderr, above a progress bar if there is one; typer.echo would write into the bar's line."""
     sys.stderr.write(f"{text}\n")
 
 
 def warnings_to_stderr() -> None:
-    """Show what the library warns of, one line each."""
+    """Show the library's warnings, one line each."""
     import logging
 
     class ToStderr(logging.Handler):
-        """Looks for stderr at every line, as it may be a bar's by then."""
+        """Reads sys.stderr at every line, as a progress bar may have replaced it."""
 
         def emit(self, record: logging.LogRecord) -> None:
-            say(self.format(record))
+            write_line(self.format(record))
 
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING, handlers=[ToStderr()])
 
@@ -80,39 +80,36 @@ def warnings_to_stderr() -> None:
 class Interrupt:
     """Lets Ctrl-C reach a native call: Python itself notices it only after the call returns."""
 
-    def __init__(self, grace: float | None) -> None:
-        self._grace = grace
+    def __init__(self) -> None:
         self.cancel: Callable[[], None] | None = None
         """Called from another thread at Ctrl-C."""
-        self.farewell: Callable[[], None] | None = None
-        """Called once after Ctrl-C, when the block has ended or is about to be cut off: says how far it got."""
+        self.on_stop: Callable[[], None] | None = None
+        """Called once after Ctrl-C, when the block has ended or is about to be abandoned: reports the progress."""
         self.happened = threading.Event()
-        self._left = threading.Event()
+        """Set after Ctrl-C."""
+        self.block_ended = threading.Event()
+        """Set when the main thread has left the block."""
 
-    def watch(self, reader: int) -> None:
-        """Wait for the signal's number on a pipe; leave the process if the main thread does not stop in its grace."""
+    def watch(self, reader: int, grace: float | None) -> None:
+        """Wait for the signal's number on a pipe; leave the process if the block does not end within its grace."""
         while number := os.read(reader, 1):
             if number[0] == signal.SIGINT:
                 self.happened.set()
                 if self.cancel:
                     self.cancel()
-                if not self._left.wait(self._grace):
-                    self.take_leave()
+                if not self.block_ended.wait(grace):
+                    self.stop()
                     os._exit(EXIT_INTERRUPTED)
-
-    def leave(self) -> None:
-        """Say that the main thread has stopped."""
-        self._left.set()
 
     def check(self) -> None:
         """Raise KeyboardInterrupt after Ctrl-C: between two answers there is nothing that `cancel` could stop."""
         if self.happened.is_set():
             raise KeyboardInterrupt
 
-    def take_leave(self) -> None:
-        """Let the block say its last words, if it has any."""
-        if self.farewell:
-            self.farewell()
+    def stop(self) -> None:
+        """Let the block report its progress, if it does."""
+        if self.on_stop:
+            self.on_stop()
 
 
 @contextmanager
@@ -120,18 +117,18 @@ def at_once(grace: float | None = _GRACE_SECONDS) -> Iterator[Interrupt]:
     """Make Ctrl-C end the block at once, also inside a native call.
 
     Python's own handler raises in whatever Python code runs next, which may be a callback of the native log, where
-    the exception would be lost. So the signal is only noted, and the watching thread does what must be done.
+    the exception would be lost. So the signal is only noted, and a watching thread acts on it.
 
     Args:
-        grace: seconds after which the process is left where the block has not ended; None waits for the block, for
-            as long as a view takes.
+        grace: seconds after which the process ends if the block has not; None waits for the block, for as long as a
+            view takes.
     """
-    interrupt = Interrupt(grace)
+    interrupt = Interrupt()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     previous_handler = signal.signal(signal.SIGINT, lambda *_: None)
-    watcher = threading.Thread(target=interrupt.watch, args=(reader,), daemon=True)
+    watcher = threading.Thread(target=interrupt.watch, args=(reader, grace), daemon=True)
     watcher.start()
     try:
         yield interrupt
@@ -139,25 +136,25 @@ def at_once(grace: float | None = _GRACE_SECONDS) -> Iterator[Interrupt]:
         if not interrupt.happened.is_set():
             raise
     finally:
-        interrupt.leave()
+        interrupt.block_ended.set()
         signal.signal(signal.SIGINT, previous_handler)
         signal.set_wakeup_fd(previous_fd)
         os.close(writer)
         watcher.join()
         os.close(reader)
     if interrupt.happened.is_set():
-        interrupt.take_leave()
+        interrupt.stop()
         raise KeyboardInterrupt
 
 
 def refuse_overwrite(path: Path, force: bool) -> None:
-    """Raise an EdgeError if a file is there and may not be replaced."""
+    """Raise an EdgeError if a file exists and may not be replaced."""
     if path.exists() and not force:
-        raise EdgeError(f"{path} is there already; give another name, or --force to replace it")
+        raise EdgeError(f"{path} exists already; give another name, or --force to replace it")
 
 
 def refuse_drawing(path: Path, force: bool) -> None:
-    """Raise an EdgeError if no PNG may be written there: to be asked before the work."""
+    """Raise an EdgeError if no PNG may be written there: to be called before the work."""
     if path.suffix.lower() not in ("", ".png"):
         raise EdgeError(f"{path} would hold a PNG; give a name that ends with .png")
     refuse_overwrite(path, force)
@@ -165,7 +162,7 @@ def refuse_drawing(path: Path, force: bool) -> None:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raise an EdgeError if no file can be written there: to be asked before the work, not at its end."""
+    """Raise an EdgeError if no file can be written there: to be called before the work, not at its end."""
     existing = next(one for one in path.absolute().parents if os.path.lexists(one))
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -177,51 +174,38 @@ def refuse_unwritable(path: Path) -> None:
         raise EdgeError(f"cannot write {path}: {why}; give another path")
 
 
-def shows_progress(quiet: bool) -> bool:
-    """Tell whether a progress bar is wanted: on a terminal, and not with --quiet."""
-    return sys.stderr.isatty() and not quiet
-
-
 @contextmanager
-def bytes_bar(title: str, wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar of the bytes on stderr, and give what moves it: a function of bytes done and bytes in all."""
-    if not wanted:
-        yield None
+def progress_bar(title: str, *, quiet: bool, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on stderr, on a terminal and unless `quiet`.
+
+    Args:
+        title: the text before the bar.
+        quiet: whether to show nothing.
+        total: number of steps; without it, the bar counts bytes.
+
+    Yields:
+        A function that moves the bar: `move(done)`, `move(done, total)`, or with another `title=`.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda *_, **__: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def rows_bar(total: int, wanted: bool) -> Iterator[Callable[[int, float], None]]:
-    """Show a bar of rows on stderr, and give what moves it: a function of rows done and the share that is right."""
-    if not wanted:
-        yield lambda *_: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("asking", total=total)
-        yield lambda done, right: bar.update(task, completed=done, description=f"{right:.1%} right")
-
-
-@contextmanager
-def steps_bar(title: str, total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
-    """Show a bar of steps on stderr, and give what moves it: a function of steps done."""
-    if not wanted:
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    of_bytes, of_steps = (DownloadColumn(), TransferSpeedColumn()), (MofNCompleteColumn(), TimeRemainingColumn())
+    columns = TextColumn("{task.description}"), BarColumn(), *(of_bytes if total is None else of_steps)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, completed=done)
+
+        def move(done: int, total: int | None = total, *, title: str = title) -> None:
+            bar.update(task, completed=done, total=total, description=title)
+
+        yield move

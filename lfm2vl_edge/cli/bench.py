@@ -22,12 +22,12 @@ def bench(
     """Measure opening, encoding, answers, new processes and memory: lfm2vl-edge bench -m MODEL."""
     from lfm2vl_edge.diagnose.bench import bench as measure
     from lfm2vl_edge.diagnose.bench import lines
-    from lfm2vl_edge.opening import OpenOptions, decide
+    from lfm2vl_edge.opening import decide
 
     with reporting():
         warnings_to_stderr()
         located = chosen_model(model)
-        options = OpenOptions(mmproj=located.mmproj, **model.machine())
+        options = model.open_options(located.mmproj)
         opening = decide(located.model, options)
         rows = measure(opening, options, runs, report=lambda line: None if quiet else typer.echo(line, err=True))
         pair, threads = opening.pair, opening.n_threads

@@ -1,4 +1,4 @@
-"""`lfm2vl-edge cache`: what lies on disk, and how to get rid of it."""
+"""`lfm2vl-edge cache`: what the disk cache holds, and how to remove it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._output import reporting
 
 cache = typer.Typer(
-    name="cache", help="Show or clear what is kept of pictures on disk (run --cache).", no_args_is_help=True
+    name="cache", help="Show or clear the disk cache of encoded images (run --cache).", no_args_is_help=True
 )
 
 
 @cache.command()
 def info(as_json: opt.Json = False) -> None:
-    """Show where the cache lies and what it holds."""
+    """Show the folder of the disk cache and what it holds."""
     from lfm2vl_edge.cache.disk import CACHE_BYTES, STATE, VIEW, entries, entries_folder
     from lfm2vl_edge.host import cache_folder
 
@@ -35,7 +35,7 @@ def info(as_json: opt.Json = False) -> None:
 
 @cache.command()
 def clear() -> None:
-    """Remove everything that the cache holds; what tune measured stays."""
+    """Remove everything that the disk cache holds; the measurements of tune stay."""
     from lfm2vl_edge.cache.disk import clear as remove_all
     from lfm2vl_edge.host import cache_folder
 

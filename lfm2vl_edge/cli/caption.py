@@ -1,4 +1,4 @@
-"""`lfm2vl-edge caption`: what an image shows, in words."""
+"""`lfm2vl-edge caption`: a description of an image."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ def caption(
     images: opt.ImageOptions,
     answer: opt.SamplingOptions,
     cache: opt.Cache = None,
-    max_megapixels: opt.MaxMegapixels = 200,
     as_json: opt.Json = False,
     verbose: opt.Verbose = 0,
 ) -> None:
     """Describe an image: lfm2vl-edge caption photo.jpg."""
-    with answering(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
+    with answering(image, model, images, verbose, cache) as (opened, pixels):
         text = opened.caption(pixels, **answer.values())
         shown = {"caption": text, "model": opened.config.name}
         typer.echo(json.dumps(shown, ensure_ascii=False) if as_json else text)

@@ -8,8 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -17,7 +16,7 @@ import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._answers import show_answer, statistics
-from lfm2vl_edge.cli._loading import STDIN, load_argument, open_model
+from lfm2vl_edge.cli._loading import load_argument, opening
 from lfm2vl_edge.cli._output import EXIT_FAILED, Interrupt, at_once, report, reporting
 from lfm2vl_edge.errors import ContextFull, EdgeError
 from lfm2vl_edge.host import data_folder, write_whole
@@ -36,51 +35,252 @@ HISTORY_BYTES: Final = 1_000_000
 """And no more than this, whatever their lengths."""
 LONGEST_LINE: Final = 10_000_000
 """Characters; an image as a data URL fits, an endless stream without line ends does not."""
+_HISTORY: Final = "chat_history"
 _PROMPT: Final = "> "
 _PRIVATE: Final = 0o600
 _LOG: Final = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lines:
-    """Where lines come from."""
+@opt.takes_groups
+def chat(
+    model: opt.ModelOptions,
+    image: opt.ImageOptions,
+    answer: opt.AnswerOptions,
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[IMAGE]...", help="Images for the first question: paths or http(s) URLs."),
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system prompt before the conversation.")] = None,
+    cache: opt.Cache = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = 0,
+) -> None:
+    """Conversation about images: lfm2vl-edge chat photo.jpg -m MODEL.
 
-    is_terminal: bool
-    """Whether somebody types them."""
-    read: Callable[[], str]
-    """Returns the next line without its end.
-
-    Raises:
-        EOFError: there is none any more.
-        EdgeError: the line is too long; it was skipped.
+    Every line is a question; /help lists the commands, among them /image, /reset and /save.
+    Ctrl-C stops an answer, Ctrl-D leaves. Each turn decodes only what is new.
+    Lines of a pipe are questions too; the exit code is then 1 if one of them failed.
     """
+    with reporting(), ExitStack() as stack:
+        if answer.json_schema == opt.STDIN:
+            raise EdgeError("stdin is the conversation here, not a schema; give --json-schema a file")
+        options = answer.values()
+        with at_once():
+            when_open = stack.enter_context(opening(model, image, verbose, remember=True, cache=cache))
+            loaded = [(name, _load(name, image.max_pixels)) for name in images or ()]
+            opened = when_open()
+        from lfm2vl_edge.chat import Chat
+
+        is_typed = _is_typed()
+        read = stack.enter_context(reading_lines(data_folder() / _HISTORY))
+        conversation = Chat(opened, system=system, **options)
+        session = Session(
+            conversation, max_pixels=image.max_pixels, has_notes=is_typed and not quiet, verbose=verbose
+        )
+        session.note(f"{opened.config.name}; /help lists the commands, Ctrl-D leaves")
+        for name, pixels in loaded:
+            session.add_image(name, pixels)
+        has_failed = _take_lines(session, read, is_typed=is_typed)
+    if has_failed and not is_typed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _load(name: str, max_pixels: int) -> Pixels:
+    if name == opt.STDIN:
+        raise EdgeError("stdin is the conversation here, not an image; give a path or an http(s) URL")
+    return load_argument(name, max_pixels)
+
+
+def _take_lines(session: Session, read: Callable[[], str], *, is_typed: bool) -> bool:
+    """Take line after line to the end, and return whether one of them failed."""
+    has_failed = False
+    while True:
+        try:
+            session.take(read())
+        except EOFError:  # Ctrl-D, the end of a pipe, or /quit
+            return has_failed
+        except EdgeError as error:
+            has_failed = True
+            report(error)
+        except KeyboardInterrupt:
+            if not is_typed:
+                raise
+
+
+class Session:
+    """A conversation on the command line: what a line does, and what its commands need to know."""
+
+    def __init__(self, chat: Chat, *, max_pixels: int, has_notes: bool, verbose: int) -> None:
+        self._chat = chat
+        self._max_pixels = max_pixels
+        self._has_notes = has_notes
+        self._verbose = verbose
+        self._last: Turn | None = None
+        self._names: dict[PreprocessedImage, str] = {}
+
+    def take(self, line: str) -> None:
+        """Run a command, which starts with a slash, or ask a question.
+
+        Raises:
+            EOFError: the user leaves.
+            EdgeError: it failed; the conversation is unchanged.
+            KeyboardInterrupt: the answer was stopped; it stays in the conversation as far as it came.
+        """
+        if line.startswith("/"):
+            word, *rest = line.split(maxsplit=1)
+            if word not in self.commands:
+                raise EdgeError(f"no command {word!r:.40}; /help lists them, and a space before / makes it a question")
+            self.commands[word][-1](self, "".join(rest).strip())
+        elif question := line.strip():
+            self._ask(question)
+
+    def note(self, text: str) -> None:
+        """Write a note to stderr, if a person types the lines and did not choose --quiet."""
+        if self._has_notes:
+            typer.echo(text, err=True)
+
+    def add_image(self, name: str, pixels: Pixels) -> None:
+        """Add an image to the next question."""
+        image = self._chat.add_image(pixels)
+        name = display_url(name) if is_url(name) else name
+        self._names[image] = name
+        size, tokens = f"{image.plan.width}x{image.plan.height}", image.plan.n_image_tokens
+        self.note(f"{name:.80}: {size}, {tokens} image tokens, with the next question")
+
+    def _ask(self, question: str) -> None:
+        try:
+            with at_once(grace=None) as interrupt:
+                interrupt.cancel = self._chat.model.cancel
+                self._last = show_answer(_watched(self._chat.send(question), interrupt))
+        except ContextFull as error:
+            raise EdgeError(f"{error}; or /reset, which starts a new conversation (-c does not help)") from error
+        if self._last.finish_reason == "length" and self._last.stats:
+            self.note(f"(truncated after {self._last.stats.completion_tokens} tokens; --max-tokens allows more)")
+        if self._verbose:
+            typer.echo("\n".join(statistics(self._last, self._chat.model)), err=True)
+
+    def _image(self, rest: str) -> None:
+        if not rest:
+            raise EdgeError("/image needs an image: /image photo.jpg, or /image https://host/photo.jpg")
+        name = _file_name(rest)
+        self.add_image(name, _load(name, self._max_pixels))
+
+    def _system(self, rest: str) -> None:
+        self._chat.system = rest or None
+        self.note("the system prompt is set for the next answer" if rest else "there is no system prompt now")
+
+    def _reset(self, _rest: str) -> None:
+        self._chat.reset()
+        self._names.clear()
+        self._last = None
+        self.note("a new conversation starts")
+
+    def _save(self, rest: str) -> None:
+        self._write(rest, replace=False)
+
+    def _save_over(self, rest: str) -> None:
+        self._write(rest, replace=True)
+
+    def _write(self, rest: str, *, replace: bool) -> None:
+        if not rest:
+            raise EdgeError("/save needs a file: /save chat.jsonl")
+        if not self._chat.messages:
+            raise EdgeError("there is no message yet, so there is nothing to save; ask a question first")
+        path = Path(_file_name(rest))
+        lines = [json.dumps(_plain(one, self._names), ensure_ascii=False) + "\n" for one in self._chat.messages]
+        try:
+            if path.exists() and not replace:
+                raise EdgeError(f"{path} exists already; give another name, or /save! {path} to replace it")
+            write_whole(path, [line.encode("utf-8", "replace") for line in lines])
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+            why = getattr(error, "strerror", None) or error
+            raise EdgeError(f"cannot write {str(path)!r:.200}: {why}; give another name") from error
+        self.note(f"{len(lines)} messages in {path}")
+
+    def _stats(self, _rest: str) -> None:
+        model, turns = self._chat.model, sum(message["role"] == "user" for message in self._chat.messages)
+        lines = [f"chat       turns: {turns}, images: {len(self._names)}"]
+        if self._last is not None and self._last.stats is not None:
+            used = self._last.stats.prompt_tokens + self._last.stats.completion_tokens
+            lines += [f"context    {used} of {model.config.n_ctx_train} tokens after the last answer"]
+            lines += statistics(self._last, model)
+        typer.echo("\n".join(lines), err=True)
+
+    def _help(self, _rest: str) -> None:
+        usages = {f"{word} {argument}".strip(): text for word, (argument, text, _) in self.commands.items()}
+        lines = [f"{usage:<{max(map(len, usages))}}  {text}" for usage, text in usages.items()]
+        typer.echo("\n".join([*lines, "Anything else is a question. Ctrl-C stops an answer."]), err=True)
+
+    def _quit(self, _rest: str) -> None:
+        raise EOFError
+
+    commands: Final[Mapping[str, tuple[str, str, Callable[[Session, str], None]]]] = {
+        "/image": ("PATH|URL", "add an image to the next question", _image),
+        "/system": ("TEXT", "set the system prompt; without a text, remove it", _system),
+        "/reset": ("", "forget the conversation and its images", _reset),
+        "/save": ("FILE", "write the conversation as JSON Lines, one message per line", _save),
+        "/save!": ("FILE", "the same, replacing an existing file", _save_over),
+        "/stats": ("", "what the last answer cost, and how full the context is", _stats),
+        "/help": ("", "this list", _help),
+        "/quit": ("", "leave, as Ctrl-D does", _quit),
+    }
+    """Word -> argument, help, method."""
+
+
+def _watched(chunks: Generator[Chunk, None, None], interrupt: Interrupt) -> Iterator[Chunk]:
+    """Yield chunks until Ctrl-C, also if it came before the engine started."""
+    with closing(chunks):
+        for chunk in chunks:
+            yield chunk
+            interrupt.check()
+
+
+def _plain(message: Message, names: Mapping[PreprocessedImage, str]) -> dict[str, Any]:
+    """Return a message with the names of its images instead of their pixels."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message}
+    parts = [{**part, "image": names[part["image"]]} if part["type"] == "image" else part for part in content]
+    return {**message, "content": parts}
+
+
+def _file_name(rest: str) -> str:
+    """Return a file name without the quotation marks of a dragged file, and with ~ expanded."""
+    if len(rest) > 1 and rest[0] == rest[-1] and rest[0] in "'\"":
+        rest = rest[1:-1]
+    if not rest.startswith("~"):
+        return rest
+    try:
+        return str(Path(rest).expanduser())
+    except RuntimeError:  # no such user, or no home
+        return rest
+
+
+def _is_typed() -> bool:
+    """Return whether a person types the lines."""
+    return sys.stdin.isatty()
 
 
 @contextmanager
-def lines_of_user(history: Path) -> Iterator[Lines]:
-    """Give what reads the lines of stdin. A prompt is written on a terminal only, and never into a file of answers.
+def reading_lines(history: Path) -> Iterator[Callable[[], str]]:
+    """Give a function that returns the next line of stdin without its end.
+
+    It raises EOFError at the end, and EdgeError for a line that is too long, which is skipped. A prompt is written on
+    a terminal only, and never into a file of answers.
 
     Args:
-        history: where typed lines are kept for the next session; if that fails, there is a warning and no history.
+        history: file of typed lines for the next session; if it cannot be used, there is a warning and no history.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         with suppress(io.UnsupportedOperation):  # something was read already
             sys.stdin.reconfigure(errors="replace")
-    if not sys.stdin.isatty():
-        yield Lines(is_terminal=False, read=_next_line)
+    if not _is_typed():
+        yield _next_line
     elif not sys.stdout.isatty():
-        yield Lines(is_terminal=True, read=_prompted)
+        yield _prompted_line
     else:
-        with _remembered(history):
-            yield Lines(is_terminal=True, read=_edited)
-
-
-def _edited() -> str:
-    try:
-        return input(_PROMPT)
-    except (EOFError, KeyboardInterrupt):
-        sys.stderr.write("\n")  # what comes next begins on a line of its own
-        raise
+        with _editing(history):
+            yield _edited_line
 
 
 def _next_line() -> str:
@@ -90,21 +290,27 @@ def _next_line() -> str:
     if len(line) == LONGEST_LINE and not line.endswith("\n"):
         while (rest := sys.stdin.readline(LONGEST_LINE)) and not rest.endswith("\n"):
             pass
-        raise EdgeError(
-            f"a line has more than {LONGEST_LINE:,} characters and was left out; give pictures by their path"
-        )
+        raise EdgeError(f"a line has more than {LONGEST_LINE:,} characters and was skipped; give images by their path")
     return line.rstrip("\r\n")
 
 
-def _prompted() -> str:
+def _prompted_line() -> str:
     sys.stderr.write(_PROMPT)
     sys.stderr.flush()
     return _next_line()
 
 
+def _edited_line() -> str:
+    try:
+        return input(_PROMPT)
+    except (EOFError, KeyboardInterrupt):
+        sys.stderr.write("\n")  # what comes next starts on a line of its own
+        raise
+
+
 @contextmanager
-def _remembered(path: Path) -> Iterator[None]:
-    """Let lines be edited, with those of earlier sessions at hand, where Python was built with readline."""
+def _editing(path: Path) -> Iterator[None]:
+    """Let lines be edited, with those of earlier sessions, if Python was built with readline."""
     try:
         import readline
     except ImportError:
@@ -122,7 +328,7 @@ def _remembered(path: Path) -> Iterator[None]:
 
 
 def _load_history(path: Path) -> list[str]:
-    """Return the lines of an earlier session; of a file that is none, or too long, what can be used."""
+    """Return the lines of earlier sessions; of a damaged or too large file, those that can be used."""
     try:
         if not path.exists():
             return []
@@ -130,13 +336,13 @@ def _load_history(path: Path) -> list[str]:
             file.seek(max(0, file.seek(0, os.SEEK_END) - HISTORY_BYTES))
             lines = file.read(HISTORY_BYTES).decode("utf-8", "replace").splitlines()
     except OSError as error:
-        _LOG.warning("cannot read the history in %s: %s; going on without it", path, error.strerror or error)
+        _LOG.warning("cannot read the history in %s: %s; continuing without it", path, error.strerror or error)
         return []
     return [line for line in lines if line and line.isprintable()][-HISTORY_LINES:]
 
 
 def _store_history(path: Path, lines: Sequence[str]) -> None:
-    """Keep the newest lines, for the user's eyes only; nothing is written if nothing was typed."""
+    """Store the newest lines, readable for the user only; nothing is written if nothing was typed."""
     kept: list[bytes] = []
     room = HISTORY_BYTES
     for line in reversed(lines[-HISTORY_LINES:]):
@@ -149,260 +355,4 @@ def _store_history(path: Path, lines: Sequence[str]) -> None:
         if kept:
             write_whole(path, reversed(kept), mode=_PRIVATE)
     except OSError as error:
-        _LOG.warning("cannot keep the history in %s: %s", path, error.strerror or error)
-
-
-class Desk:
-    """A conversation, and what its commands need to know of it."""
-
-    def __init__(self, *, chat: Chat, load: Callable[[str], Pixels], is_chatty: bool, verbose: int) -> None:
-        self.chat = chat
-        """The conversation."""
-        self.load = load
-        """From the name of an image to its pixels."""
-        self.last: Turn | None = None
-        """The last turn that came to its end."""
-        self.names: dict[PreprocessedImage, str] = {}
-        """What the images of the conversation were called."""
-        self._is_chatty = is_chatty
-        self._verbose = verbose
-
-    def note(self, text: str) -> None:
-        """Say something that nobody asked for, if it is wanted at all."""
-        if self._is_chatty:
-            typer.echo(text, err=True)
-
-    def take(self, line: str) -> None:
-        """Do what a line says: a command if it begins with a slash, a question otherwise.
-
-        Raises:
-            EOFError: the user leaves.
-            EdgeError: it cannot be done; the conversation is as it was.
-            KeyboardInterrupt: the answer was stopped; it stays in the conversation as far as it came.
-        """
-        if line.startswith("/"):
-            word, *rest = line.split(maxsplit=1)
-            if word not in _COMMANDS:
-                raise EdgeError(f"no command {word!r:.40}; /help lists them, and a space before / makes it a question")
-            _COMMANDS[word].do(self, "".join(rest).strip())
-        elif question := line.strip():
-            self._ask(question)
-
-    def show(self, name: str, pixels: Pixels) -> None:
-        """Lay an image down for the next question."""
-        picture = self.chat.add_image(pixels)
-        name = display_url(name) if is_url(name) else name
-        self.names[picture] = name
-        size, tokens = f"{picture.plan.width}x{picture.plan.height}", picture.plan.n_image_tokens
-        self.note(f"{name:.80}: {size}, {tokens} image tokens, with the next question")
-
-    def _ask(self, question: str) -> None:
-        try:
-            with at_once(grace=None) as interrupt:
-                interrupt.cancel = self.chat.model.cancel
-                self.last = show_answer(_watched(self.chat.send(question), interrupt))
-        except ContextFull as error:
-            raise EdgeError(f"{error}; or /reset, which begins a new talk (-c goes no further either)") from error
-        if self.last.finish_reason == "length" and self.last.stats:
-            self.note(f"(cut off after {self.last.stats.completion_tokens} tokens; --max-tokens allows more)")
-        if self._verbose:
-            typer.echo("\n".join(statistics(self.last, self.chat.model)), err=True)
-
-
-def _watched(chunks: Generator[Chunk, None, None], interrupt: Interrupt) -> Iterator[Chunk]:
-    """Yield chunks until Ctrl-C: one that came before the engine began would not stop it."""
-    with closing(chunks):
-        for chunk in chunks:
-            yield chunk
-            interrupt.check()
-
-
-def _image(desk: Desk, rest: str) -> None:
-    if not rest:
-        raise EdgeError("/image needs a picture: /image photo.jpg, or /image https://host/photo.jpg")
-    name = _name(rest)
-    desk.show(name, desk.load(name))
-
-
-def _system(desk: Desk, rest: str) -> None:
-    desk.chat.system = rest or None
-    desk.note("the next answer heeds it" if rest else "there is no system prompt now")
-
-
-def _reset(desk: Desk, _rest: str) -> None:
-    desk.chat.reset()
-    desk.names.clear()
-    desk.last = None
-    desk.note("a new talk begins")
-
-
-def _save(desk: Desk, rest: str) -> None:
-    _write(desk, rest, replace=False)
-
-
-def _save_over(desk: Desk, rest: str) -> None:
-    _write(desk, rest, replace=True)
-
-
-def _write(desk: Desk, rest: str, *, replace: bool) -> None:
-    if not rest:
-        raise EdgeError("/save needs a file: /save talk.jsonl")
-    if not desk.chat.messages:
-        raise EdgeError("nothing was said yet, so there is nothing to save")
-    path = Path(_name(rest))
-    lines = [json.dumps(_plain(message, desk.names), ensure_ascii=False) + "\n" for message in desk.chat.messages]
-    try:
-        if path.exists() and not replace:
-            raise EdgeError(f"{path} is there already; give another name, or /save! {path} to replace it")
-        write_whole(path, [line.encode("utf-8", "replace") for line in lines])
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        why = getattr(error, "strerror", None) or error
-        raise EdgeError(f"cannot write {str(path)!r:.200}: {why}; give another name") from error
-    desk.note(f"{len(lines)} messages in {path}")
-
-
-def _plain(message: Message, names: Mapping[PreprocessedImage, str]) -> dict[str, Any]:
-    """Return a message with the names of its images, not their pixels."""
-    content = message["content"]
-    if isinstance(content, str):
-        return {**message}
-    parts = [{**part, "image": names[part["image"]]} if part["type"] == "image" else part for part in content]
-    return {**message, "content": parts}
-
-
-def _stats(desk: Desk, _rest: str) -> None:
-    messages = desk.chat.messages
-    turns = sum(message["role"] == "user" for message in messages)
-    lines = [f"talk       turns: {turns}, pictures: {len(desk.names)}"]
-    if desk.last is not None and desk.last.stats is not None:
-        used, whole = (
-            desk.last.stats.prompt_tokens + desk.last.stats.completion_tokens,
-            desk.chat.model.config.n_ctx_train,
-        )
-        lines += [
-            f"context    {used} of {whole} tokens after the last answer",
-            *statistics(desk.last, desk.chat.model),
-        ]
-    typer.echo("\n".join(lines), err=True)
-
-
-def _help(_desk: Desk, _rest: str) -> None:
-    width = max(len(command.usage) for command in _COMMANDS.values())
-    lines = [f"{command.usage:<{width}}  {command.help}" for command in _COMMANDS.values()]
-    typer.echo("\n".join([*lines, "Anything else is a question. Ctrl-C stops an answer."]), err=True)
-
-
-def _quit(_desk: Desk, _rest: str) -> None:
-    raise EOFError
-
-
-def _name(rest: str) -> str:
-    """Return the name of a file as the user means it: quotation marks of a dragged file and ~ are resolved."""
-    if len(rest) > 1 and rest[0] == rest[-1] and rest[0] in "'\"":
-        rest = rest[1:-1]
-    if not rest.startswith("~"):
-        return rest
-    try:
-        return str(Path(rest).expanduser())
-    except RuntimeError:  # no such user, or no home
-        return rest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Command:
-    """What a line that begins with a slash does."""
-
-    usage: str
-    """How it is typed."""
-    help: str
-    """What it does, in a phrase."""
-    do: Callable[[Desk, str], None]
-    """Does it, given what follows the word."""
-
-
-def _table(commands: Sequence[_Command]) -> dict[str, _Command]:
-    return {command.usage.partition(" ")[0]: command for command in commands}
-
-
-_COMMANDS: Final[Mapping[str, _Command]] = _table(
-    [
-        _Command(usage="/image PATH|URL", help="a picture for the next question", do=_image),
-        _Command(usage="/system TEXT", help="what the model is told before the talk; nothing: no more", do=_system),
-        _Command(usage="/reset", help="forget the talk and its pictures", do=_reset),
-        _Command(usage="/save FILE", help="write the talk as JSON Lines, a message on each", do=_save),
-        _Command(usage="/save! FILE", help="the same, in place of a file that is there", do=_save_over),
-        _Command(usage="/stats", help="what the last answer cost, and how full the context is", do=_stats),
-        _Command(usage="/help", help="this list", do=_help),
-        _Command(usage="/quit", help="leave, as Ctrl-D does", do=_quit),
-    ]
-)
-
-
-_HISTORY = "chat_history"
-
-
-@opt.takes_groups
-def chat(
-    model: opt.ModelOptions,
-    image: opt.ImageOptions,
-    answer: opt.AnswerOptions,
-    images: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[IMAGE]...", help="Pictures for the first question: paths or http(s) addresses."),
-    ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="A system prompt before the talk.")] = None,
-    cache: opt.Cache = None,
-    max_megapixels: opt.MaxMegapixels = 200,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = 0,
-) -> None:
-    """Conversation about images: lfm2vl-edge chat photo.jpg -m MODEL.
-
-    Every line is a question; /help lists the commands, among them /image, /reset and /save.
-    Ctrl-C stops an answer, Ctrl-D leaves. Only what is new is decoded.
-    Lines of a pipe are questions too; the exit code is then 1 if one of them failed.
-    """
-    from lfm2vl_edge.chat import Chat
-
-    with reporting():
-        if answer.json_schema == STDIN:
-            raise EdgeError("stdin is the talk here, no schema; give --json-schema a file")
-        options = answer.values()
-        pictures = [(name, _load(name, max_megapixels)) for name in images or ()]
-        with at_once():
-            opened = open_model(model, image, verbose, remember=True, cache=cache)
-        with opened, lines_of_user(data_folder() / _HISTORY) as lines:
-            desk = Desk(
-                chat=Chat(opened, system=system, **options),
-                load=lambda name: _load(name, max_megapixels),
-                is_chatty=lines.is_terminal and not quiet,
-                verbose=verbose,
-            )
-            all_well = _talk(desk, lines, pictures)
-    if not all_well and not lines.is_terminal:
-        raise typer.Exit(EXIT_FAILED)
-
-
-def _load(name: str, max_megapixels: float) -> Pixels:
-    if name == STDIN:
-        raise EdgeError("stdin is the talk here, no picture; give a path or an http(s) address")
-    return load_argument(name, max_megapixels)
-
-
-def _talk(desk: Desk, lines: Lines, pictures: Sequence[tuple[str, Pixels]]) -> bool:
-    """Take line after line until there is none, and tell whether each could be done."""
-    desk.note(f"{desk.chat.model.config.name}; /help lists the commands, Ctrl-D leaves")
-    for name, pixels in pictures:
-        desk.show(name, pixels)
-    all_well = True
-    while True:
-        try:
-            desk.take(lines.read())
-        except EOFError:  # Ctrl-D, the end of a pipe, or /quit
-            return all_well
-        except EdgeError as error:
-            all_well = False
-            report(error)
-        except KeyboardInterrupt:
-            if not lines.is_terminal:
-                raise
+        _LOG.warning("cannot store the history in %s: %s", path, error.strerror or error)

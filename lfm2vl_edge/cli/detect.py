@@ -24,10 +24,9 @@ def detect(
     prompt: Prompt = None,
     free: Free = False,
     draw: Annotated[
-        Path | None, typer.Option("--draw", metavar="OUT.png", help="Write the picture with the boxes drawn over it.")
+        Path | None, typer.Option("--draw", metavar="OUT.png", help="Write the image with the boxes drawn over it.")
     ] = None,
     cache: opt.Cache = None,
-    max_megapixels: opt.MaxMegapixels = 200,
     as_json: opt.Json = False,
     force: opt.Force = False,
     verbose: opt.Verbose = 0,
@@ -36,14 +35,14 @@ def detect(
 
     One line for each box: left, top, right, bottom in pixels of the upright image, and the label.
     """
-    from lfm2vl_edge.image.draw import draw_boxes, save_png
-
     with reporting():
         if draw is not None:
             refuse_drawing(draw, force)
-    with answering(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
+    with answering(image, model, images, verbose, cache) as (opened, pixels):
         boxes = opened.detect(pixels, what, prompt=prompt, free=free, **answer.values())
         if draw is not None:
+            from lfm2vl_edge.image.draw import draw_boxes, save_png
+
             save_png(draw_boxes(pixels, boxes), draw)
         if as_json:
             size = {"height": pixels.shape[0], "width": pixels.shape[1]}

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._loading import open_model
-from lfm2vl_edge.cli._output import EXIT_FAILED, Interrupt, at_once, reporting, rows_bar, shows_progress
+from lfm2vl_edge.cli._loading import opening
+from lfm2vl_edge.cli._output import EXIT_FAILED, Interrupt, at_once, progress_bar, reporting
 
 if TYPE_CHECKING:
     from lfm2vl_edge.evaluate import Result, Row, Summary, Tally
@@ -53,7 +53,6 @@ def evaluate(
     restart: Annotated[bool, typer.Option("--restart", help="Forget the results in --out and begin anew.")] = False,
     min_accuracy: _MinAccuracy = None,
     cache: opt.Cache = None,
-    max_megapixels: opt.MaxMegapixels = 200,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -71,12 +70,12 @@ def evaluate(
         raise typer.BadParameter("it needs --out, whose results are to be forgotten", param_hint="--restart")
     with reporting(), at_once() as interrupt:
         rows = read_rows(data)[:limit]
-        with open_model(model, image, 0, remember=True, cache=cache) as opened:
+        with opening(model, image, 0, remember=True, cache=cache) as when_open:
+            opened = when_open()
             interrupt.cancel = opened.cancel
-            pixels = int(max_megapixels * 1_000_000)
             kept = _kept(out, restart)
-            results = ask_all(opened, rows, out=out, restart=restart, max_pixels=pixels, **answer.values())
-            summary = summarise(_collected(results, rows, interrupt, kept, shows_progress(quiet)))
+            results = ask_all(opened, rows, out=out, restart=restart, max_pixels=image.max_pixels, **answer.values())
+            summary = summarise(_collected(results, rows, interrupt, kept, quiet))
             name = opened.config.name
         typer.echo(_as_json(summary, name, data) if as_json else "\n".join(_lines(summary)))
     accuracy = 100 * summary.total.normalised
@@ -86,23 +85,23 @@ def evaluate(
 
 
 def _collected(
-    results: Iterator[Result], rows: Sequence[Row], interrupt: Interrupt, kept: str, bar: bool
+    results: Iterator[Result], rows: Sequence[Row], interrupt: Interrupt, kept: str, quiet: bool
 ) -> list[Result]:
     """Return all results; a bar is moved meanwhile, and Ctrl-C tells how far they came and what is `kept`."""
     done: list[Result] = []
     with ExitStack() as stack:
-        move = stack.enter_context(rows_bar(len(rows), bar))
+        move = stack.enter_context(progress_bar("asking", quiet=quiet, total=len(rows)))
 
         def farewell() -> None:
             stack.close()  # takes the bar away, also where the main thread hangs in a native call
             typer.echo(f"interrupted after {len(done)} of {len(rows)} rows; {kept}", err=True)
 
-        interrupt.farewell = farewell
+        interrupt.on_stop = farewell
         right = 0
         for result in results:
             done.append(result)
             right += result.score.normalised
-            move(len(done), right / len(done))
+            move(len(done), title=f"{right / len(done):.1%} right")
             interrupt.check()
     return done
 

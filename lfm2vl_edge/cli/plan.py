@@ -1,13 +1,13 @@
-"""`lfm2vl-edge plan`: what an image costs, before anything is paid."""
+"""`lfm2vl-edge plan`: what an image will take, without a model in memory."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import typer
 
@@ -23,37 +23,22 @@ if TYPE_CHECKING:
     from lfm2vl_edge.planning.costs import Costs
     from lfm2vl_edge.planning.geometry import TilePlan
 
-_SIZE = re.compile(r"(\d{1,9})[xX](\d{1,9})")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Basis:
-    """What a plan is made from."""
-
-    image: ImageConfig
-    """The image settings."""
-    source: str
-    """Where they came from."""
-    sight: ImageBudget
-    """What was asked for."""
-    costs: Costs
-    """What views and tokens cost."""
+_SIZE: Final = re.compile(r"(\d{1,9})[xX](\d{1,9})")
+_Settings: TypeAlias = "tuple[ImageConfig, str, ImageBudget, Costs]"
+"""Image settings, where they come from, what one image may take, and what views and tokens cost."""
 
 
 @opt.takes_groups
 def plan(
-    picture: Annotated[
+    image: Annotated[
         str,
-        typer.Argument(
-            metavar="IMAGE|WIDTHxHEIGHT", help="A picture (a path or an http(s) address), or just its size."
-        ),
+        typer.Argument(metavar="IMAGE|WIDTHxHEIGHT", help="An image (a path or an http(s) URL), or just its size."),
     ],
     model: opt.ModelOptions,
-    image: opt.ImageOptions,
+    images: opt.ImageOptions,
     draw: Annotated[
-        Path | None, typer.Option("--draw", metavar="OUT.png", help="Draw the grid over the picture.")
+        Path | None, typer.Option("--draw", metavar="OUT.png", help="Write the image with the tiles drawn over it.")
     ] = None,
-    max_megapixels: opt.MaxMegapixels = 200,
     as_json: opt.Json = False,
     force: opt.Force = False,
 ) -> None:
@@ -63,24 +48,24 @@ def plan(
 
     with reporting():
         warnings_to_stderr()
-        basis = _basis(model, image)
-        pixels, height, width = _look(picture, max_megapixels)
-        tile_plan = plan_views(height, width, settings_for(height, width, basis.image, basis.sight))
+        config, source, budget, costs = _settings(model, images)
+        pixels, height, width = _read(image, images.max_pixels)
+        tile_plan = plan_views(height, width, settings_for(height, width, config, budget))
         if draw is not None:
             _draw(draw, pixels, tile_plan, force=force)
         if as_json:
-            typer.echo(json.dumps(_as_dict(tile_plan) | _costs_dict(tile_plan, basis), ensure_ascii=False))
+            shown = _plan_dict(tile_plan) | _costs_dict(tile_plan, config, costs)
+            typer.echo(json.dumps(shown, ensure_ascii=False))
         else:
-            typer.echo(
-                "\n".join([*_lines(tile_plan, basis.sight.described(basis.source)), *_cost_lines(tile_plan, basis)])
-            )
+            lines = [*_plan_lines(tile_plan, budget.described(source)), *_cost_lines(tile_plan, config, costs)]
+            typer.echo("\n".join(lines))
 
 
-def _look(picture: str, max_megapixels: float) -> tuple[Pixels | None, int, int]:
-    """Return the pixels, height and width of an image; of a size there are no pixels."""
-    if size := _SIZE.fullmatch(picture):
+def _read(image: str, max_pixels: int) -> tuple[Pixels | None, int, int]:
+    """Return the pixels, height and width of an image; no pixels if it is only a size."""
+    if size := _SIZE.fullmatch(image):
         return None, int(size[2]), int(size[1])
-    pixels = load_argument(picture, max_megapixels)
+    pixels = load_argument(image, max_pixels)
     return pixels, pixels.shape[0], pixels.shape[1]
 
 
@@ -88,27 +73,25 @@ def _draw(path: Path, pixels: Pixels | None, tile_plan: TilePlan, *, force: bool
     from lfm2vl_edge.image.draw import draw_plan, save_png
 
     if pixels is None:
-        raise EdgeError("--draw needs a picture to draw over, not a size")
+        raise EdgeError("--draw needs an image to draw over, not a size")
     refuse_drawing(path, force)
     save_png(draw_plan(pixels, tile_plan), path)
 
 
-def _basis(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
-    """Return what the model, or without one the documented defaults, and the options say."""
+def _settings(model: opt.ModelOptions, images: opt.ImageOptions) -> _Settings:
+    """Return what the model's files state, or the documented defaults without a model, and the options."""
     from lfm2vl_edge.models.names import last_entry
-    from lfm2vl_edge.opening import OpenOptions, decide
+    from lfm2vl_edge.opening import decide
 
     if model.model is None and (model.mmproj is not None or last_entry() is None):
-        return _without_model(model, image)
+        return _without_model(model, images)
     located = find_model(model)
-    wishes = OpenOptions(mmproj=located.mmproj, image_settings=image.changes(), **image.wishes(), **model.machine())
-    opening = decide(located, wishes)
-    config = opening.config
-    return _Basis(image=config.image, source=config.image_source, sight=opening.budget, costs=opening.costs)
+    opening = decide(located, model.open_options(located.mmproj, images))
+    return opening.config.image, opening.config.image_source, opening.budget, opening.costs
 
 
-def _without_model(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
-    """Return the same where only an mmproj file, or nothing, was given; what things cost is guessed for 450M."""
+def _without_model(model: opt.ModelOptions, images: opt.ImageOptions) -> _Settings:
+    """Return the same for an mmproj file alone, or for nothing; costs are guessed for the 450M model."""
     from lfm2vl_edge.config import ImageConfig
     from lfm2vl_edge.host import big_cores
     from lfm2vl_edge.models.facts import image_settings
@@ -119,35 +102,33 @@ def _without_model(model: opt.ModelOptions, image: opt.ImageOptions) -> _Basis:
     config, source = ImageConfig(), "the documented defaults (no model given)"
     if model.mmproj is not None:
         config, source = image_settings(read_metadata(model.mmproj), model.mmproj)
-    changes = image.changes()
-    check_detail(image.detail.value, changes)
+    changes = images.changes()
+    check_detail(images.detail, changes)
     if changes:
         source += f"; changed: {', '.join(changes)}"
     guessed = guess(COST_SHAPE_450M, "F16", ImageConfig().tile_tokens, model.threads or big_cores())
     costs = replace(guessed, source="a rough guess for a 450M model: nothing was measured here")
-    sight = ImageBudget(**image.wishes(), costs=costs)
-    return _Basis(image=config.with_changes(changes), source=source, sight=sight, costs=costs)
+    return config.with_changes(changes), source, ImageBudget(**images.budget(), costs=costs), costs
 
 
-def _costs_dict(tile_plan: TilePlan, basis: _Basis) -> dict[str, Any]:
+def _costs_dict(tile_plan: TilePlan, config: ImageConfig, costs: Costs) -> dict[str, Any]:
     from lfm2vl_edge.planning.budget import cheaper_plans
 
-    costs = basis.costs
     ways = [
         {
             "height": cheaper.height,
             "width": cheaper.width,
             "detail": detail,
             "image_tokens": cheaper.n_image_tokens,
-            "seconds": _short(costs.seconds(cheaper)),
+            "seconds": _rounded(costs.seconds(cheaper)),
         }
-        for detail, cheaper in cheaper_plans(tile_plan, basis.image)
+        for detail, cheaper in cheaper_plans(tile_plan, config)
     ]
     return {
         "seconds": {
-            "encode": _short(costs.encode(tile_plan)),
-            "prefill": _short(costs.prefill(tile_plan)),
-            "all": _short(costs.seconds(tile_plan)),
+            "encode": _rounded(costs.encode(tile_plan)),
+            "prefill": _rounded(costs.prefill(tile_plan)),
+            "all": _rounded(costs.seconds(tile_plan)),
         },
         "memory_bytes": round(costs.memory(tile_plan)),
         "measured": costs.is_measured,
@@ -156,20 +137,19 @@ def _costs_dict(tile_plan: TilePlan, basis: _Basis) -> dict[str, Any]:
     }
 
 
-def _short(value: float) -> float:
-    """Return a number with the three digits that a prediction has at most."""
+def _rounded(value: float) -> float:
+    """Return a number with three digits; a prediction has no more."""
     return float(f"{value:.3g}")
 
 
-def _cost_lines(tile_plan: TilePlan, basis: _Basis) -> Iterator[str]:
+def _cost_lines(tile_plan: TilePlan, config: ImageConfig, costs: Costs) -> Iterator[str]:
     from lfm2vl_edge.planning.budget import cheaper_plans
 
-    costs = basis.costs
     encode, prefill = _seconds(costs.encode(tile_plan)), _seconds(costs.prefill(tile_plan))
     yield f"seconds {_seconds(costs.seconds(tile_plan))} (encode {encode}, prefill {prefill})"
     yield f"memory {costs.memory(tile_plan) / 1e6:.0f} MB at most"
     yield f"both are {costs.source}" + ("" if costs.is_measured else "; `lfm2vl-edge tune` measures")
-    for number, (detail, cheaper) in enumerate(cheaper_plans(tile_plan, basis.image)):
+    for number, (detail, cheaper) in enumerate(cheaper_plans(tile_plan, config)):
         if number == 0:
             yield ""
         how = f"--detail {detail}:" if detail else f"scaled to {cheaper.width}x{cheaper.height} this is"
@@ -181,7 +161,7 @@ def _seconds(value: float) -> str:
     return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
-def _as_dict(tile_plan: TilePlan) -> dict[str, Any]:
+def _plan_dict(tile_plan: TilePlan) -> dict[str, Any]:
     views = [
         {
             "kind": view.kind,
@@ -205,10 +185,10 @@ def _as_dict(tile_plan: TilePlan) -> dict[str, Any]:
     }
 
 
-def _lines(tile_plan: TilePlan, source: str) -> Iterator[str]:
-    """Yield the plan for people; sizes are width x height, as people say them."""
+def _plan_lines(tile_plan: TilePlan, source: str) -> Iterator[str]:
+    """Yield the plan for people; sizes are width x height, as is usual outside of code."""
     shape = f"{tile_plan.rows} rows x {tile_plan.cols} columns" if tile_plan.is_tiled else "one view"
-    yield f"picture   {tile_plan.width}x{tile_plan.height}, {shape}"
+    yield f"image     {tile_plan.width}x{tile_plan.height}, {shape}"
     yield f"settings  from {source}"
     yield ""
     yield "view       row  col  size        tokens"

@@ -1,4 +1,4 @@
-"""`lfm2vl-edge point`: where things are in an image."""
+"""`lfm2vl-edge point`: the centers of things in an image."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ def point(
     prompt: Prompt = None,
     free: Free = False,
     cache: opt.Cache = None,
-    max_megapixels: opt.MaxMegapixels = 200,
     as_json: opt.Json = False,
     verbose: opt.Verbose = 0,
 ) -> None:
-    """Point at things in an image, at the middles of their boxes: lfm2vl-edge point photo.jpg "red car".
+    """Point at things in an image, at the centers of their boxes: lfm2vl-edge point photo.jpg "red car".
 
     One line for each: x, y in pixels of the upright image, and the label.
     """
-    with answering(image, max_megapixels, model, images, verbose, cache) as (opened, pixels):
+    with answering(image, model, images, verbose, cache) as (opened, pixels):
         points = opened.point(pixels, what, prompt=prompt, free=free, **answer.values())
         if as_json:
             size = {"height": pixels.shape[0], "width": pixels.shape[1]}

@@ -1,105 +1,120 @@
-"""`lfm2vl-edge run`: one question about one or several images."""
+"""`lfm2vl-edge run`: questions about one or several images, or about none."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Sequence
+from itertools import dropwhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._answers import note_truncation, show_answer, statistics
-from lfm2vl_edge.cli._loading import STDIN, load_argument, opening, refuse_stdin_twice
+from lfm2vl_edge.cli._loading import load_argument, opening
 from lfm2vl_edge.cli._output import at_once, reporting
+from lfm2vl_edge.errors import PromptError
 
 if TYPE_CHECKING:
     from lfm2vl_edge.generate import Turn
     from lfm2vl_edge.model import Model
+    from lfm2vl_edge.prompt.messages import Message
 
-_PICTURE_SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".ppm",
-    ".jp2",
-}
+_SUFFIXES: Final = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"),
+    *(".jp2", ".j2k", ".jxl", ".ppm", ".pgm", ".pnm", ".ico", ".tga", ".psd", ".svg", ".pdf", ".dng", ".cr2", ".nef"),
+)
+"""A last argument with one of them is an image, also if there is no such file or it cannot be decoded."""
 
 
 @opt.takes_groups
 def run(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IMAGE... [PROMPT]", help="Pictures (paths, http(s) addresses, - for stdin), then the question."
-        ),
-    ],
     model: opt.ModelOptions,
     image: opt.ImageOptions,
     answer: opt.AnswerOptions,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGE]... [PROMPT]",
+            help="Images (paths, http(s) URLs, - for stdin), then the question in quotation marks.",
+        ),
+    ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The question; then every argument is a picture.")
+        str | None, typer.Option("--prompt", "-p", help="The question; every argument is then an image, if any.")
     ] = None,
     ask: Annotated[
         list[str] | None,
         typer.Option(
-            "--ask", "-a", help="A question; may be repeated: the pictures are read once. Every argument is a picture."
+            "--ask", "-a", help="A question; may be repeated: the images are encoded once. Every argument is an image."
         ),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system prompt before the question.")] = None,
     cache: opt.Cache = None,
-    max_megapixels: opt.MaxMegapixels = 200,
     as_json: opt.Json = False,
     verbose: opt.Verbose = 0,
 ) -> None:
-    """Answer a question about images: lfm2vl-edge run photo.jpg "What is this?" -m MODEL."""
+    """Answer a question about images: lfm2vl-edge run photo.jpg "What is this?" -m MODEL.
+
+    Without an image, --prompt asks the language model alone.
+    """
+    questions = [*([] if prompt is None else [prompt]), *(ask or [])]
+    if not arguments and not questions:
+        raise typer.BadParameter("give an image, or a question with --prompt", param_hint="'[IMAGE]... [PROMPT]'")
     with reporting(), at_once() as interrupt:
-        names, question = split_arguments(arguments, ask[0] if ask and prompt is None else prompt)
-        questions = ([] if ask and prompt is None else [question]) + (ask or [])
-        refuse_stdin_twice([*names, answer.json_schema])
+        names, question = split_arguments(arguments or (), questions[0] if questions else None)
+        questions = questions or [question]
+        opt.refuse_stdin_twice([*names, answer.json_schema])
         options = answer.values()
         with opening(model, image, verbose, remember=len(questions) > 1, cache=cache) as when_open:
-            pixels = [load_argument(name, max_megapixels) for name in names]
+            pixels = [load_argument(name, image.max_pixels) for name in names]
             opened = when_open()
             interrupt.cancel = opened.cancel
-            pictures = [opened.preprocess(one) for one in pixels] if len(questions) > 1 else pixels
-            told = []
-            for each in questions:
-                messages = _messages(pictures, each, system)
-                told.append(show_answer(opened.chat(messages, **options), quiet=as_json))
+            images = [opened.preprocess(one) for one in pixels] if len(questions) > 1 else pixels
+            turns = []
+            for question in questions:
+                turn = show_answer(opened.chat(_messages(images, question, system), **options), quiet=as_json)
                 if not as_json:
-                    note_truncation(told[-1])
+                    note_truncation(turn)
                 if verbose:
-                    typer.echo("\n".join(statistics(told[-1], opened)), err=True)
+                    typer.echo("\n".join(statistics(turn, opened)), err=True)
+                turns.append(turn)
             if as_json:
-                sys.stdout.write(_as_json(told, questions if ask else None, opened))
+                sys.stdout.write(_as_json(turns, questions if ask else None, opened))
 
 
 def split_arguments(arguments: Sequence[str], prompt: str | None) -> tuple[list[str], str]:
     """Return the images and the question of `IMAGE... [PROMPT]`.
 
-    The last argument is the question unless it is, or is named like, an image.
+    The last argument is the question unless there is a `prompt`, or it is, or is named like, an image.
+
+    Raises:
+        PromptError: the question seems to lack quotation marks, or there is no image before it.
     """
     from lfm2vl_edge.config import DEFAULT_PROMPT
 
-    *pictures, last = arguments
-    if prompt is not None or not pictures or _is_picture(last):
+    if prompt is not None or _is_image(arguments[-1]):
         return list(arguments), DEFAULT_PROMPT if prompt is None else prompt
-    return pictures, last
+    *images, last = arguments
+    is_word = not any(map(str.isspace, last))
+    if not images and is_word:
+        return [last], DEFAULT_PROMPT
+    if not images:
+        raise PromptError(f"no image before {last!r:.80}; give one, or --prompt for a question without an image")
+    if is_word and (words := list(dropwhile(_is_image, images))):
+        raise PromptError(
+            f"no image at {words[0]!r:.80}; if it belongs to the question, put the question between quotation marks: "
+            f'"{" ".join([*words, last]):.80}"'
+        )
+    return images, last
 
 
-def _is_picture(argument: str) -> bool:
+def _is_image(argument: str) -> bool:
+    """Return whether an argument is an image, or is named like one."""
     from lfm2vl_edge.image.web import is_url
 
-    if argument == STDIN or argument.startswith("data:image/"):
+    if argument == opt.STDIN or argument[:11].lower() == "data:image/":
         return True
     if is_url(argument) and not any(map(str.isspace, argument)):
         return True
@@ -107,21 +122,21 @@ def _is_picture(argument: str) -> bool:
         exists = Path(argument).exists() and not Path(argument).is_dir()
     except (OSError, ValueError):  # too long for a name, or with a zero byte: a question
         return False
-    return exists or Path(argument).suffix.lower() in _PICTURE_SUFFIXES
+    return exists or Path(argument).suffix.lower() in _SUFFIXES
 
 
-def _messages(pictures: Sequence[Any], question: str, system: str | None) -> list[dict[str, Any]]:
+def _messages(images: Sequence[Any], question: str, system: str | None) -> list[Message]:
     from lfm2vl_edge.prompt.messages import user_message
 
-    opening = [{"role": "system", "content": system}] if system else []
-    return [*opening, user_message(pictures, question)]
+    first: list[Message] = [{"role": "system", "content": system}] if system else []
+    return [*first, user_message(images, question)]
 
 
-def _as_json(told: Sequence[Turn], questions: Sequence[str] | None, model: Model) -> str:
-    """Return one object: of the only answer, or with a list of answers where questions were given by --ask."""
+def _as_json(turns: Sequence[Turn], questions: Sequence[str] | None, model: Model) -> str:
+    """Return one object: of the only answer, or with a list of answers if questions were given by --ask."""
     answers: list[dict[str, Any]] = [
-        {"answer": one.text, "finish_reason": one.finish_reason, "stats": one.stats.as_dict() if one.stats else {}}
-        for one in told
+        {"answer": turn.text, "finish_reason": turn.finish_reason, "stats": turn.stats.as_dict() if turn.stats else {}}
+        for turn in turns
     ]
     name = {"model": model.config.name}
     if questions is None:

@@ -28,13 +28,12 @@ def tune(
     """Measure this machine once, for plan, budgets, threads and the choice of an mmproj: lfm2vl-edge tune -m MODEL."""
     from lfm2vl_edge.diagnose.tune import Timer
     from lfm2vl_edge.diagnose.tune import tune as measure
-    from lfm2vl_edge.opening import OpenOptions
     from lfm2vl_edge.planning.device import save_profile
 
     with reporting():
         warnings_to_stderr()
         located = chosen_model(model)
-        wishes = OpenOptions(mmproj=located.mmproj, **model.machine())
+        wishes = model.open_options(located.mmproj)
 
         def report(line: str) -> None:
             if not quiet:
