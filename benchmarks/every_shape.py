@@ -19,7 +19,7 @@ from benchmarks.shapes import SHAPES
 from lfm2vl_convert import convert_checkpoint
 from lfm2vl_edge import Model
 from lfm2vl_edge.engine.quantize import quantize_file
-from lfm2vl_edge.evaluate.verify import drawn
+from lfm2vl_edge.image.synthetic import sample_image
 
 
 def convert(name: str, folder: Path, layers: int | None) -> Path:
@@ -35,7 +35,7 @@ def convert(name: str, folder: Path, layers: int | None) -> Path:
 def line(name: str, pair: Path) -> str:
     """Open a pair, ask it, and return a row of the table."""
     with Model.open(pair) as model:
-        *_, last = model.stream(drawn(512, 512), max_tokens=4)
+        *_, last = model.stream(sample_image(512, 512), max_tokens=4)
         tokens = last.stats.image_tokens if last.stats else 0
         width, encoder = model.config.n_embd, model.config.shape
     megabytes = " + ".join(f"{path.stat().st_size / 1e6:.0f}" for path in sorted(pair.glob("*.gguf")))

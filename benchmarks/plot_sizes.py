@@ -24,8 +24,8 @@ from PIL import Image
 
 from benchmarks.chart import Bars, Series, draw_chart
 from lfm2vl_edge import Model
-from lfm2vl_edge.evaluate.verify import drawn
 from lfm2vl_edge.host import write_whole
+from lfm2vl_edge.image.synthetic import sample_image
 from lfm2vl_edge.opening import OpenOptions, decide
 from lfm2vl_edge.stats import Stats
 
@@ -89,7 +89,7 @@ def measure(
 
 def ask(model: Model, size: tuple[int, int], number: int) -> Stats:
     """Return what one token about a JPEG of a size (height, width) costs; the number makes its pixels other ones."""
-    pixels = np.minimum(drawn(*size), _BRIGHTEST) + np.uint8(number)
+    pixels = np.minimum(sample_image(*size), _BRIGHTEST) + np.uint8(number)
     with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
         Image.fromarray(pixels).save(file, quality=90)
         file.flush()

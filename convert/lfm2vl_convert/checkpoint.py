@@ -1,4 +1,4 @@
-"""A Hugging Face LFM2-VL checkpoint folder, read and checked, without running anything that it contains."""
+"""Read and check a Hugging Face LFM2-VL checkpoint folder, without executing anything in it."""
 
 from __future__ import annotations
 
@@ -22,63 +22,60 @@ from lfm2vl_edge.config import ImageConfig
 from lfm2vl_edge.errors import ConfigError, ConvertError
 
 _PROCESSOR_FILES: Final = ("preprocessor_config.json", "processor_config.json")
-"""Where the image settings may stand; what the later one states replaces what the earlier one does."""
+"""Files that may state image settings; the later one takes precedence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Everything that the converter needs to know before it reads a single weight."""
+    """Everything in a checkpoint but the weights."""
 
     folder: Path
-    """Where the files lie, absolute."""
+    """Absolute path."""
     root: Section
-    """config.json as it stands."""
+    """config.json."""
     text: TextConfig
-    """The language tower."""
     vision: VisionConfig
-    """The vision encoder."""
     projector: ProjectorConfig
-    """The projector between them."""
     image_settings: Mapping[str, Any]
-    """Those fields of `ImageConfig` that the checkpoint states, the encoder's own two included."""
+    """The fields of `ImageConfig` that the checkpoint states, and the encoder's own two."""
     image: ImageConfig
-    """The same with the documented defaults for the rest."""
+    """The same, with the documented defaults for the other fields."""
     image_token_id: int | None
-    """Id of the `<image>` token, where config.json states it."""
+    """Id of the `<image>` token, if config.json states it."""
     generation: Section
-    """generation_config.json as it stands; empty if there is none."""
+    """generation_config.json; empty if the file is missing."""
     tensors: Mapping[str, SourceTensor]
-    """Every tensor by the name that the checkpoint gives it."""
+    """Every tensor by its name in the checkpoint."""
 
 
 def checkpoint_folder(path: str | Path) -> Path:
     """Return the absolute path of a checkpoint folder.
 
     Raises:
-        ConvertError: there is no such folder, or it clearly holds something else.
+        ConvertError: there is no such folder, or it is not a checkpoint.
     """
     folder = Path(path).expanduser().resolve()
     if not folder.is_dir():
         hint = "it is a file; give the folder" if folder.is_file() else "there is no such folder"
         raise ConvertError(f"no checkpoint at {str(path)!r}: {hint}")
     if not (folder / "config.json").is_file():
-        raise ConvertError(f"{folder} is no checkpoint: {_what_it_holds(folder)}")
+        raise ConvertError(f"{folder} is not a checkpoint: {_contents(folder)}")
     return folder
 
 
-def _what_it_holds(folder: Path) -> str:
+def _contents(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
-        return "it holds an adapter (LoRA); merge it into its base model first"
+        return "it has an adapter (LoRA); merge it into its base model first"
     if any(folder.glob("*.gguf")):
-        return "it holds GGUF files, which need no conversion"
+        return "it has GGUF files, which need no conversion"
     return "it has no config.json; download the whole checkpoint"
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Return what a checkpoint folder says, weights excepted.
+    """Return the contents of a checkpoint folder but for the weights.
 
     Raises:
-        ConvertError: a file is missing or damaged, a value is wrong, or the model is no LFM2-VL.
+        ConvertError: a file is missing or damaged, a value is not valid, or the model is not LFM2-VL.
     """
     root = load_json(folder / "config.json")
     refuse_foreign(root)
@@ -104,7 +101,7 @@ def _image_token_id(root: Section) -> int | None:
 
 
 def _image_settings(folder: Path, vision: VisionConfig, projector: ProjectorConfig) -> dict[str, Any]:
-    """Return the image settings that the processor files state, and the two that config.json decides."""
+    """Return the image settings that the processor files state, and the two that config.json states."""
     known = {field.name for field in fields(ImageConfig)}
     fixed = {"encoder_patch_size": vision.patch, "downsample_factor": projector.factor}
     stated: dict[str, Any] = {}

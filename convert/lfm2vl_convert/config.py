@@ -1,4 +1,4 @@
-"""What config.json says about the three parts of the model, in one spelling, checked, with transformers' defaults.
+"""The settings of the three parts of the model in config.json: one spelling, checked, with transformers' defaults.
 
 The defaults are those of transformers 5.23 (`Lfm2VlConfig`, `Lfm2Config`, `Siglip2VisionConfig`).
 """
@@ -13,12 +13,12 @@ from lfm2vl_convert.jsonfile import Section
 from lfm2vl_edge.errors import ConvertError
 
 MAX_LAYERS: Final = 512
-"""llama.cpp's own limit."""
+"""llama.cpp's limit."""
 _ATTENTION: Final = "full_attention"
 _CONVOLUTION: Final = "conv"
 _VISION_ACTIVATION: Final = "gelu_pytorch_tanh"
 _PROJECTOR_ACTIVATIONS: Final = ("gelu", _VISION_ACTIVATION)
-"""A file does not say which: processors compute the exact one, llama.cpp on GPUs the tanh form, within 5e-4 of it."""
+"""A GGUF file does not state which: CPUs compute the exact form, GPUs the tanh form, within 5e-4 of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,19 +30,19 @@ class TextConfig:
     hidden: int
     """Width of a token's embedding."""
     feed_forward: int
-    """Width inside the feed-forward blocks, after the adjustment that the config may ask for."""
+    """Width inside the feed-forward blocks, after the adjustment that the config may request."""
     heads: int
     """Query heads."""
     kv_heads: int
     """Key and value heads of an attention layer."""
     head_dim: int | None
-    """Width of a head, where the config states it."""
+    """Width of a head, if the config states it."""
     vocabulary: int
     """Rows of the embedding matrix."""
     context: int
     """Longest context that the model was trained for, tokens."""
     kernel: int
-    """Positions that a short convolution sees."""
+    """Positions that a short convolution covers."""
     norm_eps: float
     """Added to the variance in every RMS norm."""
     rope_theta: float
@@ -64,7 +64,7 @@ class VisionConfig:
     layers: int
     """Layers that the model uses."""
     stored_layers: int
-    """Layers that the config counts; the last ones may be dropped (`vision_feature_layer`)."""
+    """Layers that the config states; the last ones may be dropped (`vision_feature_layer`)."""
     patch: int
     """Side of a square patch, pixels."""
     channels: int
@@ -86,14 +86,14 @@ class ProjectorConfig:
     bias: bool
     """Whether its matrices have biases."""
     layer_norm: bool | None
-    """Whether it begins with a LayerNorm; None where the config does not say, then the tensors tell."""
+    """Whether it starts with a LayerNorm; None if the config does not state it, then the tensors decide."""
 
 
 def read_text_config(root: Section) -> TextConfig:
     """Return the language tower's settings from the whole config.json.
 
     Raises:
-        ConvertError: a value is missing, of the wrong type, absurd, or asks for what llama.cpp does not compute.
+        ConvertError: a value is missing, of the wrong type, out of range, or not supported by llama.cpp.
     """
     text = root.section("text_config")
     if text.flag("conv_bias", default=False):
@@ -120,14 +120,14 @@ def _checked_heads(text: Section, config: TextConfig) -> TextConfig:
         config.hidden % config.heads
         or (config.head_dim or config.hidden // config.heads) * config.heads != config.hidden
     ):
-        raise text.error("num_attention_heads", f"a number of heads that share hidden_size {config.hidden} evenly")
+        raise text.error("num_attention_heads", f"a divisor of hidden_size {config.hidden}")
     if config.heads % config.kv_heads:
         raise text.error("num_key_value_heads", f"a divisor of num_attention_heads {config.heads}")
     return config
 
 
 def _attention_layers(text: Section) -> tuple[bool, ...]:
-    """Return which layers are attention, from `layer_types` or, as older configs have it, `full_attn_idxs`."""
+    """Return which layers are attention, from `layer_types` or, in older configs, `full_attn_idxs`."""
     n_layers = text.integer("num_hidden_layers", default=32, most=MAX_LAYERS)
     if "layer_types" in text:
         types = text.items("layer_types")
@@ -143,7 +143,7 @@ def _attention_layers(text: Section) -> tuple[bool, ...]:
 
 
 def _feed_forward(text: Section) -> int:
-    """Return the width that the tensors have: the config states it before an adjustment that is on by default."""
+    """Return the width of the tensors: the config states it before an adjustment that is on by default."""
     width = text.integer("block_ff_dim", "intermediate_size", default=12288)
     if not text.flag("block_auto_adjust_ff_dim", default=True):
         return width
@@ -176,11 +176,11 @@ def read_vision_config(root: Section) -> VisionConfig:
     """Return the encoder's settings from the whole config.json.
 
     Raises:
-        ConvertError: a value is of the wrong type, absurd, or asks for what llama.cpp does not compute.
+        ConvertError: a value is of the wrong type, out of range, or not supported by llama.cpp.
     """
     vision = root.section("vision_config")
     if vision.text("hidden_act", _VISION_ACTIVATION) != _VISION_ACTIVATION:
-        raise vision.error("hidden_act", f"{_VISION_ACTIVATION!r} (llama.cpp computes no other for these models)")
+        raise vision.error("hidden_act", f"{_VISION_ACTIVATION!r} (llama.cpp supports no other)")
     stored = vision.integer("num_hidden_layers", default=12, most=MAX_LAYERS)
     config = VisionConfig(
         hidden=vision.integer("hidden_size", default=768),
@@ -199,7 +199,7 @@ def read_vision_config(root: Section) -> VisionConfig:
 
 
 def _dropped_layers(root: Section, stored: int) -> int:
-    """Return how many of the last layers are unused: -1 takes the last layer's output, -2 the one's before it."""
+    """Return how many of the last layers are unused: -1 uses the last layer's output, -2 the one before it."""
     return -1 - root.integer("vision_feature_layer", default=-1, least=-stored, most=-1)
 
 
@@ -222,7 +222,7 @@ def read_projector_config(root: Section) -> ProjectorConfig:
     """Return the projector's settings from the whole config.json.
 
     Raises:
-        ConvertError: a value is of the wrong type, absurd, or asks for what llama.cpp does not compute.
+        ConvertError: a value is of the wrong type, out of range, or not supported by llama.cpp.
     """
     if root.text("projector_hidden_act", "gelu") not in _PROJECTOR_ACTIVATIONS:
         raise root.error("projector_hidden_act", f"one of {', '.join(_PROJECTOR_ACTIVATIONS)}")
@@ -236,16 +236,16 @@ def read_projector_config(root: Section) -> ProjectorConfig:
 
 
 def refuse_foreign(root: Section) -> None:
-    """Refuse every checkpoint that is no LFM2-VL, saying what it is.
+    """Check that a checkpoint is LFM2-VL.
 
     Raises:
-        ConvertError: the model is of another kind, quantized, or made of other parts.
+        ConvertError: it is another model, quantized, or has other parts; the message names what it is.
     """
     kind = root.text("model_type")
     architectures = ", ".join(str(name) for name in root.items("architectures"))
     if kind.replace("-", "_") != "lfm2_vl" and (kind or architectures != "Lfm2VlForConditionalGeneration"):
         what = f"{kind or 'unknown'!r} model" + (f" ({architectures})" if architectures else "")
-        raise ConvertError(f"{root.where} describes a {what}; only LFM2-VL checkpoints can be converted")
+        raise ConvertError(f"{root.where} is the config of a {what}; only LFM2-VL checkpoints can be converted")
     if "quantization_config" in root:
         method = root.section("quantization_config").text("quant_method", "unknown method")
         raise ConvertError(f"{root.where}: the checkpoint is quantized already ({method}); convert the original one")

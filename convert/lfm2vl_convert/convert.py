@@ -1,4 +1,4 @@
-"""The conversion from one end to the other: read what the checkpoint says, plan, describe, write."""
+"""The whole conversion: read the checkpoint, plan every tensor, describe both files, write them."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from lfm2vl_convert import general, lm, mmproj
 from lfm2vl_convert import tokenizer as vocabulary
 from lfm2vl_convert.checkpoint import Checkpoint, checkpoint_folder, read_checkpoint
 from lfm2vl_convert.plan import Plan, TensorPlan, canonical, make_plan
-from lfm2vl_convert.recipes import ENCODER_TYPES, FLOAT_TYPES, LANGUAGE_TYPES, Overrides, Rule, recipe_of
-from lfm2vl_convert.write import Advance, FinishReason, Output, describe_tensors, remove_leftovers, write_files
+from lfm2vl_convert.recipes import Overrides, Rule, recipe_of
+from lfm2vl_convert.write import Advance, Output, Quantize, describe_tensors, remove_leftovers, write_files
+from lfm2vl_edge.config import ENCODER_TYPES, FLOAT_TYPES, LANGUAGE_TYPES
 from lfm2vl_edge.errors import ConvertError
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes done so far and the bytes to do; what is quantized is written once and read once more."""
+"""Called with the bytes done and the total bytes; a quantized file counts twice: written once, then read again."""
 Quantizer = Callable[[Path, Path, str, Overrides, Advance], None]
-"""Makes a quantized file: source, target, type, types of single tensors, and what to tell of bytes of the source."""
+"""Writes a quantized file: source, target, type, types of single tensors, and a callback for bytes of the source."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertResult:
-    """What a conversion made."""
+    """The result of a conversion."""
 
     model: Path
     """The language file."""
     mmproj: Path
     """The file of the vision encoder and the projector."""
     unused: tuple[str, ...]
-    """Tensors of the checkpoint that no file needs, such as a copy of tied embeddings."""
+    """Tensors of the checkpoint that neither file needs, such as a copy of tied embeddings."""
     plan: Plan
-    """Where every tensor of the two files came from."""
+    """Source and target of every tensor."""
 
 
 def convert_checkpoint(
@@ -52,25 +53,25 @@ def convert_checkpoint(
 ) -> ConvertResult:
     """Convert a Hugging Face LFM2-VL checkpoint to the pair of GGUF files that llama.cpp reads.
 
-    The files are `<name>-<QUANT>.gguf` and `mmproj-<name>-<QUANT>.gguf`, where name is the folder's. They appear when
-    both are complete; memory stays within a few chunks of rows, whatever the size of the model.
+    The files are `<name>-<QUANT>.gguf` and `mmproj-<name>-<QUANT>.gguf` with the folder's name. They appear when both
+    are complete; memory stays within a few chunks of rows, whatever the size of the model.
 
-    What is quantized is written in the checkpoint's own type first, so that nothing is rounded twice.
+    A file that is quantized is written in the checkpoint's own type first, so that nothing is rounded twice.
 
     Args:
-        checkpoint: folder with config.json, safetensors files and tokenizer; nothing in it is ever run.
-        output: folder for the two files, made if needed; without it the current one.
+        checkpoint: folder with config.json, safetensors files and tokenizer; nothing in it is ever executed.
+        output: folder for the two files, created if needed; by default the current one.
         quant: type of the language file's matrices: one of `LANGUAGE_TYPES`.
         mmproj_quant: the same for the encoder and projector: one of `ENCODER_TYPES`.
         tensor_types: types of single tensors.
         pad: whether the encoder's feed-forward width is padded with zeros to a multiple of 256, which changes no
-            result; None pads where the type needs it.
-        quantizer: makes files of other types than F32, F16 and BF16.
+            result; None pads if the type needs it.
+        quantizer: writes files of types other than F32, F16 and BF16.
         force: replace files that exist.
-        progress: called after each chunk with bytes done and bytes in all.
+        progress: called after each chunk with the bytes done and the total bytes.
 
     Raises:
-        ConvertError: the checkpoint is incomplete, damaged or of another kind, a file exists, or the disk is full.
+        ConvertError: the checkpoint is incomplete, damaged or another model, a file exists, or the disk is full.
     """
     folder = checkpoint_folder(checkpoint)
     target = Path.cwd() if output is None else Path(output).expanduser()
@@ -79,8 +80,8 @@ def convert_checkpoint(
     refuse_existing(target, paths, force=force)
     source = read_checkpoint(folder)
     plan = plan_conversion(source, quant=quant, mmproj_quant=mmproj_quant, tensor_types=tensor_types, pad=pad)
-    finishes = _finish(quant, tensor_types, quantizer), _finish(mmproj_quant, tensor_types, quantizer)
-    outputs = _outputs(source, plan, paths, quants, finishes)
+    quantizes = _quantize(quant, tensor_types, quantizer), _quantize(mmproj_quant, tensor_types, quantizer)
+    outputs = _outputs(source, plan, paths, quants, quantizes)
     remove_leftovers(target, (folder.name, f"mmproj-{folder.name}"))
     n_bytes = sum(tensor.n_bytes * (2 if output.quantize else 1) for output in outputs for tensor in output.tensors)
     write_files(outputs, target, byte_counter(n_bytes, progress))
@@ -95,12 +96,12 @@ def plan_conversion(
     tensor_types: Overrides = (),
     pad: bool | None = None,
 ) -> Plan:
-    """Return what a conversion would do with every tensor; printing it gives one line for each.
+    """Return source and target of every tensor; `str` of the plan has one line for each.
 
-    Where a file is to be quantized, the plan is that of the file which the quantizer reads.
+    If a file will be quantized, the plan is that of the file which the quantizer reads.
 
     Raises:
-        ConvertError: a tensor is missing, unknown, of the wrong shape or type, or stands twice.
+        ConvertError: a tensor is missing, unknown, duplicate, or of the wrong shape or type.
     """
     text, vision, projector = checkpoint.text, checkpoint.vision, checkpoint.projector
     norm = projector.layer_norm
@@ -129,12 +130,12 @@ def _known_type(name: str, known: tuple[str, ...]) -> str:
 
 
 def _written_type(checkpoint: Checkpoint, quant: str) -> str:
-    """Return the type that the converter writes: of what is quantized afterwards, the one that loses nothing."""
+    """Return the type that the converter writes: the lossless one if the file is quantized afterwards."""
     return quant if quant in FLOAT_TYPES else lossless_type(checkpoint)
 
 
 def lossless_type(checkpoint: Checkpoint) -> str:
-    """Return the smallest type that loses nothing of a checkpoint: its own, or F32 where it has several."""
+    """Return the smallest lossless type for a checkpoint: its own, or F32 if it has several."""
     stored = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
     return stored.pop() if len(stored) == 1 and stored <= FLOAT_TYPES.keys() else "F32"
 
@@ -144,24 +145,24 @@ def _written_overrides(quant: str, overrides: Overrides) -> Overrides:
 
 
 def check_overrides(names: Sequence[str], overrides: Overrides) -> None:
-    """Check that the types of single tensors are not for tensors that do not exist.
+    """Check that every override applies to some tensor.
 
     Args:
-        names: of the tensors in the GGUF files.
+        names: all tensor names of the GGUF files.
         overrides: patterns and types.
 
     Raises:
-        ConvertError: a pattern fits no tensor whose type is free.
+        ConvertError: a pattern is not found in any tensor whose type may be chosen.
     """
     free = [name for name in names if recipe_of(name).rule is Rule.FILE]
     for pattern, kind in overrides:
         if not any(re.search(pattern, name) for name in free):
             raise ConvertError(
-                f"{pattern}={kind} fits no matrix, such as blk.0.ffn_down.weight or v.blk.0.attn_q.weight"
+                f"{pattern}={kind} matches no matrix; names are like blk.0.ffn_down.weight, v.blk.0.attn_q.weight"
             )
 
 
-def _finish(quant: str, overrides: Overrides, quantizer: Quantizer | None) -> FinishReason | None:
+def _quantize(quant: str, overrides: Overrides, quantizer: Quantizer | None) -> Quantize | None:
     if quant in FLOAT_TYPES:
         return None
     if quantizer is None:
@@ -181,7 +182,7 @@ def refuse_existing(target: Path, paths: Sequence[Path], *, force: bool) -> None
     """Check that the files may be written.
 
     Raises:
-        ConvertError: the folder is none, or a file is there and may not be replaced.
+        ConvertError: the target is a file, or one of the files exists and may not be replaced.
     """
     if target.exists() and not target.is_dir():
         raise ConvertError(f"{target} is a file; give a folder for the GGUF files")
@@ -195,9 +196,9 @@ def _outputs(
     plan: Plan,
     paths: tuple[Path, Path],
     quants: tuple[str, str],
-    finishes: tuple[FinishReason | None, FinishReason | None],
+    quantizes: tuple[Quantize | None, Quantize | None],
 ) -> tuple[Output, Output]:
-    """Return both files with their metadata: everything but the weights is in memory and checked."""
+    """Return both files with their metadata, checked: only the weights are missing."""
     tokenizer = vocabulary.read_tokenizer(checkpoint.folder, checkpoint.root, checkpoint.text.vocabulary)
     written = tuple(_written_type(checkpoint, quant) for quant in quants)
     language = _writer(checkpoint, lm.ARCHITECTURE, plan.model, kind="model", quant=written[0])
@@ -209,8 +210,8 @@ def _outputs(
     for writer in (language, encoder):
         general.check_values(writer)
     return (
-        Output(path=paths[0], writer=language, tensors=plan.model, quantize=finishes[0]),
-        Output(path=paths[1], writer=encoder, tensors=plan.mmproj, quantize=finishes[1]),
+        Output(path=paths[0], writer=language, tensors=plan.model, quantize=quantizes[0]),
+        Output(path=paths[1], writer=encoder, tensors=plan.mmproj, quantize=quantizes[1]),
     )
 
 
@@ -224,7 +225,7 @@ def _writer(
 
 
 def byte_counter(total: int, progress: Progress | None) -> Advance:
-    """Return what adds up bytes and reports their sum."""
+    """Return a callback that adds up bytes and reports their sum."""
     done = 0
 
     def advance(n_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""The `general.*` metadata: names, licence and decoding defaults, found as llama.cpp's converter finds them."""
+"""The `general.*` metadata: names, licence and decoding defaults, from the same places as in llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE_TYPES: Final = {
     "F16": gguf.LlamaFileType.MOSTLY_F16,
     "BF16": gguf.LlamaFileType.MOSTLY_BF16,
 }
-"""What `general.file_type` says about a file."""
+"""Values of `general.file_type`."""
 _MODEL_CARD: Final = "README.md"
 _FORMATS: Final = {
     gguf.GGUFValueType.UINT32: "<I",
@@ -27,17 +27,17 @@ _FORMATS: Final = {
 
 
 def add_metadata(writer: Any, folder: Path, generation: Section, *, kind: str, quant: str) -> None:
-    """Add the `general.*` keys to a `gguf.GGUFWriter` that already knows its tensors.
+    """Add the `general.*` keys to a `gguf.GGUFWriter` that has its tensors.
 
     Args:
         writer: the file's writer; the size label is derived from its tensors.
-        folder: the checkpoint, whose model card and name are read.
+        folder: the checkpoint, with its model card and name.
         generation: generation_config.json.
         kind: `general.type`, "model" or "mmproj".
         quant: F32, F16 or BF16.
 
     Raises:
-        ConvertError: the model card's header cannot be used.
+        ConvertError: the model card's header cannot be read.
     """
     if (folder / _MODEL_CARD).is_file():
         read_text(folder / _MODEL_CARD)
@@ -56,24 +56,26 @@ def _add_description(writer: Any, folder: Path, generation: Section, kind: str) 
     metadata = gguf.Metadata.load(None, folder, None, parameters[0])
     metadata.name = metadata.name or folder.name
     metadata.size_label = metadata.size_label or gguf.size_label(*parameters)
-    if metadata.sampling_penalty_repeat is None:  # versions of gguf before 0.20 do not know transformers' name for it
+    if metadata.sampling_penalty_repeat is None:  # gguf before 0.20 does not read transformers' name of it
         metadata.sampling_penalty_repeat = generation.values.get("repetition_penalty")
     writer.add_type(kind)
     metadata.set_gguf_meta_model(writer)
 
 
 def check_values(writer: Any) -> None:
-    """Check that every value fits its type, since the writer does not and files come from strangers.
+    """Check that every value fits its type: checkpoints are not trusted, and the writer does not check.
 
     Raises:
-        ConvertError: a value is of the wrong type, out of range, or no valid text.
+        ConvertError: a value is of the wrong type, out of range, or text that is not valid Unicode.
     """
     for key, entry in writer.kv_data[0].items():
         values = entry.value if entry.type == gguf.GGUFValueType.ARRAY else [entry.value]
         kind = _kind(values[0]) if entry.type == gguf.GGUFValueType.ARRAY and len(values) else entry.type
         for value in values:
             if not _fits(value, kind):
-                raise ConvertError(f"the checkpoint's value {value!r:.80} for {key} is no valid {kind.name}")
+                raise ConvertError(
+                    f"the checkpoint's value {value!r:.80} for {key} is not a valid {kind.name}; correct it"
+                )
 
 
 def _kind(value: object) -> Any:

@@ -1,7 +1,7 @@
-"""Importance matrices: how strongly each column of a matrix is used, in llama.cpp's GGUF form.
+"""Importance matrices: the mean square of the inputs of each column, in llama.cpp's GGUF form.
 
-The file has, for every matrix, `NAME.in_sum2`, the sums of the squares of what it is multiplied with, and
-`NAME.counts`, over how many rows. Quantizers weigh errors with their quotient.
+For every matrix the file has `NAME.in_sum2`, the sums of the squares of its inputs, and `NAME.counts`, the number of
+rows that were added up. Quantizers weigh errors with their quotient.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import gguf
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lfm2vl_convert.recipes import Rule, padded_width, recipe_of
 from lfm2vl_convert.write import write_together
 from lfm2vl_edge.errors import ConvertError
-from lfm2vl_edge.models.gguf import StoredTensor, read_tensors
+from lfm2vl_edge.models.gguf import StoredTensor, read_metadata, read_tensors
 
 SUMS: Final = ".in_sum2"
 COUNTS: Final = ".counts"
@@ -27,12 +27,12 @@ DATASETS: Final = "imatrix.datasets"
 CHUNK_COUNT: Final = "imatrix.chunk_count"
 CHUNK_SIZE: Final = "imatrix.chunk_size"
 TOKENS_PER_CHUNK: Final = 512
-"""What the count of chunks is in; llama-imatrix's default."""
+"""Unit of the chunk count; llama-imatrix's default."""
 _TYPE: Final = "imatrix"
 _SHARED: Final = "token embedding"
-"""The group whose matrix is looked up in; where it is the output matrix too, llama.cpp still does not weigh it."""
+"""Group of the matrix that is indexed by tokens; llama.cpp gives it no weights even if it is the output matrix too."""
 _PADDED: Final = re.compile(r"^v\.blk\.\d+\.ffn_down\.weight$")
-"""The matrices whose columns the padded encoder has more of."""
+"""Matrices that have more columns in a padded encoder."""
 _REMEDY: Final = "make one with `lfm2vl-edge calibrate`"
 
 Values = NDArray[np.float32]
@@ -40,30 +40,30 @@ Values = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imatrix:
-    """What an importance matrix says."""
+    """The contents of an importance matrix."""
 
     path: Path
-    """Its file, as the user wrote it."""
+    """Its file, as the user spelled it."""
     means: Mapping[str, Values]
-    """Matrix -> float32 `[columns]`: the mean square of what each column is multiplied with."""
+    """Matrix -> float32 `[columns]`: the mean square of each column's inputs."""
     dataset: str
-    """What it was made with; may be empty."""
+    """The data that it was measured on; may be empty."""
     chunks: int
-    """How many chunks of tokens it was made with."""
+    """Number of chunks of tokens that it was measured on."""
 
 
 class _Writer(gguf.GGUFWriter):  # type: ignore[misc]  # gguf has no types
-    """Writes no architecture: the file is of no model."""
+    """Writes no architecture, because the file is not a model."""
 
     def add_architecture(self) -> None:
         """Write nothing."""
 
 
 def matrix_widths(tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
-    """Return matrix -> columns, of those matrices that a quantizer takes weights for.
+    """Return name -> columns of the matrices that are quantized with weights.
 
     Raises:
-        ConvertError: a tensor belongs to no LFM2-VL model.
+        ConvertError: a tensor does not belong to an LFM2-VL model.
     """
     found = {}
     for tensor in tensors.values():
@@ -81,15 +81,15 @@ def write_imatrix(
     Args:
         path: the file, replaced if it exists.
         sums: matrix -> float64 `[columns]`, sums of squares.
-        counts: matrix -> rows that were summed up.
-        datasets: what the matrix was made with.
+        counts: matrix -> rows that were added up.
+        datasets: the data that it was measured on.
 
     Raises:
-        ConvertError: a matrix was never used, or the file cannot be written.
+        ConvertError: a matrix has no inputs, or the file cannot be written.
     """
     for name, count in counts.items():
         if count < 1:
-            raise ConvertError(f"{name} was never multiplied with anything; calibrate with pictures and questions")
+            raise ConvertError(f"{name} has no inputs; calibrate with images and questions")
     tokens = max((count for name, count in counts.items() if not _is_encoder(name)), default=0)
 
     def make(partials: Sequence[Path]) -> None:
@@ -111,22 +111,21 @@ def write_imatrix(
     write_together([path], path.parent, make)
 
 
-def read_imatrix(path: Path, metadata: Mapping[str, Any]) -> Imatrix:
-    """Return what an importance matrix says.
-
-    Args:
-        path: the file, ours or llama-imatrix's in GGUF form.
-        metadata: what the file says beside its tensors.
+def read_imatrix(path: Path) -> Imatrix:
+    """Return the contents of an importance matrix, ours or llama-imatrix's in GGUF form.
 
     Raises:
-        ConvertError: it is none, is damaged, or has values that cannot be.
+        ModelNotFound: the file does not exist.
+        ConfigError: the file is truncated or corrupt.
+        ConvertError: it is not an importance matrix, is incomplete, or has values that are not valid.
     """
+    metadata = read_metadata(path)
     if metadata.get("general.type") != _TYPE:
         what = metadata.get("general.architecture", "unknown")
-        raise ConvertError(f"{path} is no importance matrix but a GGUF file of kind {what!r}; {_REMEDY}")
+        raise ConvertError(f"{path} is not a valid importance matrix but a GGUF file of kind {what!r}; {_REMEDY}")
     for key in (DATASETS, CHUNK_COUNT, CHUNK_SIZE):
         if key not in metadata:
-            raise ConvertError(f"{path} lacks {key}, so it is no whole importance matrix; {_REMEDY}")
+            raise ConvertError(f"{path} lacks {key}, so the importance matrix is incomplete; {_REMEDY}")
     tensors = read_tensors(path)
     names = sorted({name.removesuffix(SUMS).removesuffix(COUNTS) for name in tensors})
     if not names:
@@ -135,7 +134,7 @@ def read_imatrix(path: Path, metadata: Mapping[str, Any]) -> Imatrix:
     try:
         dataset, n_chunks = str(datasets[0]) if len(datasets) else "", int(chunks)
     except (TypeError, ValueError):
-        raise ConvertError(f"{path} says nothing usable in {DATASETS} or {CHUNK_COUNT}; {_REMEDY}") from None
+        raise ConvertError(f"{path} has no valid {DATASETS} or {CHUNK_COUNT}; {_REMEDY}") from None
     means = {name: _mean(tensors, name, path) for name in names}
     return Imatrix(path=path, means=means, dataset=dataset, chunks=n_chunks)
 
@@ -144,35 +143,35 @@ def _mean(tensors: Mapping[str, StoredTensor], name: str, path: Path) -> Values:
     """Return sums over count, divided in float32 as llama-quantize does; ones if nothing was counted."""
     sums, counts = (_values(tensors, name, suffix, path) for suffix in (SUMS, COUNTS))
     if len(counts) != 1:
-        raise ConvertError(f"{path}: {name!r} is of {len(counts)} experts, which no LFM2-VL model has; {_REMEDY}")
+        raise ConvertError(f"{path}: {name!r} has {len(counts)} experts, which no LFM2-VL model has; {_REMEDY}")
     count = np.round(counts[0])
     return sums / count if count > 0 else np.ones_like(sums)
 
 
 def _values(tensors: Mapping[str, StoredTensor], name: str, suffix: str, path: Path) -> Values:
-    """Return an entry's part, float32, flat.
+    """Return one part of an entry, float32, flat.
 
     Raises:
-        ConvertError: it is missing, not F32, negative or no number.
+        ConvertError: it is missing, not F32, negative, infinite or NaN.
     """
     tensor = tensors.get(name + suffix)
     if tensor is None:
-        raise ConvertError(f"{path} has no {name + suffix!r}, so it is no whole importance matrix; {_REMEDY}")
+        raise ConvertError(f"{path} has no {name + suffix!r}, so the importance matrix is incomplete; {_REMEDY}")
     if tensor.type != "F32":
         raise ConvertError(f"{path}: {tensor.name!r} is {tensor.type}, not F32; {_REMEDY}")
     values = tensor.rows(0, tensor.shape[0]).reshape(-1)
     if not (np.isfinite(values).all() and (values >= 0).all()):
-        raise ConvertError(f"{path}: {tensor.name!r} has values that are negative, infinite or no numbers; {_REMEDY}")
+        raise ConvertError(f"{path}: {tensor.name!r} has values that are negative, infinite or NaN; {_REMEDY}")
     return values
 
 
 def weights_for(imatrix: Imatrix, source: Path) -> dict[str, Values]:
-    """Return matrix -> float32 `[columns]` for a file that is to be quantized.
+    """Return matrix -> float32 `[columns]` for a file that will be quantized.
 
-    An encoder of which the importance matrix says nothing, like those of llama-imatrix, gets no weights.
+    An encoder gets no weights if the importance matrix has none for it, like those of llama-imatrix.
 
     Raises:
-        ConvertError: the importance matrix is of another model.
+        ConvertError: the importance matrix was measured on another model.
     """
     tensors = read_tensors(source)
     widths = matrix_widths(tensors)
@@ -180,11 +179,11 @@ def weights_for(imatrix: Imatrix, source: Path) -> dict[str, Values]:
     own = [name for name in imatrix.means if _is_encoder(name) == encoder]
     if encoder and not own:
         return {}
-    strange = next((name for name in own if name not in tensors), None)
+    unknown = next((name for name in own if name not in tensors), None)
     missing = next((name for name in widths if name not in imatrix.means), None)
-    if strange or missing:
-        which = f"has {strange!r}, which this model lacks" if strange else f"lacks {missing!r} of this model"
-        raise ConvertError(f"{imatrix.path} {which}: it was made with another one; {_REMEDY} and this model")
+    if unknown or missing:
+        which = f"has {unknown!r}, which this model lacks" if unknown else f"lacks {missing!r} of this model"
+        raise ConvertError(f"{imatrix.path} {which}: it was measured on another model; {_REMEDY} and this one")
     return {name: _fitted(imatrix, name, width) for name, width in widths.items()}
 
 
@@ -193,10 +192,10 @@ def _is_encoder(name: str) -> bool:
 
 
 def _fitted(imatrix: Imatrix, name: str, width: int) -> Values:
-    """Return a matrix' weights for `width` columns; columns that are only padding are never used, so they have zero.
+    """Return a matrix' weights for `width` columns; columns of padding have weight zero.
 
     Raises:
-        ConvertError: the width is of another model.
+        ConvertError: the importance matrix has another width.
     """
     found = imatrix.means[name]
     have = len(found)
@@ -207,6 +206,6 @@ def _fitted(imatrix: Imatrix, name: str, width: int) -> Values:
     if _PADDED.match(name) and padded_width(width) == have and not found[width:].any():
         return found[:width]
     raise ConvertError(
-        f"{imatrix.path} has {have} columns for {name!r}, this model has {width}: it was made with another one; "
-        f"{_REMEDY} and this model"
+        f"{imatrix.path} has {have} columns for {name!r}, this model has {width}: it was measured on another model; "
+        f"{_REMEDY} and this one"
     )

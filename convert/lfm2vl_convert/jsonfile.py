@@ -1,4 +1,4 @@
-"""JSON from a checkpoint, read with suspicion: every value is checked for its type where it is taken out."""
+"""Read JSON of a checkpoint, which is not trusted: the type of every value is checked when it is read."""
 
 from __future__ import annotations
 
@@ -11,61 +11,63 @@ from typing import Final
 from lfm2vl_edge.errors import ConvertError
 
 MAX_JSON_BYTES: Final = 16 * 2**20
-"""Configs and shard indexes have kilobytes."""
+"""Limit of a config or shard index; they have some kilobytes."""
 MAX_TOKENIZER_BYTES: Final = 128 * 2**20
-"""The tokenizer of 128,000 tokens has about 10 MB."""
+"""Limit of a tokenizer; that of 128,000 tokens has about 10 MB."""
 MAX_COUNT: Final = 2**24
-"""Far above every width, count and vocabulary of the published models; guards against absurd values."""
+"""Limit of integers, far above every width, count and vocabulary of the published models."""
 
 
-def read_text(path: Path, most_bytes: int = MAX_JSON_BYTES) -> str:
+def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     """Return a text file's content.
 
     Raises:
-        ConvertError: the file is missing, cannot be read, is larger than `most_bytes` or is no UTF-8.
+        ConvertError: the file is missing, cannot be read, is larger than `max_bytes`, or is not valid UTF-8.
     """
     try:
-        if path.stat().st_size > most_bytes:
-            raise ConvertError(f"{path} has more than {most_bytes} bytes; it is no {path.name} of an LFM2-VL model")
+        if path.stat().st_size > max_bytes:
+            raise ConvertError(
+                f"{path} has more than {max_bytes} bytes, too many for a {path.name}; download it again"
+            )
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConvertError(f"{path} is missing; download the whole checkpoint") from None
     except UnicodeDecodeError as error:
-        raise ConvertError(f"{path} is no UTF-8 text ({error.reason}); download it again") from None
+        raise ConvertError(f"{path} is not valid UTF-8 ({error.reason}); download it again") from None
     except OSError as error:
-        raise ConvertError(f"{path} cannot be read: {error.strerror}") from error
+        raise ConvertError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
 
 
-def load_json(path: Path, most_bytes: int = MAX_JSON_BYTES) -> Section:
+def load_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Section:
     """Return the object in a JSON file.
 
     Raises:
-        ConvertError: as `read_text`, or the text is no JSON object.
+        ConvertError: see `read_text`; or the text is not a JSON object.
     """
-    text = read_text(path, most_bytes)
+    text = read_text(path, max_bytes)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{path} is no valid JSON ({error}); download it again") from None
+        raise ConvertError(f"{path} is not valid JSON ({error}); download it again") from None
     if not isinstance(values, dict):
-        raise ConvertError(f"{path} holds a {type(values).__name__}; a JSON object was expected")
+        raise ConvertError(f"{path} is a {type(values).__name__}; a JSON object was expected")
     return Section(values, str(path))
 
 
 def load_json_if_present(path: Path) -> Section:
-    """Return the object in a JSON file, or an empty one when there is no such file.
+    """Return the object in a JSON file, or an empty one if there is no such file.
 
     Raises:
-        ConvertError: as `load_json`.
+        ConvertError: see `load_json`.
     """
     return load_json(path) if path.is_file() else Section({}, str(path))
 
 
 class Section:
-    """A JSON object that knows where it stands, so that every error names file and key.
+    """A JSON object with its place in the file, so that every error names file and key.
 
-    A key whose value is null counts as absent, as in transformers' configs. Where several keys are given, they are
-    spellings of one setting and the first that is present counts.
+    A key whose value is null counts as absent, as in transformers' configs. If several keys are given, they are
+    spellings of one setting, and the first that is present counts.
     """
 
     __slots__ = ("values", "where")
@@ -78,7 +80,7 @@ class Section:
         return self.values.get(key) is not None
 
     def error(self, key: str, expected: str) -> ConvertError:
-        """Return the error for a value that is not what it must be."""
+        """Return the error for a value that is not valid."""
         return ConvertError(f"{self.where}: {key} is {_shown(self.values.get(key))}; {expected} was expected")
 
     def spelling(self, *keys: str) -> str | None:
@@ -95,18 +97,18 @@ class Section:
         """Return an integer between `least` and `most`; without `default` it must be present.
 
         Raises:
-            ConvertError: it is missing, no integer, or out of range.
+            ConvertError: it is missing, not an integer, or out of range.
         """
         value = self._stated(keys, default)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise self.error(self.spelling(*keys) or keys[0], f"a whole number from {least} to {most}")
+            raise self.error(self.spelling(*keys) or keys[0], f"an integer from {least} to {most}")
         return value
 
     def number(self, *keys: str, default: float | None = None) -> float:
         """Return a finite number above 0; without `default` it must be present.
 
         Raises:
-            ConvertError: it is missing, no number, not finite, or not above 0.
+            ConvertError: it is missing, not a number, infinite, NaN, or not above 0.
         """
         value = self._stated(keys, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
@@ -128,7 +130,7 @@ class Section:
         """Return a string.
 
         Raises:
-            ConvertError: the value is no string.
+            ConvertError: the value is not a string.
         """
         value = self.values.get(key)
         if value is None:
@@ -138,10 +140,10 @@ class Section:
         return value
 
     def items(self, key: str) -> list[object]:
-        """Return a list, empty when the key is absent.
+        """Return a list, empty if the key is absent.
 
         Raises:
-            ConvertError: the value is no list.
+            ConvertError: the value is not a list.
         """
         value = self.values.get(key)
         if value is None:
@@ -151,10 +153,10 @@ class Section:
         return value
 
     def section(self, key: str) -> Section:
-        """Return the object under a key, empty when the key is absent.
+        """Return the object under a key, empty if the key is absent.
 
         Raises:
-            ConvertError: the value is no object.
+            ConvertError: the value is not an object.
         """
         value = self.values.get(key)
         if value is None:
@@ -164,10 +166,10 @@ class Section:
         return Section(value, f"{self.where}: {key}")
 
     def sections(self, key: str) -> list[Section]:
-        """Return the list of objects under a key, empty when the key is absent.
+        """Return the list of objects under a key, empty if the key is absent.
 
         Raises:
-            ConvertError: the value is no list, or holds something else.
+            ConvertError: the value is not a list of objects.
         """
         found = []
         for position, value in enumerate(self.items(key)):

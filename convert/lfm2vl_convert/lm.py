@@ -23,10 +23,7 @@ _HEAD_NORMS: Final[Mapping[str, str]] = {
 
 
 def wanted_tensors(config: TextConfig) -> Iterator[Wanted]:
-    """Yield what the language file holds, layer by layer.
-
-    Shapes are those of the checkpoint: `[out, in]` for matrices.
-    """
+    """Yield the tensors of the language file, layer by layer; shapes of matrices are `[out, in]`."""
     yield _same("embed_tokens", "token_embd", config.vocabulary, config.hidden)
     yield _same("embedding_norm", "token_embd_norm", config.hidden)
     for layer, is_attention in enumerate(config.attention):
@@ -81,7 +78,7 @@ def _convolution(config: TextConfig, layer: int) -> Iterator[Wanted]:
 def add_metadata(writer: Any, config: TextConfig) -> None:
     """Add the `lfm2.*` keys to a `gguf.GGUFWriter`.
 
-    A layer without key and value heads is what tells llama.cpp that it is a short convolution.
+    For llama.cpp, a layer without key and value heads is a short convolution.
     """
     writer.add_block_count(len(config.attention))
     writer.add_context_length(config.context)

@@ -1,4 +1,4 @@
-"""The encoder's and projector's file: its tensors and its metadata, as llama.cpp's mtmd reads them."""
+"""The mmproj file, with encoder and projector: its tensors and its metadata, as llama.cpp's mtmd reads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lfm2vl_convert.checkpoint import Checkpoint
 from lfm2vl_convert.config import ProjectorConfig, TextConfig, VisionConfig
 from lfm2vl_convert.plan import Rearrangement, Wanted
 from lfm2vl_convert.recipes import block_size, padded_width
-from lfm2vl_edge.config import ImageConfig
+from lfm2vl_edge.config import IMAGE_END, IMAGE_START, IMAGE_TOKEN, THUMBNAIL, ImageConfig
 from lfm2vl_edge.errors import ConvertError
 from lfm2vl_edge.models.gguf import image_metadata
 
@@ -20,15 +20,15 @@ ARCHITECTURE: Final = "clip"
 PROJECTOR: Final = "lfm2"
 """llama.cpp's name of this projector."""
 MARKERS: Final[Mapping[str, str]] = {
-    "<image>": "lfm2vl.image_token_id",
-    "<|image_start|>": "lfm2vl.image_start_token_id",
-    "<|image_end|>": "lfm2vl.image_end_token_id",
-    "<|img_thumbnail|>": "lfm2vl.image_thumbnail_token_id",
+    IMAGE_TOKEN: "lfm2vl.image_token_id",
+    IMAGE_START: "lfm2vl.image_start_token_id",
+    IMAGE_END: "lfm2vl.image_end_token_id",
+    THUMBNAIL: "lfm2vl.image_thumbnail_token_id",
 }
-"""Texts of the image markers and the keys of their ids, which differ from vocabulary to vocabulary."""
+"""Image markers and the keys of their ids, which differ between vocabularies."""
 
 TRUE_WIDTH: Final = "lfm2vl.vision.feed_forward_length"
-"""The encoder's own feed-forward width; `clip.vision.feed_forward_length` counts zero padding too."""
+"""The encoder's feed-forward width without padding; `clip.vision.feed_forward_length` includes zero padding."""
 _MATRICES: Final[Mapping[str, str]] = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -41,14 +41,14 @@ _NORMS: Final[Mapping[str, str]] = {"layer_norm1": "ln1", "layer_norm2": "ln2"}
 def wanted_tensors(
     vision: VisionConfig, projector: ProjectorConfig, text_width: int, layer_norm: bool, feed_forward: int
 ) -> Iterator[Wanted]:
-    """Yield what the mmproj file holds.
+    """Yield the tensors of the mmproj file.
 
     Args:
         vision: the encoder's settings.
         projector: the projector's settings.
-        text_width: the language tower's width, which is that of an image embedding.
-        layer_norm: whether the projector begins with a LayerNorm.
-        feed_forward: the encoder's feed-forward width in the file; what it has beyond its own width is padding.
+        text_width: width of the language tower, and of an image embedding.
+        layer_norm: whether the projector starts with a LayerNorm.
+        feed_forward: the encoder's feed-forward width in the file, padding included.
     """
     yield from _embeddings(vision)
     for layer in range(vision.layers):
@@ -65,10 +65,7 @@ def wanted_tensors(
 
 
 def unused_prefixes(vision: VisionConfig) -> tuple[str, ...]:
-    """Return how the names of those encoder tensors begin that the model does not use.
-
-    These are the pooling head and the layers after the one whose output is taken.
-    """
+    """Return the name prefixes of unused encoder tensors: the pooling head and the layers after the output layer."""
     dropped = range(vision.layers, vision.stored_layers)
     return ("vision_tower.head.", *(f"vision_tower.encoder.layers.{layer}." for layer in dropped))
 
@@ -89,7 +86,7 @@ def _linear(source: str, target: str, rows: int, columns: int, *, bias: bool = T
         shape=(rows,),
         target=f"{target}.bias",
         target_shape=(rows,),
-        # mtmd does not load a projector without biases; adding zero changes nothing
+        # mtmd does not load a projector without biases; adding zeros changes nothing
         rearrangement=Rearrangement.NONE if bias else Rearrangement.ZEROS,
     )
 
@@ -134,12 +131,12 @@ def _padded(wanted: Wanted, shape: tuple[int, ...]) -> Wanted:
 
 
 def feed_forward_width(vision: VisionConfig, quant: str, pad: bool | None) -> int:
-    """Return the encoder's feed-forward width in a file, padded where that is wanted and needed.
+    """Return the encoder's feed-forward width in a file, with padding if requested.
 
     Args:
         vision: the encoder's settings.
         quant: type of the file.
-        pad: whether to pad; None pads where the type's blocks would not fit.
+        pad: whether to pad; None pads if the type's blocks would not fit.
     """
     block = block_size(quant)
     if pad is None:
@@ -152,7 +149,7 @@ def add_metadata(writer: Any, checkpoint: Checkpoint, token_ids: Mapping[str, in
 
     Args:
         writer: the file's writer.
-        checkpoint: whose image settings are written, those that it states.
+        checkpoint: its stated image settings are written.
         token_ids: text -> id of every token.
         feed_forward: the encoder's feed-forward width in the file.
 
@@ -172,7 +169,7 @@ def _add_encoder(writer: Any, vision: VisionConfig, text: TextConfig, feed_forwa
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type(PROJECTOR)
     writer.add_vision_projection_dim(text.hidden)
-    # the size that mtmd warms up with: the one at which no position embedding needs resizing
+    # the size of mtmd's warm-up, at which position embeddings need no resizing
     writer.add_vision_image_size(vision.positions_side * vision.patch)
     writer.add_vision_embedding_length(vision.hidden)
     writer.add_vision_feed_forward_length(feed_forward)
@@ -190,21 +187,25 @@ def _add_setting(writer: Any, key: str, value: object) -> None:
     elif isinstance(value, tuple):
         writer.add_array(key, list(value))
     elif key == "lfm2vl.max_pixels_tolerance":
-        writer.add_key_value(key, value, gguf.GGUFValueType.FLOAT64)  # 32 bits would move the border between two plans
+        writer.add_key_value(key, value, gguf.GGUFValueType.FLOAT64)  # 32 bits would change some tile plans
     else:
         writer.add_uint32(key, value)
 
 
 def _marker_id(token_ids: Mapping[str, int], text: str) -> int:
     if text not in token_ids:
-        raise ConvertError(f"tokenizer.json has no token {text!r}, which the model needs for pictures")
+        raise ConvertError(
+            f"tokenizer.json has no token {text!r}, which the model needs for images; download it again"
+        )
     return token_ids[text]
 
 
 def _check_markers(checkpoint: Checkpoint, token_ids: Mapping[str, int]) -> None:
-    image_id, stated = token_ids["<image>"], checkpoint.image_token_id
+    image_id, stated = token_ids[IMAGE_TOKEN], checkpoint.image_token_id
     if stated not in (None, image_id):
-        raise ConvertError(f"config.json says that <image> is token {stated}; in tokenizer.json it is {image_id}")
+        raise ConvertError(
+            f"<image> is token {stated} in config.json, {image_id} in tokenizer.json; download both again"
+        )
     for text in _grid_markers(checkpoint.image):
         _marker_id(token_ids, text)
 

@@ -1,4 +1,4 @@
-"""The plan of a conversion: which tensor becomes which, decided in full before a byte is written."""
+"""The plan of a conversion: source and target of every tensor, complete before a byte is written."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from lfm2vl_convert.recipes import FLOAT_TYPES, Overrides, stored_type
+from lfm2vl_convert.recipes import Overrides, stored_type
 from lfm2vl_convert.shards import SourceTensor
+from lfm2vl_edge.config import FLOAT_TYPES
 from lfm2vl_edge.errors import ConvertError
 
 UNUSED_ANYWHERE: Final = (".rotary_emb.inv_freq", ".position_ids")
-"""Ends of the names of buffers that older versions of transformers saved and that are computed, not learned."""
+"""Name endings of buffers that older versions of transformers saved; they are computed, not learned."""
 
 
 class Rearrangement(str, Enum):
-    """What happens to a tensor's values on the way, besides the change of type."""
+    """How a tensor's values are rearranged, besides the change of type."""
 
     NONE = "as stored"
     SQUEEZED = "[n, 1, k] to [n, k]"
@@ -28,34 +29,32 @@ class Rearrangement(str, Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """A tensor that one of the two files must hold."""
+    """A tensor that one of the two files must have."""
 
     source: str
-    """Name in the checkpoint, in the one spelling of `canonical`."""
+    """Name in the checkpoint, as `canonical` spells it."""
     shape: tuple[int, ...]
-    """CostShape in the checkpoint, slowest axis first."""
+    """Shape in the checkpoint, slowest axis first."""
     target: str
     """Name in the GGUF file."""
     target_shape: tuple[int, ...]
-    """CostShape in the GGUF file, slowest axis first."""
+    """Shape in the GGUF file, slowest axis first."""
     rearrangement: Rearrangement = Rearrangement.NONE
-    """What happens to the values on the way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlan:
-    """One tensor's way from the checkpoint into a GGUF file."""
+    """How one tensor gets from the checkpoint into a GGUF file."""
 
     source: SourceTensor | None
-    """Where the values come from; None for zeros."""
+    """The tensor of the checkpoint; None for zeros."""
     target: str
     """Name in the GGUF file."""
     shape: tuple[int, ...]
-    """CostShape in the GGUF file, slowest axis first."""
+    """Shape in the GGUF file, slowest axis first."""
     type: str
     """F32, F16 or BF16."""
     rearrangement: Rearrangement
-    """What happens to the values on the way."""
 
     @property
     def n_bytes(self) -> int:
@@ -77,7 +76,7 @@ class Plan:
     mmproj: tuple[TensorPlan, ...]
     """Tensors of the encoder's and projector's file."""
     unused: tuple[str, ...]
-    """Tensors of the checkpoint that no file needs, as the checkpoint spells them."""
+    """Names of tensors in the checkpoint that neither file needs."""
 
     @property
     def n_bytes(self) -> int:
@@ -90,7 +89,7 @@ class Plan:
 
 
 def canonical(name: str) -> str:
-    """Return a tensor's name in one spelling, whichever version of transformers saved it."""
+    """Return a tensor's name in one spelling, whatever version of transformers saved it."""
     name = name.removeprefix("model.")
     return name.replace("vision_tower.vision_model.", "vision_tower.", 1) if name.startswith("vision_tower.") else name
 
@@ -104,27 +103,27 @@ def make_plan(
     """Return how every tensor of the checkpoint is used.
 
     Args:
-        tensors: what the checkpoint holds.
-        model: what the language file must hold, its type (F32, F16, BF16), and types of single tensors.
+        tensors: the tensors of the checkpoint.
+        model: the tensors of the language file, its type (F32, F16, BF16), and types of single tensors.
         mmproj: the same for the encoder's and projector's file.
-        unused_prefixes: beginnings of the canonical names that are known to be unused.
+        unused_prefixes: prefixes of canonical names that are known to be unused.
 
     Raises:
-        ConvertError: a tensor is missing, unknown, of the wrong shape or type, or stands twice.
+        ConvertError: a tensor is missing, unknown, duplicate, or of the wrong shape or type.
     """
-    left = _by_canonical_name(tensors)
+    remaining = _by_canonical_name(tensors)
     plans = [
-        tuple(_take(left, wanted, quant, overrides) for wanted in wanteds)
+        tuple(_take(remaining, wanted, quant, overrides) for wanted in wanteds)
         for wanteds, quant, overrides in (model, mmproj)
     ]
-    unused = [name for name in left if name.startswith(unused_prefixes) or name.endswith(UNUSED_ANYWHERE)]
-    for name, tensor in left.items():
+    unused = [name for name in remaining if name.startswith(unused_prefixes) or name.endswith(UNUSED_ANYWHERE)]
+    for name, tensor in remaining.items():
         if name not in unused:
             raise ConvertError(
-                f"tensor {tensor.name!r} {_shown(tensor)} has no place in an LFM2-VL model of this config.json; "
-                "the two do not belong together, or the model is of a newer kind"
+                f"tensor {tensor.name!r} {_shown(tensor)} is not part of an LFM2-VL model with this config.json; "
+                "check that both are from the same checkpoint, or upgrade lfm2vl-edge if the model is newer"
             )
-    return Plan(model=plans[0], mmproj=plans[1], unused=tuple(left[name].name for name in unused))
+    return Plan(model=plans[0], mmproj=plans[1], unused=tuple(remaining[name].name for name in unused))
 
 
 def _by_canonical_name(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
@@ -132,14 +131,16 @@ def _by_canonical_name(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceT
     for tensor in tensors.values():
         other = found.setdefault(canonical(tensor.name), tensor)
         if other is not tensor:
-            raise ConvertError(f"tensors {other.name!r} and {tensor.name!r} are the same one in two spellings")
+            raise ConvertError(
+                f"tensors {other.name!r} and {tensor.name!r} are the same tensor in two spellings; remove one"
+            )
     return found
 
 
-def _take(left: dict[str, SourceTensor], wanted: Wanted, quant: str, overrides: Overrides) -> TensorPlan:
+def _take(remaining: dict[str, SourceTensor], wanted: Wanted, quant: str, overrides: Overrides) -> TensorPlan:
     source = None
     if wanted.rearrangement is not Rearrangement.ZEROS:
-        source = left.pop(wanted.source, None)
+        source = remaining.pop(wanted.source, None)
         _check(source, wanted)
     return TensorPlan(
         source=source,

@@ -1,4 +1,4 @@
-"""Which matrices get a better type when a pair is too far from its source: those whose own errors are largest."""
+"""Promotion: if a pair is too far from its source, the matrices with the largest errors get a better type."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ NEXT: Final[Mapping[str, str]] = {
     "F16": "F32",
     "BF16": "F32",
 }
-"""Type -> the next better one: a bit or more per value, of the same kind of blocks if there is one."""
+"""Type -> the next better one: at least one more bit per value, with the same kind of blocks if there is one."""
 _SHARE: Final = 8
-"""One of so many matrices is promoted between two comparisons: few enough not to overshoot, enough to arrive."""
+"""One of eight matrices is promoted in a round: more would promote too much, fewer would need too many rounds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,23 +36,22 @@ class Promotion:
     """A matrix that gets a better type."""
 
     name: str
-    """As the GGUF file spells it."""
     old: str
-    """Its type."""
+    """Type so far."""
     new: str
-    """Its next type."""
+    """Next better type."""
     error: float
-    """Of the old type: length of the difference from the source over the length of the source."""
+    """Error of the old type; see `TensorError`."""
 
     def __str__(self) -> str:
         return f"promoted {self.name} from {self.old} (error {self.error:.1e}) to {self.new}"
 
 
 def promotions(errors: Sequence[TensorError]) -> list[Promotion]:
-    """Return which matrices of a file are promoted next, the worst first; none where all are as good as can be.
+    """Return which matrices of a file are promoted next, the worst first; none if all have the best type.
 
     Args:
-        errors: of all tensors of a file; equal ones are taken in the order of their names.
+        errors: of all tensors of a file, in any order; equal errors are sorted by name.
     """
     free = [one for one in errors if one.error > 0 and one.type in NEXT and recipe_of(one.name).rule is Rule.FILE]
     worst = sorted(free, key=lambda one: (-one.error, one.name))[: math.ceil(len(free) / _SHARE)]
@@ -60,6 +59,6 @@ def promotions(errors: Sequence[TensorError]) -> list[Promotion]:
 
 
 def with_promotions(overrides: Overrides, promoted: Sequence[Promotion]) -> list[tuple[str, str]]:
-    """Return types of single tensors with some promoted, whatever was asked for them before."""
+    """Return the overrides with the promoted types, which take precedence."""
     new = {f"^{re.escape(one.name)}$": one.new for one in promoted}
     return [*new.items(), *(pair for pair in overrides if pair[0] not in new)]

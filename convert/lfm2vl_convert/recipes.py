@@ -1,42 +1,34 @@
-"""Which tensor is stored in which type, and why: one table for both files.
+"""The type of each tensor, and the reason for it: one table for both files.
 
-The first line that fits a tensor's name decides. What it leaves to the file's type becomes that type where the file is
-F32, F16 or BF16; of a block type (Q8_0, Q4_K_M, ...) llama.cpp's own mixture then makes the choice, tensor by tensor.
+The first recipe whose pattern is found in a tensor's name decides. If it leaves the choice to the file, the tensor
+gets the file's type (F32, F16, BF16); in files of a block type (Q8_0, Q4_K_M, ...) llama.cpp chooses for each tensor.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from lfm2vl_edge.config import FLOAT_TYPES
 from lfm2vl_edge.errors import ConvertError
 
-FLOAT_TYPES: Final[Mapping[str, int]] = {"F32": 4, "F16": 2, "BF16": 2}
-"""The types that a checkpoint may have and that the converter itself writes, and their bytes per value."""
-LANGUAGE_TYPES: Final = (
-    *FLOAT_TYPES,
-    *("Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "Q3_K_M"),
-)
-"""Types of the language file, largest first."""
-ENCODER_TYPES: Final = (*FLOAT_TYPES, "Q8_0", "Q6_K", "Q5_0", "Q4_K", "Q4_0")
-"""Types of the mmproj file, largest first."""
 TENSOR_TYPES: Final = (
     *FLOAT_TYPES,
     *("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_XS", "IQ4_NL", "Q3_K"),
 )
-"""Types of a single tensor that llama.cpp makes without an importance matrix."""
+"""Types of a single tensor that llama.cpp quantizes to without an importance matrix."""
 _WIDE_BLOCK: Final = 256
 _NARROW_BLOCK: Final = 32
 
 Overrides = Sequence[tuple[str, str]]
-"""Pairs of a regular expression, searched in the names of the GGUF file, and a type; the first that fits decides."""
+"""Pairs of a regular expression, searched in tensor names of the GGUF file, and a type; the first match decides."""
 
 
 class Rule(str, Enum):
-    """What decides the type of a tensor."""
+    """What the type of a tensor depends on."""
 
     FILE = "the file's type"
     FULL = "F32 always"
@@ -45,16 +37,14 @@ class Rule(str, Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One line of the table."""
+    """One row of the table."""
 
     group: str
-    """What these tensors are, for people."""
+    """Name of these tensors in reports."""
     pattern: str
-    """Regular expression, searched in names of the GGUF file."""
+    """Regular expression, searched in tensor names of the GGUF file."""
     rule: Rule
-    """What decides the type."""
     reason: str
-    """Why."""
 
 
 RECIPES: Final = (
@@ -86,7 +76,7 @@ RECIPES: Final = (
         group="token embedding",
         pattern=r"^token_embd\.weight$|^output\.weight$",
         rule=Rule.FILE,
-        reason="it is the output matrix too, so llama.cpp gives it Q6_K, or Q8_0 where 256 does not divide its width",
+        reason="it is the output matrix too, so llama.cpp gives it Q6_K, or Q8_0 if 256 does not divide its width",
     ),
     Recipe(
         group="attention",
@@ -111,22 +101,24 @@ RECIPES: Final = (
 
 
 def recipe_of(name: str) -> Recipe:
-    """Return the line of the table for a tensor of a GGUF file.
+    """Return the row of the table for a tensor of a GGUF file.
 
     Raises:
-        ConvertError: no line fits: the tensor is of no LFM2-VL model.
+        ConvertError: no row matches: the tensor does not belong to an LFM2-VL model.
     """
     for recipe in RECIPES:
         if re.search(recipe.pattern, name):
             return recipe
-    raise ConvertError(f"tensor {name!r} belongs to no LFM2-VL model that this version knows")
+    raise ConvertError(
+        f"tensor {name!r} does not belong to an LFM2-VL model; upgrade lfm2vl-edge if the model is newer"
+    )
 
 
 def stored_type(name: str, quant: str, overrides: Overrides = ()) -> str:
     """Return the type of a tensor in a file of a float type.
 
     Raises:
-        ConvertError: an override asks for a block type, which a file of a float type cannot have.
+        ConvertError: an override is a block type, which a file of a float type cannot have.
     """
     rule = recipe_of(name).rule
     if rule is Rule.FULL:
@@ -158,15 +150,15 @@ def parse_override(text: str) -> tuple[str, str]:
     """Return pattern and type of `PATTERN=TYPE`.
 
     Raises:
-        ConvertError: it has no such form, the pattern is no regular expression, or the type is unknown.
+        ConvertError: it does not have this form, the regular expression is not valid, or the type is unknown.
     """
     pattern, separator, kind = text.rpartition("=")
     if not separator or not pattern:
-        raise ConvertError(f"{text!r} is no PATTERN=TYPE, such as ffn_down=Q6_K")
+        raise ConvertError(f"{text!r} is not a valid PATTERN=TYPE, such as ffn_down=Q6_K")
     if kind.upper() not in TENSOR_TYPES:
         raise ConvertError(f"unknown tensor type {kind!r} in {text!r}; known: {', '.join(TENSOR_TYPES)}")
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ConvertError(f"{pattern!r} is no regular expression: {error}") from None
+        raise ConvertError(f"{pattern!r} is not a valid regular expression: {error}") from None
     return pattern, kind.upper()

@@ -1,4 +1,4 @@
-"""What a file of tensors costs and loses: for each group and type the bytes, and the error against the source."""
+"""Size and error of a GGUF file: bytes and error against the source for each group and type of tensors."""
 
 from __future__ import annotations
 
@@ -16,39 +16,38 @@ from lfm2vl_convert.write import rearranged_rows
 from lfm2vl_edge.models.gguf import StoredTensor, read_tensors
 
 SAMPLED_VALUES: Final = 2**16
-"""Values of each tensor that the error is measured on, in runs of rows spread over it."""
+"""Values of each tensor on which the error is measured, in runs of rows spread over it."""
 _RUNS: Final = 4
 
 Rows = Callable[[str, int, int], NDArray[np.float32]]
-"""From a tensor's name and a range of rows to the source's values, float32, in the shape of the GGUF file."""
+"""Called with a tensor's name and a range of rows; returns the source's values, float32, with the GGUF file's axes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The tensors of one kind that have one type."""
+    """The tensors of one group that have one type."""
 
     file: str
     """Name of the file."""
     group: str
-    """What they are: a group of the table of recipes."""
+    """Group of the table of recipes."""
     type: str
-    """Their type."""
     tensors: int
-    """How many they are."""
+    """Number of tensors."""
     n_bytes: int
-    """Their size, bytes."""
+    """Total size, bytes."""
     error: float
-    """Length of the difference from the source, over the length of the source."""
+    """Length of the difference from the source over the length of the source."""
 
 
 def planned_rows(tensors: Sequence[TensorPlan]) -> Rows:
-    """Return what reads the source of a conversion."""
+    """Return a function that reads the source of a conversion."""
     plans = {tensor.target: tensor for tensor in tensors}
     return lambda name, start, stop: rearranged_rows(plans[name], start, stop)
 
 
 def stored_rows(tensors: Mapping[str, StoredTensor]) -> Rows:
-    """Return what reads a GGUF file."""
+    """Return a function that reads the tensors of a GGUF file."""
     return lambda name, start, stop: tensors[name].rows(start, stop)
 
 
@@ -56,7 +55,8 @@ def report_file(path: Path, source: Rows) -> list[Group]:
     """Return size and error of a GGUF file's tensors by group and type, in the order of the table of recipes.
 
     Raises:
-        ConvertError: a file is damaged.
+        ModelNotFound: the file does not exist.
+        ConfigError: the file is truncated or corrupt.
     """
     parts: dict[tuple[str, str], list[tuple[StoredTensor, float, float]]] = {}
     for tensor in read_tensors(path).values():
@@ -87,14 +87,14 @@ def squares(tensor: StoredTensor, source: Rows, most_values: int) -> tuple[float
 
 
 def relative(lost: float, whole: float) -> float:
-    """Return the relative error of two sums of squares; a source of zeros can only be met exactly."""
+    """Return the relative error from two sums of squares; infinite if only the source is zero."""
     if whole == 0:
         return 0.0 if lost == 0 else float("inf")
     return float(np.sqrt(lost / whole))
 
 
 def _runs(tensor: StoredTensor, most_values: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows: the whole tensor where it is small, else some runs at equal distances."""
+    """Yield ranges of rows: the whole tensor if it is small, else some runs at equal distances."""
     n_rows = tensor.shape[0]
     row = int(np.prod(tensor.shape[1:], dtype=np.int64))
     length = max(1, most_values // (row * _RUNS))
@@ -107,7 +107,7 @@ def _runs(tensor: StoredTensor, most_values: int) -> Iterator[tuple[int, int]]:
 
 
 def as_table(groups: Sequence[Group]) -> Iterator[str]:
-    """Yield the report for people, one line per group and a total per file."""
+    """Yield the report as text, one line per group and a total per file."""
     for file in dict.fromkeys(group.file for group in groups):
         yield file
         own = [group for group in groups if group.file == file]
@@ -119,6 +119,6 @@ def as_table(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def as_dict(paths: Sequence[Path], groups: Sequence[Group]) -> dict[str, Any]:
-    """Return the report for programs; the two files by their names, sizes in bytes."""
+    """Return the report for JSON; sizes in bytes."""
     files = [{"path": str(path), "bytes": path.stat().st_size} for path in paths]
     return {"files": files, "groups": [asdict(group) for group in groups]}

@@ -1,4 +1,4 @@
-"""From GGUF files to GGUF files of other types."""
+"""Quantize GGUF files to other types."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lfm2vl_convert.convert import Progress, Quantizer, byte_counter, check_overrides, refuse_existing
-from lfm2vl_convert.recipes import ENCODER_TYPES, FLOAT_TYPES, LANGUAGE_TYPES, Overrides, Rule, recipe_of
+from lfm2vl_convert.recipes import Overrides, Rule, recipe_of
 from lfm2vl_convert.write import remove_leftovers, write_together
+from lfm2vl_edge.config import ENCODER_TYPES, FLOAT_TYPES, LANGUAGE_TYPES
 from lfm2vl_edge.errors import ConvertError
 from lfm2vl_edge.models.gguf import StoredTensor, read_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requantized:
-    """A file to be made from another one."""
+    """A file that is quantized from another one."""
 
     source: Path
-    """What is read."""
     path: Path
-    """What is made."""
+    """The new file."""
     type: str
-    """Its type."""
+    """Type of the new file."""
     tensors: Mapping[str, StoredTensor]
-    """The source's tensors."""
+    """Tensors of the source, by name."""
 
 
 def quantize_ggufs(
@@ -38,20 +38,22 @@ def quantize_ggufs(
     force: bool = False,
     progress: Progress | None = None,
 ) -> list[Requantized]:
-    """Make files of other types; they appear together, when the last one is complete.
+    """Quantize files to other types; all appear together when the last one is complete.
 
     Args:
-        sources: GGUF files and the types to make of them; a type at the end of a name is replaced.
-        output: folder for the files, made if needed.
-        quantizer: makes a file.
+        sources: GGUF files and their new types; a type at the end of a file name is replaced.
+        output: folder for the files, created if needed.
+        quantizer: writes one file.
         tensor_types: types of single tensors.
-        requantize: whether what is quantized already may be quantized again.
+        requantize: whether tensors that are quantized already may be quantized again.
         force: replace files that exist.
-        progress: called after each tensor with bytes done and bytes in all.
+        progress: called after each tensor with the bytes done and the total bytes.
 
     Raises:
-        ConvertError: a source is damaged or quantized already, a file exists, or the disk is full.
-        EngineError: the quantizer refuses.
+        ModelNotFound: a source does not exist.
+        ConfigError: a source is truncated or corrupt.
+        ConvertError: a source is quantized already, a file exists, or the disk is full.
+        EngineError: the quantizer failed.
     """
     jobs = [_job(source, kind, output) for source, kind in sources]
     check_overrides([name for job in jobs for name in job.tensors], tensor_types)
@@ -88,12 +90,12 @@ def _check(job: Requantized, overrides: Overrides, *, requantize: bool) -> None:
     done = next((tensor for tensor in job.tensors.values() if tensor.type not in FLOAT_TYPES), None)
     if done is not None and not requantize:
         raise ConvertError(
-            f"{job.source} is quantized already ({done.name} is {done.type}), and again makes it worse; "
+            f"{job.source} is quantized already ({done.name} is {done.type}), and quantizing again makes it worse; "
             "quantize the original, or allow it with --requantize"
         )
     free = [name for name in job.tensors if recipe_of(name).rule is Rule.FILE]
     for pattern, kind in overrides:
         if job.type in FLOAT_TYPES and any(re.search(pattern, name) for name in free):
             raise ConvertError(
-                f"{pattern}={kind} fits tensors of {job.source.name}, which is to be {job.type} throughout"
+                f"{pattern}={kind} fits tensors of {job.source.name}, which becomes all {job.type}; narrow the pattern"
             )

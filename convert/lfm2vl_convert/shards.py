@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: which file holds which, of which shape and type, and their rows, a chunk at a time."""
+"""The tensors of a checkpoint: file, shape and type of each, and their rows, read in chunks."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class SourceTensor:
     """A tensor of the checkpoint, not yet read."""
 
     name: str
-    """As the checkpoint spells it."""
+    """Name in the checkpoint."""
     file: Path
-    """The safetensors file that holds it."""
+    """Its safetensors file."""
     shape: tuple[int, ...]
     """Slowest axis first."""
     dtype: str
-    """As safetensors spells it: F32, F16, BF16, ..."""
+    """In safetensors' spelling: F32, F16, BF16, ..."""
 
 
 def find_tensors(folder: Path) -> Mapping[str, SourceTensor]:
     """Return every tensor of a checkpoint by name, reading headers only.
 
     Raises:
-        ConvertError: a file is missing or damaged, the index disagrees with the files, or a tensor stands twice.
+        ConvertError: a file is missing or damaged, the index disagrees with the files, or a tensor is in two files.
     """
     index = folder / INDEX
     listed = _read_index(index) if index.is_file() else {}
@@ -48,11 +48,13 @@ def find_tensors(folder: Path) -> Mapping[str, SourceTensor]:
         for tensor in _read_header(folder / file):
             if tensor.name in found:
                 other = found[tensor.name].file.name
-                raise ConvertError(f"tensor {tensor.name!r} stands in both {other} and {file}; download again")
+                raise ConvertError(f"tensor {tensor.name!r} is in both {other} and {file}; download them again")
             found[tensor.name] = tensor
     for name, file in listed.items():
         if name not in found or found[name].file.name != file:
-            raise ConvertError(f"tensor {name!r} is not in {file}, where {INDEX} lists it; download both again")
+            raise ConvertError(
+                f"tensor {name!r} is not in {file}, although {INDEX} lists it there; download both again"
+            )
     return found
 
 
@@ -63,10 +65,10 @@ def _only_file(folder: Path) -> str:
     if len(files) == 1:
         return files[0]
     if files:
-        raise ConvertError(f"{folder} holds {len(files)} safetensors files but no {INDEX}; download it too")
+        raise ConvertError(f"{folder} has {len(files)} safetensors files but no {INDEX}; download it too")
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise ConvertError(f"{folder} holds pickled weights, which may run code; save them as safetensors")
-    raise ConvertError(f"{folder} holds no .safetensors file; download the whole checkpoint")
+        raise ConvertError(f"{folder} has pickled weights, which can execute code; save them as safetensors")
+    raise ConvertError(f"{folder} has no .safetensors file; download the whole checkpoint")
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -94,12 +96,12 @@ def _opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise ConvertError(f"{path} is missing; download the whole checkpoint") from None
     except (SafetensorError, OSError) as error:
-        raise ConvertError(f"{path} is damaged or incomplete ({error}); download it again") from error
+        raise ConvertError(f"{path} is truncated or corrupt ({error}); download it again") from error
 
 
 def _read_header(path: Path) -> Iterator[SourceTensor]:
     with _opened(path) as handle:
-        for name in handle.keys():  # noqa: SIM118  # no mapping: only keys() exists
+        for name in handle.keys():  # noqa: SIM118  # not a mapping: only keys() exists
             part = handle.get_slice(name)
             yield SourceTensor(name=name, file=path, shape=tuple(part.get_shape()), dtype=part.get_dtype())
 
@@ -107,10 +109,10 @@ def _read_header(path: Path) -> Iterator[SourceTensor]:
 def read_rows(tensor: SourceTensor, start: int, stop: int, *, as_stored: bool = False) -> NDArray[Any]:
     """Return rows `start`..`stop` of the first axis as float32 `[stop - start, ...]`; widening is exact.
 
-    With `as_stored` they keep the type that they have in the file.
+    With `as_stored` they keep the type of the file.
 
-    The file is opened for each chunk: that costs 0.1 ms, and dropping the mapping gives its pages back, so that memory
-    does not grow with the checkpoint.
+    The file is opened for each chunk: that takes 0.1 ms, and closing it releases the mapped pages, so that memory does
+    not grow with the checkpoint.
 
     Raises:
         ConvertError: the file has been damaged or removed since its header was read.

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of Hugging Face's format as the `tokenizer.*` metadata of a language file."""
+"""A byte-level BPE tokenizer in Hugging Face's format becomes the `tokenizer.*` metadata of a language file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lfm2vl_edge.errors import ConvertError
 MODEL: Final = "gpt2"
 """llama.cpp's name of byte-level BPE."""
 WHOLE_WORDS: Final = "lfm2"
-"""llama.cpp's name of the regular expression below, where a word that is a token needs no merges (ignore_merges)."""
+"""llama.cpp's name of the regular expression below, if a word that is a token needs no merges."""
 MERGES_ONLY: Final = "smaug-bpe"
-"""llama.cpp's name of the same regular expression, where every word is built by merges."""
+"""llama.cpp's name of the same regular expression, if every word is built by merges."""
 _WORDS: Final = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _NEWER_WORDS: Final = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s"
-"""As a newer LFM2.5 tokenizer spells it. Its `\\s*` takes all newlines but the last, and what is left for the last
-alternative is one character, so both give the same words."""
+"""The spelling of a newer LFM2.5 tokenizer. Its `\\s*` matches all newlines but the last, which leaves one character
+for the last alternative, so both give the same words."""
 _PATTERNS: Final = frozenset(
     contractions + words
     for words in (_WORDS, _NEWER_WORDS)
@@ -37,29 +37,29 @@ _PATTERNS: Final = frozenset(
         "'(?i:[sdmt]|ll|ve|re)",
     )
 )
-"""Spellings of the one split that llama.cpp implements under that name; none has possessive quantifiers."""
+"""Spellings of the one split that llama.cpp implements under these names; none has possessive quantifiers."""
 _SPLITS: Final = (("Isolated", False), ("Removed", True))
-"""The matches are kept: either as they are, or by removing what lies between them, which is nothing."""
+"""Behaviours that keep the matches: directly, or by removing the text between them, which is empty."""
 _SPECIAL: Final = ("bos", "eos", "unk", "sep", "pad", "mask")
-"""Special tokens for which GGUF has a key."""
+"""Special tokens that have a key in GGUF."""
 _REQUIRED: Final = ("bos", "eos")
-"""Without these llama.cpp falls back to ids of another vocabulary."""
+"""Without these, llama.cpp uses the ids of another vocabulary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokenizer:
-    """A vocabulary and how to use it."""
+    """A vocabulary and its rules."""
 
     tokens: tuple[str, ...]
-    """Text of every token in the order of the ids, in the byte-level alphabet where it is an ordinary one."""
+    """Text of every token by id; ordinary tokens in the byte-level alphabet."""
     types: tuple[int, ...]
     """llama.cpp's type of every token."""
     pre: str
-    """llama.cpp's name of how text is split into words and words into tokens."""
+    """llama.cpp's name of the rule that splits text into words and words into tokens."""
     merges: tuple[str, ...]
     """Pairs to merge, most important first, the two parts separated by a space."""
     ids: Mapping[str, int]
-    """Text -> id; unlike `tokens` without padding."""
+    """Text -> id, without padding."""
     special: Mapping[str, int]
     """Kind (bos, eos, pad, ...) -> id of the special tokens that the checkpoint names."""
     added: Mapping[str, bool]
@@ -73,11 +73,11 @@ def read_tokenizer(folder: Path, root: Section, n_vocab: int) -> Tokenizer:
 
     Args:
         folder: the checkpoint.
-        root: config.json, which may name special tokens by id.
-        n_vocab: rows of the embedding matrix; tokens that the tokenizer does not have are padded.
+        root: config.json, which may state special tokens by id.
+        n_vocab: rows of the embedding matrix; ids without a token get a padding token.
 
     Raises:
-        ConvertError: a file is missing or damaged, or the tokenizer is none that llama.cpp knows as `lfm2`.
+        ConvertError: a file is missing or damaged, or llama.cpp's `lfm2` does not implement the tokenizer.
     """
     source = load_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
     config = load_json_if_present(folder / "tokenizer_config.json")
@@ -114,9 +114,9 @@ def add_metadata(writer: Any, tokenizer: Tokenizer) -> None:
 
 
 def _check_splitting(source: Section) -> None:
-    """Check that text is split into words as llama.cpp's `lfm2` does it, and not changed before.
+    """Check that text is split into words as in llama.cpp's `lfm2`, and is not changed before.
 
-    Composing characters (NFC) is let through, as by llama.cpp's own converter: it changes no ordinary text.
+    Composing characters (NFC) is accepted, as in llama.cpp's own converter: it changes no ordinary text.
     """
     normalizer = source.section("normalizer")
     if normalizer.values and normalizer.text("type") != "NFC" and normalizer.values.get("normalizers") != []:
@@ -134,7 +134,7 @@ def _check_splitting(source: Section) -> None:
 
 
 def _greedy(pattern: str) -> str:
-    """Return a pattern with greedy for possessive quantifiers: in this one, giving back never leads to a match."""
+    """Return a pattern with greedy instead of possessive quantifiers; in this pattern both match the same."""
     return pattern.replace("?+", "?").replace("++", "+").replace("{1,3}+", "{1,3}")
 
 
@@ -143,16 +143,20 @@ def _vocabulary(source: Section, model: Section, n_vocab: int) -> tuple[dict[str
     if model.text("type") != "BPE":
         raise model.error("type", "'BPE'")
     if model.flag("byte_fallback", default=False) or "end_of_word_suffix" in model:
-        raise ConvertError(f"{model.where}: the vocabulary is no byte-level one, which llama.cpp's lfm2 needs")
+        raise ConvertError(f"{model.where}: the vocabulary is not byte-level; llama.cpp's lfm2 supports no other")
     vocabulary = model.section("vocab")
     ids = {text: _token_id(vocabulary, text, n_vocab) for text in vocabulary.values}
     types = dict.fromkeys(ids.values(), int(gguf.TokenType.NORMAL))
     if len(types) != len(ids) or not ids:
-        raise ConvertError(f"{vocabulary.where} is empty or gives two tokens the same id")
+        raise ConvertError(
+            f"{vocabulary.where} is empty or gives two tokens the same id; download tokenizer.json again"
+        )
     for token in source.sections("added_tokens"):
         text, number = token.text("content"), _token_id(token, "id", n_vocab)
         if ids.setdefault(text, number) != number or (number in types and text not in vocabulary.values):
-            raise ConvertError(f"{token.where}: {text!r} with id {number} contradicts the rest of the vocabulary")
+            raise ConvertError(
+                f"{token.where}: {text!r} with id {number} contradicts the rest of the vocabulary; download it again"
+            )
         control = token.flag("special", default=False) or _looks_special(text)
         types[number] = int(gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED)
     return ids, types
@@ -166,7 +170,7 @@ def _token_id(section: Section, key: str, n_vocab: int) -> int:
 
 
 def _looks_special(text: str) -> bool:
-    """Tell control tokens that are not marked as such, by llama.cpp's rule for the spellings of these models."""
+    """Return whether a token is a control token although it is not marked, by llama.cpp's rule for these models."""
     return (text.startswith("<|") and text.endswith("|>")) or text in ("<pad>", "<mask>")
 
 
@@ -174,24 +178,24 @@ def _merges(model: Section, ids: Mapping[str, int]) -> tuple[str, ...]:
     merges = tuple(_merge(pair, ids) for pair in model.items("merges"))
     bad = next((position for position, merge in enumerate(merges) if not merge), None)
     if bad is not None or not merges:
-        what = "merges is empty" if bad is None else f"merges[{bad}] is no pair of tokens that make a third one"
+        what = "merges is empty" if bad is None else f"merges[{bad}] is not a pair of tokens that form a third token"
         raise ConvertError(f"{model.where}: {what}; download tokenizer.json again")
     return merges
 
 
 def _merge(pair: object, ids: Mapping[str, int]) -> str:
-    """Return "left right", or nothing when it is no valid merge; both of Hugging Face's forms are read."""
+    """Return "left right", or "" if the merge is not valid; both of Hugging Face's forms are read."""
     parts = pair.split(" ") if isinstance(pair, str) else pair
     if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
         return ""
     if not {parts[0], parts[1], "".join(parts)} <= ids.keys():
         return ""
-    # a space inside a part would read as the separator; the byte-level alphabet writes it so
+    # a space inside a part would be read as the separator; this is its letter in the byte-level alphabet
     return " ".join(part.replace(" ", "\u0120") for part in parts)
 
 
 def _special_ids(config: Section, root: Section, ids: Mapping[str, int], n_vocab: int) -> dict[str, int]:
-    """Return the ids of the special tokens: tokenizer_config.json names them by text, config.json by number."""
+    """Return the ids of the special tokens: tokenizer_config.json states their texts, config.json their ids."""
     found: dict[str, int] = {}
     for kind in _SPECIAL:
         text = _special_text(config, f"{kind}_token")
@@ -200,11 +204,14 @@ def _special_ids(config: Section, root: Section, ids: Mapping[str, int], n_vocab
             continue
         for section in (root, root.section("text_config")):
             key = f"{kind}_token_id"
-            if kind not in found and isinstance(section.values.get(key), int):  # eos may be a list: no key for that
+            # eos may be a list, for which GGUF has no key
+            if kind not in found and isinstance(section.values.get(key), int):
                 found[kind] = _token_id(section, key, n_vocab)
     for kind in _REQUIRED:
         if kind not in found:
-            raise ConvertError(f"{config.where}: {kind}_token is missing or no token of the vocabulary")
+            raise ConvertError(
+                f"{config.where}: {kind}_token is missing or not in the vocabulary; download the whole checkpoint"
+            )
     return found
 
 
@@ -214,7 +221,7 @@ def _special_text(config: Section, key: str) -> str:
 
 
 def _added_tokens(processor: Section, config: Section, special: Mapping[str, str]) -> dict[str, bool]:
-    """Return which special tokens are added to a text; the post-processor decides, then tokenizer_config.json."""
+    """Return which special tokens are added to a text: the post-processor decides, else tokenizer_config.json."""
     added: dict[str, bool] = {}
     steps = processor.sections("processors") or ([processor] if processor.values else [])
     for step in steps:
@@ -251,7 +258,7 @@ def _piece(item: Section) -> str:
 
 
 def _chat_template(folder: Path, config: Section) -> str | list[dict[str, str]]:
-    """Return the chat template; like in transformers a file of its own comes before tokenizer_config.json."""
+    """Return the chat template; as in transformers, its own file takes precedence over tokenizer_config.json."""
     if (folder / "chat_template.jinja").is_file():
         return read_text(folder / "chat_template.jinja")
     for section in (load_json_if_present(folder / "chat_template.json"), config):

@@ -1,4 +1,4 @@
-"""What a pair's files hold, checked tensor by tensor: all there, of the right shape, finite, near the source."""
+"""Check a pair's files tensor by tensor: none is missing, shapes are right, values finite and close to the source."""
 
 from __future__ import annotations
 
@@ -18,30 +18,35 @@ from lfm2vl_edge.models.gguf import StoredTensor, read_tensors
 
 _CHUNK_VALUES: Final = 2**22
 _SAMPLED_VALUES: Final = 2**18
-"""Values of each tensor that its error is measured on."""
+"""Values of each tensor on which its error is measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorError:
-    """How far a tensor is from its source."""
+    """How far a tensor is from its source.
+
+    Attributes:
+        name: name in the GGUF file.
+        type: type in the GGUF file.
+        error: length of the difference over the length of the source.
+    """
 
     name: str
-    """As the file spells it."""
     type: str
-    """Its type in the file."""
     error: float
-    """Length of the difference over the length of the source."""
 
 
 def problems(path: Path, metadata: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for everything that is wrong with a file's tensors.
+    """Yield a sentence for each problem with a file's tensors.
 
     Args:
         path: language or mmproj file.
-        metadata: what the file says.
+        metadata: the file's metadata.
 
     Raises:
-        ConvertError: the file is damaged, or does not say what its tensors should be.
+        ModelNotFound: the file does not exist.
+        ConfigError: the file is truncated or corrupt.
+        ConvertError: the metadata lacks something that decides shapes.
     """
     tensors = read_tensors(path)
     shapes = expected_shapes(tensors, metadata, path)
@@ -51,27 +56,27 @@ def problems(path: Path, metadata: Mapping[str, Any]) -> Iterator[str]:
         yield f"{path.name} has a tensor {name!r} that the model does not use"
     for name in sorted(tensors.keys() & shapes.keys()):
         if tensors[name].shape != shapes[name]:
-            yield f"{path.name}: {name!r} is {list(tensors[name].shape)}; its metadata asks for {list(shapes[name])}"
+            yield f"{path.name}: {name!r} is {list(tensors[name].shape)}; its metadata requires {list(shapes[name])}"
         elif not _is_finite(tensors[name]):
-            yield f"{path.name}: {name!r} has values that are infinite or no numbers"
+            yield f"{path.name}: {name!r} has values that are infinite or NaN"
 
 
 def expected_shapes(
     tensors: Mapping[str, StoredTensor], metadata: Mapping[str, Any], path: Path
 ) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of what a file must hold according to its metadata.
+    """Return name -> shape of every tensor that a file must have according to its metadata.
 
     Raises:
         ConvertError: the metadata lacks something.
     """
     try:
         if metadata["general.architecture"] == mmproj.ARCHITECTURE:
-            wanted = _encoder(tensors, metadata)
+            required = _encoder(tensors, metadata)
         else:
-            wanted = lm.wanted_tensors(_text(tensors, metadata))
-        return {one.target: one.target_shape for one in wanted}
+            required = lm.wanted_tensors(_text(tensors, metadata))
+        return {one.target: one.target_shape for one in required}
     except KeyError as error:
-        raise ConvertError(f"{path} does not say or hold {error}; convert it again") from error
+        raise ConvertError(f"{path} has no {error}; convert it again") from error
 
 
 def _text(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, Any]) -> TextConfig:
@@ -108,7 +113,7 @@ def _encoder(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, Any]) -
         norm_eps=float(metadata["clip.vision.attention.layer_norm_epsilon"]),
     )
     factor = int(metadata["clip.vision.projector.scale_factor"])
-    hidden = tensors["mm.1.weight"].shape[0]  # stated by no key
+    hidden = tensors["mm.1.weight"].shape[0]  # no key has it
     norm = "mm.input_norm.weight" in tensors
     projector = ProjectorConfig(hidden=hidden, factor=factor, bias=True, layer_norm=norm)
     text_width = int(metadata["clip.vision.projection_dim"])
@@ -126,7 +131,8 @@ def tensor_errors(path: Path, source: Rows) -> list[TensorError]:
     """Return the error of every tensor of a file, the largest first.
 
     Raises:
-        ConvertError: a file is damaged, or the source lacks a tensor.
+        ModelNotFound: the file does not exist.
+        ConfigError: a file is truncated or corrupt.
     """
     found = [
         TensorError(name=tensor.name, type=tensor.type, error=relative(*squares(tensor, source, _SAMPLED_VALUES)))
@@ -135,16 +141,18 @@ def tensor_errors(path: Path, source: Rows) -> list[TensorError]:
     return sorted(found, key=lambda one: -one.error)
 
 
-def reference_rows(path: Path, reference: Path) -> Rows:
-    """Return what reads transformers' values in the shapes of a file: one of the two may be padded with zeros.
+def baseline_rows(path: Path, baseline: Path) -> Rows:
+    """Return a function that reads a baseline's values in the shapes of a file: either may be padded with zeros.
 
     Raises:
-        ConvertError: a file is damaged, transformers lacks a tensor, or has another shape.
+        ModelNotFound: a file does not exist.
+        ConfigError: a file is truncated or corrupt.
+        ConvertError: the baseline lacks a tensor, or has it with another number of axes.
     """
-    own, other = read_tensors(path), read_tensors(reference)
+    own, other = read_tensors(path), read_tensors(baseline)
     for name in own:
         if name not in other or len(other[name].shape) != len(own[name].shape):
-            raise ConvertError(f"{reference} has no tensor {name!r} like that of {path}; it is of another model")
+            raise ConvertError(f"{baseline} has no tensor {name!r} like that of {path}; give files of the same model")
 
     def rows(name: str, start: int, stop: int) -> NDArray[np.float32]:
         shape = (stop - start, *own[name].shape[1:])
@@ -154,7 +162,7 @@ def reference_rows(path: Path, reference: Path) -> Rows:
 
 
 def fitted(values: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return float32 values of `shape`: cut where there are more, with zeros where there are less."""
+    """Return float32 values of `shape`: truncated, and padded with zeros, along each axis."""
     if values.shape == shape:
         return values
     result = np.zeros(shape, np.float32)

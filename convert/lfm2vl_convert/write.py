@@ -1,4 +1,4 @@
-"""GGUF files, written a few megabytes at a time: beside their final names first, renamed only when complete."""
+"""Write GGUF files a few megabytes at a time, under temporary names that are replaced when all are complete."""
 
 from __future__ import annotations
 
@@ -22,52 +22,52 @@ from lfm2vl_convert.shards import SourceTensor, read_rows
 from lfm2vl_edge.errors import ConvertError
 
 CHUNK_VALUES: Final = 2**21
-"""Values that are in memory at once, 8 MB as float32; conversion to BF16 needs about five times that."""
+"""Values in memory at once, 8 MB as float32; conversion to BF16 needs about five times that."""
 _SUFFIX: Final = ".partial"
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MEGABYTE: Final = 10**6
 _SAME_ORDER: Final = (Rearrangement.NONE, Rearrangement.SQUEEZED)
-"""The rearrangements that leave the values in their order."""
+"""Rearrangements that keep the order of the values."""
 
 
 Advance = Callable[[int], None]
-"""Called with a number of bytes that are done."""
-FinishReason = Callable[[Path, Path, Advance], None]
-"""From a complete source file, a file to write, and what to tell of bytes of the source."""
+"""Called with the number of bytes of each finished chunk."""
+Quantize = Callable[[Path, Path, Advance], None]
+"""Called with a complete source file, the file to write, and a callback for bytes of the source."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """A GGUF file to be written."""
+    """A GGUF file to write."""
 
     path: Path
     """Its final name."""
     writer: Any
-    """A `gguf.GGUFWriter` that has the metadata and the description of every tensor, and no file yet."""
+    """A `gguf.GGUFWriter` with the metadata and the description of every tensor, but without a file."""
     tensors: Sequence[TensorPlan]
-    """The tensors in the order in which they were described."""
-    quantize: FinishReason | None = None
-    """Makes the file from what the writer and the tensors describe; None where that is the file itself."""
+    """The tensors, in the order of their descriptions."""
+    quantize: Quantize | None = None
+    """Writes the final file from the one that writer and tensors describe; None if that is the final file."""
 
 
 def describe_tensors(writer: Any, tensors: Sequence[TensorPlan]) -> None:
-    """Tell a `gguf.GGUFWriter` names, shapes and types; the values come later."""
+    """Add names, shapes and types to a `gguf.GGUFWriter`; the values are written later."""
     for tensor in tensors:
         kind = gguf.GGMLQuantizationType[tensor.type]
         writer.add_tensor_info(tensor.target, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=kind)
 
 
 def write_files(outputs: Sequence[Output], folder: Path, advance: Advance) -> None:
-    """Write all files; they appear under their names together, when the last one is complete.
+    """Write all files; they appear under their names together when the last one is complete.
 
     Args:
-        outputs: what to write, all of it in `folder`.
-        folder: made when it does not exist; what killed runs left there for these names is removed.
-        advance: called with the number of bytes after each chunk.
+        outputs: the files, all of them in `folder`.
+        folder: created if it does not exist.
+        advance: called with the number of bytes of each chunk.
 
     Raises:
-        ConvertError: the disk is full, the folder cannot be written, another run writes the same file, a source file
-            is damaged, or a value does not fit into its type. No file is left behind.
+        ConvertError: the disk is full, the folder cannot be written, another run is writing the same file, a source
+            file is damaged, or a value is out of range for its type. No file is left behind.
     """
 
     def make(partials: Sequence[Path]) -> None:
@@ -79,15 +79,15 @@ def write_files(outputs: Sequence[Output], folder: Path, advance: Advance) -> No
 
 
 def write_together(finals: Sequence[Path], folder: Path, make: Callable[[Sequence[Path]], None]) -> None:
-    """Write files beside their names and rename them together, when the last one is complete.
+    """Write files under temporary names in the same folder, and rename them together when the last one is complete.
 
     Args:
         finals: the names, all of them in `folder`.
-        folder: made when it does not exist.
-        make: writes the files, under the names that it is given.
+        folder: created if it does not exist.
+        make: called with the temporary names, writes the files.
 
     Raises:
-        ConvertError: the disk is full, the folder cannot be written, or another run writes the same file.
+        ConvertError: the disk is full, the folder cannot be written, or another run is writing the same file.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def write_together(finals: Sequence[Path], folder: Path, make: Callable[[Sequenc
 
 
 def remove_leftovers(folder: Path, stems: Sequence[str]) -> None:
-    """Remove what killed runs left of files whose names begin with one of `stems`, unless a run still writes it."""
+    """Remove the temporary files of killed runs whose names start with one of `stems`; running ones keep theirs."""
     prefixes = tuple(f".{stem}-" for stem in stems)
     for path in folder.glob(f".*.gguf{_SUFFIX}"):
         if path.name.startswith(prefixes):
@@ -113,19 +113,19 @@ def remove_leftovers(folder: Path, stems: Sequence[str]) -> None:
 
 def _write_error(error: OSError, folder: Path) -> ConvertError:
     if error.errno in _DISK_FULL:
-        return ConvertError(f"the disk of {folder} is full ({error.strerror}); make room or give another folder")
+        return ConvertError(f"the disk of {folder} is full ({error.strerror}); free some space or give another folder")
     return ConvertError(f"cannot write in {error.filename or folder}: {error.strerror}; give another folder")
 
 
 @contextmanager
 def _partial(final: Path) -> Iterator[Path]:
-    """Hold the temporary file of `final`, which a lock marks as in use; it is gone at the end, renamed or removed."""
+    """Create the temporary file of `final`, locked as in use; at the end it has been renamed, or is removed."""
     path = final.with_name(f".{final.name}{_SUFFIX}")
     with path.open("ab") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConvertError(f"another run is writing {final}; wait for it") from None
+            raise ConvertError(f"another run is writing {final}; wait until it ends") from None
         try:
             yield path
         finally:
@@ -169,7 +169,7 @@ def _pad(file: IO[bytes], alignment: int) -> None:
 
 
 def _chunks(tensor: TensorPlan) -> Iterator[NDArray[Any]]:
-    """Yield the bytes of a tensor as they stand in the file, some rows at a time."""
+    """Yield the bytes of a tensor as the file stores them, some rows at a time."""
     n_rows, row = tensor.shape[0], math.prod(tensor.shape[1:])
     step = max(1, CHUNK_VALUES // row)
     same = tensor.source is not None and tensor.source.dtype == tensor.type and tensor.rearrangement in _SAME_ORDER
@@ -183,7 +183,7 @@ def _chunks(tensor: TensorPlan) -> Iterator[NDArray[Any]]:
 
 
 def rearranged_rows(tensor: TensorPlan, start: int, stop: int) -> NDArray[np.float32]:
-    """Return rows of a tensor, float32 `[stop - start, ...]`, in the axes of the GGUF file."""
+    """Return rows of a tensor, float32 `[stop - start, ...]`, with the axes of the GGUF file."""
     shape = (stop - start, *tensor.shape[1:])
     if tensor.source is None:
         return np.zeros(shape, np.float32)
@@ -197,7 +197,7 @@ def rearranged_rows(tensor: TensorPlan, start: int, stop: int) -> NDArray[np.flo
 
 
 def _padded_rows(source: SourceTensor, start: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return the rows from `start` on, float32 of `shape`, with zeros where the source has none."""
+    """Return the rows from `start`, float32 of `shape`, with zeros beyond the source's shape."""
     values = np.zeros(shape, np.float32)
     first, last = (min(row, source.shape[0]) for row in (start, start + shape[0]))
     if last > first:
@@ -209,7 +209,8 @@ def _padded_rows(source: SourceTensor, start: int, shape: tuple[int, ...]) -> ND
 def _converted(values: NDArray[np.float32], tensor: TensorPlan) -> NDArray[Any]:
     """Return the values in the tensor's type, rounded to nearest, ties to even.
 
-    A weight beyond the range of float16 would become infinite, and every answer nonsense.
+    Raises:
+        ConvertError: a weight is beyond the range of float16; it would become infinite.
     """
     if tensor.type == "F32":
         return values
@@ -225,7 +226,7 @@ def _converted(values: NDArray[np.float32], tensor: TensorPlan) -> NDArray[Any]:
 
 
 def _publish(finals: Sequence[Path], partials: Sequence[Path]) -> None:
-    """Rename all files; if one cannot be, those before it disappear again."""
+    """Rename all files; if one fails, remove those that were renamed."""
     done: list[Path] = []
     try:
         for final, partial in zip(finals, partials, strict=True):
@@ -238,7 +239,7 @@ def _publish(finals: Sequence[Path], partials: Sequence[Path]) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Make a file's bytes or a folder's names survive a power failure, where the system can."""
+    """Flush a file's bytes or a folder's names to the disk, if the system can."""
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:

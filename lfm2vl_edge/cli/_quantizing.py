@@ -1,4 +1,4 @@
-"""What `convert` and `quantize` share: types as the user writes them, and the report at the end."""
+"""What `convert` and `quantize` share: their options, the quantizer, and the report at the end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from lfm2vl_edge.cli._options import one_of
+from lfm2vl_edge.config import ENCODER_TYPES, FLOAT_TYPES, LANGUAGE_TYPES
 from lfm2vl_edge.errors import ConfigError, ConvertError
 
 if TYPE_CHECKING:
@@ -18,6 +20,31 @@ if TYPE_CHECKING:
     from lfm2vl_convert.report import Group
 
 AUTO: Final = "auto"
+DEFAULT_QUANT: Final = "Q4_0"
+Quant = Annotated[
+    str,
+    typer.Option(
+        "--quant",
+        **one_of(LANGUAGE_TYPES, "--quant"),
+        help="Type of the language tower.",
+    ),
+]
+MmprojQuant = Annotated[
+    str,
+    typer.Option(
+        "--mmproj-quant",
+        **one_of((AUTO, *ENCODER_TYPES), "--mmproj-quant"),
+        help="Type of encoder and projector; auto: the faster of F16 and BF16 on this machine.",
+    ),
+]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type",
+        metavar="PATTERN=TYPE",
+        help="Type of the matrices whose GGUF name the regular expression is found in; may be repeated.",
+    ),
+]
 ImatrixFile = Annotated[
     Path | None,
     typer.Option(
@@ -26,10 +53,10 @@ ImatrixFile = Annotated[
 ]
 
 
-def encoder_type(asked: str) -> str:
-    """Return the type of an mmproj file; `auto` becomes the faster exact enough one on this machine."""
-    if asked != AUTO:
-        return asked
+def encoder_type(name: str) -> str:
+    """Return the type of an mmproj file; `auto` is the faster of those that are exact enough on this machine."""
+    if name != AUTO:
+        return name
     from lfm2vl_edge.engine.quantize import fast_encoder_type, system_info
 
     return fast_encoder_type(system_info())
@@ -39,7 +66,7 @@ def parse_overrides(texts: Sequence[str] | None) -> list[tuple[str, str]]:
     """Return pattern and type of every `PATTERN=TYPE`.
 
     Raises:
-        ConvertError: one has no such form.
+        ConvertError: one does not have this form.
     """
     from lfm2vl_convert.recipes import parse_override
 
@@ -47,21 +74,19 @@ def parse_overrides(texts: Sequence[str] | None) -> list[tuple[str, str]]:
 
 
 def quantizer_with(imatrix: Path | None, types: Sequence[str], *, requantize: bool = False) -> Quantizer:
-    """Return what makes a quantized file.
+    """Return the function that writes a quantized file.
 
     Args:
         imatrix: the importance matrix to weigh errors with, if any.
-        types: those of the files that are to be made.
+        types: those of the files to write.
         requantize: whether tensors that are quantized already may be quantized again.
 
     Raises:
-        ConfigError: the importance matrix is no whole GGUF file, or no file would use it.
-        ConvertError: it is not there, is of another kind, or has values that cannot be.
+        ConfigError: the importance matrix is truncated or corrupt, or no file would use it.
+        ConvertError: it does not exist, is a file of another kind, or has values that are not valid.
     """
     from lfm2vl_convert.imatrix import read_imatrix, weights_for
-    from lfm2vl_convert.recipes import FLOAT_TYPES
     from lfm2vl_edge.engine.quantize import Importance, quantize_file
-    from lfm2vl_edge.models.gguf import read_metadata
 
     if imatrix is None:
         return functools.partial(quantize_file, requantize=requantize)
@@ -71,7 +96,7 @@ def quantizer_with(imatrix: Path | None, types: Sequence[str], *, requantize: bo
         )
     if not imatrix.is_file():
         raise ConvertError(f"no importance matrix at {imatrix}; check the path, or make one: lfm2vl-edge calibrate")
-    known = read_imatrix(imatrix, read_metadata(imatrix))
+    known = read_imatrix(imatrix)
     notes = notes_on(known)
 
     def quantize(source: Path, target: Path, kind: str, overrides: Any, advance: Any) -> None:
@@ -94,7 +119,7 @@ def notes_on(imatrix: Imatrix) -> dict[str, str | int]:
 
 
 def show_report(paths: Sequence[Path], groups: Sequence[Group], *, as_json: bool, quiet: bool) -> None:
-    """Print paths, or everything as JSON, on stdout, and the report on stderr unless it is to be quiet."""
+    """Print the paths, or everything as JSON, on stdout, and unless `quiet` the report on stderr."""
     from lfm2vl_convert.report import as_dict, as_table
 
     if not quiet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,11 +11,11 @@ import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._loading import chosen_model
-from lfm2vl_edge.cli._output import at_once, refuse_overwrite, refuse_unwritable, reporting, shows_progress, steps_bar
+from lfm2vl_edge.cli._output import at_once, progress_bar, refuse_overwrite, refuse_unwritable, reporting
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.evaluate.calibrate import Example
     from lfm2vl_edge.models.names import Pair
+    from lfm2vl_edge.prompt.messages import AnyImage
 
 
 @opt.takes_groups
@@ -28,18 +28,18 @@ def calibrate(
             "--data",
             metavar="DATA.jsonl",
             help='Lines of {"image": ..., "question": ..., "answer": ...}; the answer may be missing. '
-            "Default: 36 scenes that it draws.",
+            "Default: 36 synthetic scenes.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Show only that many examples.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only this many examples.")] = None,
     as_json: opt.Json = False,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Measure how much each column of each matrix is used: lfm2vl-edge calibrate -m models/f16 -o imatrix.gguf.
+    """Measure the inputs of every column of each matrix: lfm2vl-edge calibrate -m models/f16 -o imatrix.gguf.
 
     `convert --imatrix` and `quantize --imatrix` weigh errors with it.
-    Images and questions like those of the later use are worth most.
+    Images and questions that resemble the later use give the best result.
     """
     from lfm2vl_convert.imatrix import write_imatrix
     from lfm2vl_edge.evaluate.calibrate import Calibration
@@ -52,12 +52,12 @@ def calibrate(
         with (
             Calibration.open(pair, _widths(pair), n_threads=model.threads, n_ctx=model.ctx_size) as calibration,
             at_once() as interrupt,
-            steps_bar("calibrating", total, shows_progress(quiet)) as move,
+            progress_bar("calibrating", quiet=quiet, total=total) as move,
         ):
             interrupt.cancel = calibration.cancel
             tokens = 0
             for done, example in enumerate(examples, start=1):
-                tokens += calibration.show(example)
+                tokens += calibration.observe(*example)
                 interrupt.check()
                 move(done)
         write_imatrix(output, calibration.sums, calibration.counts, [dataset])
@@ -68,26 +68,21 @@ def calibrate(
 
 
 def _widths(pair: Pair) -> dict[str, int]:
-    """Return the columns of both files' matrices."""
+    """Return name -> columns of the matrices in both files."""
     from lfm2vl_convert.imatrix import matrix_widths
     from lfm2vl_edge.models.gguf import read_tensors
 
     return matrix_widths(read_tensors(pair.model)) | matrix_widths(read_tensors(pair.mmproj))
 
 
-def _examples(data: Path | None, limit: int | None) -> tuple[Iterator[Example], int, str]:
-    """Return what is shown, each read or drawn when its turn comes; how many there are; and what to call them."""
+def _examples(data: Path | None, limit: int | None) -> tuple[Iterator[tuple[Sequence[AnyImage], str, str]], int, str]:
+    """Return images, question and answer of each example, read or rendered one by one; their number; and a name."""
     from lfm2vl_edge.evaluate import read_rows
-    from lfm2vl_edge.evaluate.calibrate import Example
-    from lfm2vl_edge.image import synthetic as scenes
+    from lfm2vl_edge.image.synthetic import COUNT, SEED, scenes
 
     if data is None:
-        count = scenes.COUNT if limit is None else limit
-        drawn = (
-            Example(images=(scene.pixels,), question=scene.question, answer=scene.answer)
-            for scene in scenes.scenes(count)
-        )
-        return drawn, count, f"{count} scenes drawn by lfm2vl-edge, seed {scenes.SEED}"
+        count = COUNT if limit is None else limit
+        rendered = (([scene.pixels], scene.question, scene.answer) for scene in scenes(count))
+        return rendered, count, f"{count} scenes drawn by lfm2vl-edge, seed {SEED}"  # quote
     rows = read_rows(data, needs_answers=False)[:limit]
-    read = (Example(images=row.images, question=row.question, answer="".join(row.answers[:1])) for row in rows)
-    return read, len(rows), str(data)
+    return ((row.images, row.question, "".join(row.answers[:1])) for row in rows), len(rows), str(data)

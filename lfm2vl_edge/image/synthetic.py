@@ -1,7 +1,7 @@
-"""Drawn images with questions and answers: what to show to a model when nothing else is at hand.
+"""Synthetic images: one sample of any size, and scenes with a question and its answer.
 
-They have shapes, writing, charts and patterns, in sizes that make one view and in sizes that make tiles. Nothing is
-downloaded, and the same seed draws the same.
+Scenes have shapes, text, charts and patterns, in sizes that make one view and in sizes that make tiles. Nothing is
+downloaded, and the same seed gives the same pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COUNT: Final = 36
 """Scenes: six rounds through the sizes, nine of each kind."""
 SEED: Final = 4
 _SIZES: Final = ((256, 256), (384, 512), (512, 384), (512, 512), (320, 640), (576, 1024))
-"""Height, width; with the published settings the last one is cut into tiles."""
+"""Height, width; with the published settings the last one is split into tiles."""
 _COLOURS: Final = {
     "red": (214, 40, 40),
     "green": (40, 150, 70),
@@ -37,29 +37,40 @@ _LABELS: Final = ("January", "March", "June", "October", "December")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """An image, and what there is to say about it."""
+    """A synthetic image with a question and its answer."""
 
     pixels: Pixels
     """uint8 `[height, width, 3]`."""
     question: str
-    """What is asked."""
     answer: str
-    """What is right."""
+
+
+def sample_image(height: int, width: int) -> Pixels:
+    """Return a circle, a square and a triangle on a gradient, uint8 `[height, width, 3]`."""
+    rows, columns = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None, :]
+    ramps = np.broadcast_arrays(90 + 120 * rows, 60 + 150 * columns, 200 - 120 * rows * columns)
+    image = Image.fromarray(np.stack(ramps, axis=-1).astype(np.uint8))
+    canvas, unit = ImageDraw.Draw(image), min(height, width) // 8
+    canvas.ellipse((unit, unit, 4 * unit, 4 * unit), fill=(220, 30, 40))
+    canvas.rectangle((width - 4 * unit, height - 4 * unit, width - unit, height - unit), fill=(20, 60, 200))
+    triangle = (unit, height - unit), (3 * unit, height - 4 * unit), (4 * unit, height - unit)
+    canvas.polygon(triangle, fill=(30, 160, 60))
+    return np.asarray(image)
 
 
 def scenes(count: int = COUNT, seed: int = SEED) -> Iterator[Scene]:
-    """Yield scenes, each drawn when it is asked for."""
+    """Yield scenes; each is rendered when the iterator reaches it."""
     kinds = (_shapes, _sign, _chart, _pattern)
     for number in range(count):
         rng = np.random.default_rng((seed, number))
         height, width = _SIZES[number % len(_SIZES)]
-        picture = Image.fromarray(_ground(height, width, rng))
+        image = Image.fromarray(_gradient(height, width, rng))
         kind = kinds[(number + number // len(_SIZES)) % len(kinds)]  # so that each kind meets each size
-        question, answer = kind(picture, rng)
-        yield Scene(pixels=np.asarray(picture), question=question, answer=answer)
+        question, answer = kind(image, rng)
+        yield Scene(pixels=np.asarray(image), question=question, answer=answer)
 
 
-def _ground(height: int, width: int, rng: np.random.Generator) -> Pixels:
+def _gradient(height: int, width: int, rng: np.random.Generator) -> Pixels:
     """Return a light gradient with a little noise, uint8 `[height, width, 3]`."""
     rows, columns = np.linspace(0, 1, height)[:, None, None], np.linspace(0, 1, width)[None, :, None]
     corner, down, right = rng.uniform(150, 220, 3), rng.uniform(-60, 35, 3), rng.uniform(-60, 35, 3)
@@ -67,8 +78,8 @@ def _ground(height: int, width: int, rng: np.random.Generator) -> Pixels:
     return np.clip(corner + down * rows + right * columns + noise, 0, 255).astype(np.uint8)
 
 
-def _shapes(picture: Image.Image, rng: np.random.Generator) -> tuple[str, str]:
-    canvas, (width, height) = ImageDraw.Draw(picture), picture.size
+def _shapes(image: Image.Image, rng: np.random.Generator) -> tuple[str, str]:
+    canvas, (width, height) = ImageDraw.Draw(image), image.size
     number = int(rng.integers(1, 5))
     parts = []
     for place in rng.permutation(4)[:number]:
@@ -83,7 +94,7 @@ def _shapes(picture: Image.Image, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _draw(canvas: Any, shape: str, colour: tuple[int, int, int], middle: tuple[float, float], unit: float) -> None:
-    """Draw a shape of a radius of `unit` pixels; canvas and middle speak Pillow's x, y."""
+    """Draw a shape of a radius of `unit` pixels; `middle` is x, y, as in Pillow."""
     x, y = middle
     if shape == "circle":
         canvas.ellipse((x - unit, y - unit, x + unit, y + unit), fill=colour)
@@ -93,8 +104,8 @@ def _draw(canvas: Any, shape: str, colour: tuple[int, int, int], middle: tuple[f
         canvas.polygon(((x, y - unit), (x - unit, y + unit), (x + unit, y + unit)), fill=colour)
 
 
-def _sign(picture: Image.Image, rng: np.random.Generator) -> tuple[str, str]:
-    canvas, (width, height) = ImageDraw.Draw(picture), picture.size
+def _sign(image: Image.Image, rng: np.random.Generator) -> tuple[str, str]:
+    canvas, (width, height) = ImageDraw.Draw(image), image.size
     text = f"{rng.choice(_WORDS)} {rng.integers(1, 100)}"
     name = str(rng.choice(list(_COLOURS)))
     canvas.rectangle((0.1 * width, 0.3 * height, 0.9 * width, 0.7 * height), fill=_COLOURS[name])
@@ -103,8 +114,8 @@ def _sign(picture: Image.Image, rng: np.random.Generator) -> tuple[str, str]:
     return "What does the sign say?", f'The {name} sign says "{text}".'
 
 
-def _chart(picture: Image.Image, rng: np.random.Generator) -> tuple[str, str]:
-    canvas, (width, height) = ImageDraw.Draw(picture), picture.size
+def _chart(image: Image.Image, rng: np.random.Generator) -> tuple[str, str]:
+    canvas, (width, height) = ImageDraw.Draw(image), image.size
     values = rng.permutation(np.arange(2, 10))[: len(_LABELS)]
     step = width / (len(_LABELS) + 1)
     font = ImageFont.load_default(size=round(0.2 * step))
@@ -119,8 +130,8 @@ def _chart(picture: Image.Image, rng: np.random.Generator) -> tuple[str, str]:
     return "Read the chart. Which bar is the highest?", f"{listed}. The highest bar is {_LABELS[best]}."
 
 
-def _pattern(picture: Image.Image, rng: np.random.Generator) -> tuple[str, str]:
-    canvas, (width, height) = ImageDraw.Draw(picture), picture.size
+def _pattern(image: Image.Image, rng: np.random.Generator) -> tuple[str, str]:
+    canvas, (width, height) = ImageDraw.Draw(image), image.size
     name, step = str(rng.choice(list(_COLOURS))), int(rng.integers(16, 64))
     kind = str(rng.choice(("upright stripes", "level stripes", "squares of a chessboard")))
     for y in range(0, height, step):
@@ -128,4 +139,4 @@ def _pattern(picture: Image.Image, rng: np.random.Generator) -> tuple[str, str]:
             where = {"upright stripes": x, "level stripes": y}.get(kind, x + y)
             if where // step % 2:
                 canvas.rectangle((x, y, x + step - 1, y + step - 1), fill=_COLOURS[name])
-    return "What pattern is this?", f"The picture is filled with {name} {kind} on a light ground."
+    return "What pattern is this?", f"The picture is filled with {name} {kind} on a light ground."  # quote

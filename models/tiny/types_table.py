@@ -18,9 +18,9 @@ from typing import Annotated, Any, Final
 import typer
 
 from lfm2vl_convert import convert_checkpoint
-from lfm2vl_edge.config import ENCODER_TYPES, LANGUAGE_TYPES
 from lfm2vl_edge import Model
 from lfm2vl_edge.cli._quantizing import quantizer_with
+from lfm2vl_edge.config import ENCODER_TYPES, LANGUAGE_TYPES
 from lfm2vl_edge.evaluate import Row, Summary, evaluate, read_rows, summarise
 
 SHIPPED: Final = ("Q8_0", "F16")
