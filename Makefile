@@ -10,11 +10,15 @@ SOURCE := lfm2vl_edge convert models tests benchmarks .ci/engine.py
 IMAGES_VENV  := .venv-parity-images
 ENVIRONMENTS := $(VENV) $(IMAGES_VENV)
 
+# The public modules, without the modules below them.
+DOCUMENTED := lfm2vl_edge '!lfm2vl_edge\.' lfm2vl_edge.evaluate '!lfm2vl_edge\.evaluate\.' \
+	lfm2vl_convert '!lfm2vl_convert\.'
+
 # A fifth faster where Debian's libtcmalloc-minimal4 is installed.
 TCMALLOC := $(firstword $(wildcard /usr/lib/*/libtcmalloc_minimal.so.4))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format parity parity-images train scores clean
+.PHONY: help run test check format docs parity parity-images train scores clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +39,12 @@ check: $(VENV)/.dev ## formatting, lint, types, words and tests
 format: $(VENV)/.dev ## format the code and fix what lint can fix
 	$(BIN)/ruff check --fix $(SOURCE)
 	$(BIN)/ruff format $(SOURCE)
+
+# Warnings are errors, but for two things that pdoc cannot read: keys of typed dictionaries, and quoted type aliases, which
+# it then shows as they are written.
+docs: $(VENV)/.docs ## make the API reference from the docstrings, in build/docs
+	$(BIN)/python -W error -W 'ignore:Cannot determine where' -W 'ignore:Error parsing type annotation' -m pdoc \
+		--docformat google --no-include-undocumented --output-directory build/docs $(DOCUMENTED)
 
 parity: $(VENV)/.parity ## compare with transformers and torch, on new random checkpoints
 	$(BIN)/pytest -m parity -n 0
@@ -84,6 +94,10 @@ $(VENV)/.test: $(VENV)/.ready
 
 $(VENV)/.dev: $(VENV)/.test
 	$(PIP) install --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(PIP) install --editable '.[docs]'
 	@touch $@
 
 $(IMAGES_VENV)/.ready: pyproject.toml $(IMAGES_VENV)/.engine
