@@ -38,7 +38,7 @@ _PHASES: Final = {
 
 def main() -> int:
     """Install the requirements of the command line and return pip's exit code."""
-    environment = build_environment(os.environ, os.cpu_count() or 1, available_bytes())
+    environment = build_environment(os.environ, available_cores(), available_bytes())
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--verbose", "--progress-bar"]
     process = subprocess.Popen(  # noqa: S603
         [*command, "off", *sys.argv[1:]],
@@ -50,7 +50,7 @@ def main() -> int:
         bufsize=1,
     )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # pip gets it too, and stops its compilers
-    progress = Progress(sys.stderr, int(environment["CMAKE_BUILD_PARALLEL_LEVEL"]))
+    progress = Progress(sys.stderr, environment["CMAKE_BUILD_PARALLEL_LEVEL"])
     for line in process.stdout or ():
         progress.read(line.rstrip())
     code = process.wait()
@@ -75,6 +75,11 @@ def build_environment(user: Mapping[str, str], n_cores: int, memory: int | None)
     }
 
 
+def available_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def available_bytes() -> int | None:
     """Return the memory that is available, in bytes, or None on systems that do not report it."""
     try:
@@ -95,7 +100,7 @@ class Progress:
 
     every = 15.0
 
-    def __init__(self, output: TextIO, n_jobs: int) -> None:
+    def __init__(self, output: TextIO, n_jobs: str) -> None:
         self._output, self._n_jobs = output, n_jobs
         self._is_terminal = output.isatty()
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -136,7 +141,7 @@ class Progress:
         self._output.flush()
 
 
-def estimate(n_jobs: int) -> str:
+def estimate(n_jobs: str) -> str:
     """Return what to expect before the compiler starts."""
     return f"compiling llama.cpp with {n_jobs} jobs, once: about 6 minutes on 2 cores; pip keeps the result"
 

@@ -70,7 +70,7 @@ def test_the_step_and_the_time_are_printed_while_it_builds(
 ) -> None:
     monkeypatch.setattr(engine.Progress, "every", 0.05)
     output = io.StringIO()
-    progress = engine.Progress(output, 2)
+    progress = engine.Progress(output, "2")
     progress.read("  [57/136] /usr/bin/c++ -O3 -o llama.o")
     time.sleep(0.3)
     progress.close(0)
