@@ -1,6 +1,7 @@
-"""What the rest of the package knows of an inference engine: this protocol, arrays and numbers.
+"""The only room that knows llama.cpp and ggml; it imports errors, config, host, planning, image and models.
 
-A test's engine needs about 60 lines; `llama.py` is the one that runs models.
+Other rooms see the `Engine` protocol, which has only arrays and numbers, so that a test's engine takes 60 lines.
+`llama.py` is the engine that runs models.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 Floats: TypeAlias = "npt.NDArray[np.float32]"
 State: TypeAlias = "npt.NDArray[np.uint8]"
-"""uint8 `[n_bytes]`: the engine's sequence as bytes that only the engine reads."""
+"""uint8 `[n_bytes]`: the engine's sequence, in a form that only the engine reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +36,11 @@ class EngineInfo:
     n_threads: int
     """Threads that compute."""
     system: str
-    """The engine's own words on the instructions that it was built for."""
+    """llama.cpp's description of the instructions that it was built for."""
     libraries: tuple[Path, ...]
-    """Files of native code that compute; another build of them may round differently."""
+    """Native libraries that compute; another build of them may round differently."""
+    encoder: str
+    """What encodes views: `ggml graph` or `libmtmd`, with the reason if libmtmd is a fall-back."""
     encoder_settings: str
     """Every setting, beside the files, that may change a bit of an embedding."""
     language_settings: str
@@ -45,7 +48,7 @@ class EngineInfo:
 
 
 class Engine(Protocol):
-    """A language tower with its encoder, and the one sequence that it holds.
+    """A language tower with its encoder and one sequence.
 
     Every method raises EngineError when a native call fails.
     """
@@ -55,30 +58,30 @@ class Engine(Protocol):
         """Facts about the engine."""
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of plain text; names of control tokens in it are only letters."""
+        """Return the ids of plain text; names of control tokens in it are ordinary text."""
 
     def piece(self, token: int) -> bytes:
-        """Return the bytes that a token stands for; nothing for a control token."""
+        """Return the bytes of a token; none for a control token."""
 
     def is_end(self, token: int) -> bool:
-        """Tell whether a token ends the model's turn."""
+        """Return whether a token ends the model's turn."""
 
     def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
-        """Return the embeddings of one view.
+        """Return the embeddings of one view (a tile, the thumbnail or the whole image).
 
         Args:
-            pixels: uint8 `[height, width, 3]`, both sides whole image tokens.
-            n_tokens: how many embeddings the plan expects; anything else is an EngineError.
+            pixels: uint8 `[height, width, 3]`, both sides multiples of an image token's side.
+            n_tokens: how many embeddings the plan expects; any other number is an EngineError.
 
         Returns:
             float32 `[n_tokens, n_embd]`.
         """
 
     def reserve(self, n_tokens: int) -> None:
-        """Forget the sequence and make room for `n_tokens` tokens.
+        """Clear the sequence and make room for `n_tokens` tokens.
 
         Raises:
-            ContextFull: the model has no context that long.
+            ContextFull: it is more than the model's longest context.
         """
 
     def decode_tokens(self, tokens: Sequence[int], *, more: bool = False) -> None:
@@ -86,43 +89,43 @@ class Engine(Protocol):
 
         Args:
             tokens: their ids.
-            more: whether more is appended before logits are asked for, so that none need be computed now.
+            more: whether more is appended before logits are read, so that none need be computed now.
         """
 
     def decode_embeddings(self, embeddings: Floats, *, more: bool = False) -> None:
         """Append float32 `[n, n_embd]` embeddings to the sequence; `more` as above."""
 
     def logits(self) -> Floats:
-        """Return float32 `[n_vocab]`: the scores of what follows the sequence."""
+        """Return float32 `[n_vocab]`, the logits of the token after the sequence."""
 
     def snapshot(self) -> State:
-        """Return a copy of the sequence; restoring it gives the same bits as making it again."""
+        """Return a copy of the sequence; after restoring it, results have the same bits as after decoding it again."""
 
     def restore(self, state: State) -> None:
         """Replace the sequence by a snapshot, after `reserve`. There are no logits until something is decoded.
 
         Raises:
-            EngineError: the bytes are no snapshot of this model; the sequence is empty then.
+            EngineError: the bytes are not a snapshot of this model; the sequence is empty then.
         """
 
     def check_grammar(self, grammar: str) -> None:
-        """Refuse what is no grammar that `sample` can hold to, before anything is paid for.
+        """Check that `sample` can use a grammar, before any image is encoded.
 
         Raises:
-            ConfigError: it is none; the message says why.
+            ConfigError: it cannot; the message has the reason.
         """
 
     def sample(
-        self, sampling: Sampling, seed: int | None, seen: Sequence[int], grammar: str | None = None
+        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], grammar: str | None = None
     ) -> Iterator[int]:
-        """Yield tokens, each appended to the sequence when the next one is asked for, without end.
+        """Yield tokens without end; each is appended to the sequence when the next one is requested.
 
         Args:
-            sampling: how to draw.
-            seed: of the draw; `None` draws a fresh one.
-            seen: the prompt's tokens, which the repetition penalty counts like transformers'.
-            grammar: GBNF from `root` on, checked before. The tokens that come before the end of the turn are a
-                sentence of it; the turn ends only where the sentence may, and no control token comes in between.
+            sampling: temperature and the other sampling settings.
+            seed: of the random numbers; `None` takes a new one from the system.
+            prompt_tokens: the prompt's tokens, which the repetition penalty counts as transformers does.
+            grammar: GBNF that starts at `root` and passed `check_grammar`. The tokens before the end of the turn are
+                a sentence of it: the turn ends only if the sentence may, and contains no control token.
         """
 
     def cancel(self) -> None:

@@ -1,33 +1,22 @@
-"""Which GPU llama.cpp shall use, asked for by name; a clear answer where it was built without any; what it can use."""
+"""What the installed llama.cpp can compute on: backends and GPUs, and the GPU that a name means."""
 
 from __future__ import annotations
 
 import ctypes
 import re
-from dataclasses import dataclass
 from typing import Any, Final
 
 from lfm2vl_edge.engine.ffi import libraries, llama
 from lfm2vl_edge.errors import EngineError
 
-_LIBRARY: Final = re.compile(r"(lib)?ggml[.\d]*\.(so|dylib|dll)[.\d]*")
-"""ggml's registry of devices; llama-cpp-python has no functions for it."""
+_LIBRARY: Final = re.compile(r"libggml[.\d]*\.(so|dylib)[.\d]*")
+"""Has ggml's registry of devices, for which llama-cpp-python has no functions."""
 _GPU_TYPES: Final = frozenset((1, 2))
-"""ggml's codes of a GPU and of one that shares the processor's memory."""
+"""ggml-backend.h's GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU, which shares the processor's memory."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """A device that llama.cpp can put layers on."""
-
-    name: str
-    """As `--device` takes it, such as CUDA0."""
-    handle: int
-    """ggml's own; it is never freed."""
-
-
-def find_gpu(n_layers: int, name: str | None) -> Gpu | None:
-    """Return the GPU that was asked for; None leaves the choice to llama.cpp, or means that there is no work for one.
+def find_gpu(n_layers: int, name: str | None) -> int | None:
+    """Return ggml's handle of a GPU, which is never freed; None leaves the choice to llama.cpp, or needs no GPU.
 
     Raises:
         EngineError: the installed llama.cpp can use no GPU, or none of that name.
@@ -43,21 +32,20 @@ def find_gpu(n_layers: int, name: str | None) -> Gpu | None:
     if name is None:
         return None
     known = gpus()
-    for gpu in known:
-        if gpu.name == name:
-            return gpu
-    raise EngineError(f"no GPU {name!r}; this machine has {', '.join(gpu.name for gpu in known) or 'none'}")
+    if name not in known:
+        raise EngineError(f"no GPU {name!r}; this machine has {', '.join(known) or 'none'}")
+    return known[name]
 
 
-def gpus() -> list[Gpu]:
-    """Return the GPUs that the installed llama.cpp finds."""
+def gpus() -> dict[str, int]:
+    """Return the GPUs that the installed llama.cpp finds: name, such as CUDA0 -> ggml's handle."""
     library = _library()
     handles = [library.ggml_backend_dev_get(index) for index in range(library.ggml_backend_dev_count())]
-    return [
-        Gpu(name=library.ggml_backend_dev_name(handle).decode("utf-8", "replace"), handle=handle)
+    return {
+        library.ggml_backend_dev_name(handle).decode("utf-8", "replace"): handle
         for handle in handles
         if library.ggml_backend_dev_type(handle) in _GPU_TYPES
-    ]
+    }
 
 
 def backends() -> list[str]:
@@ -68,21 +56,21 @@ def backends() -> list[str]:
 
 
 def build() -> str | None:
-    """Return version and commit of the installed ggml, None if it does not tell them."""
+    """Return version and commit of the installed ggml; None for one from before July 2025, which has neither."""
     library = _library()
-    told = [getattr(library, name, None) for name in ("ggml_version", "ggml_commit")]
-    for function in told:
-        if function is None:  # before July 2025
+    functions = [getattr(library, name, None) for name in ("ggml_version", "ggml_commit")]
+    for function in functions:
+        if function is None:
             return None
         function.argtypes, function.restype = [], ctypes.c_char_p
-    version, commit = ((function() or b"?").decode("utf-8", "replace") for function in told if function)
+    version, commit = ((function() or b"?").decode("utf-8", "replace") for function in functions if function)
     return f"ggml {version} ({commit})"
 
 
 def _library() -> Any:
     path = next((path for path in libraries() if _LIBRARY.fullmatch(path.name)), None)
     if path is None:
-        raise EngineError("the installed llama-cpp-python has no ggml library, so a GPU cannot be asked for by name")
+        raise EngineError("the installed llama-cpp-python has no ggml library, so a GPU cannot be chosen by name")
     library = ctypes.CDLL(str(path))
     library.ggml_backend_dev_count.restype = ctypes.c_size_t
     library.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]

@@ -1,12 +1,16 @@
-"""libllama by itself, before Python's slower imports, and its log."""
+"""libllama without llama_cpp's bindings, which are slower to import, and its log.
+
+This is the only module that names llama_cpp; it needs nothing but the standard library.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import os
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,15 +20,21 @@ from typing import Any, Final
 _FOLDER_VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
 """llama_cpp's environment variable for another folder."""
 _NAMES: Final = ("libllama.so", "libllama.dylib")
-"""In the order in which llama_cpp looks for them."""
+"""In the order in which llama_cpp searches for them."""
 _PARAMETER_WORDS: Final = 64
 """More than llama.h's llama_model_params has: what is passed by value may be longer than what is read of it."""
+_WARNING: Final = 3
+_ERROR: Final = 4
+_CONTINUATION: Final = 5
+"""ggml.h's GGML_LOG_LEVEL_WARN, _ERROR and _CONT."""
+_LogCallback: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+"""ggml.h's ggml_log_callback."""
 
 
 class ModelParams(ctypes.Structure):
-    """llama.h's llama_model_params, as it is returned and passed on unread; like that, aligned as pointers are."""
+    """llama.h's llama_model_params, as opaque words: it is returned and passed on unread, aligned as pointers are."""
 
-    _fields_ = (("unread", ctypes.c_void_p * _PARAMETER_WORDS),)
+    _fields_ = (("opaque", ctypes.c_void_p * _PARAMETER_WORDS),)
 
 
 def bindings(name: str) -> Any:
@@ -36,7 +46,9 @@ def bindings(name: str) -> Any:
     Raises:
         ImportError: llama_cpp is not installed.
     """
-    return import_module(f"llama_cpp.{name}")
+    module = import_module(f"llama_cpp.{name}")
+    LOG.attach()  # llama_cpp sets a callback of its own when it is imported
+    return module
 
 
 @functools.cache
@@ -46,47 +58,58 @@ def libllama() -> Any:
     Raises:
         ImportError: llama_cpp is not installed.
     """
-    path = _path() or bindings("llama_cpp")._lib._name  # noqa: SLF001
-    library = ctypes.CDLL(str(path))  # an object of our own: the types below are not llama_cpp's
+    path = _path() or import_module("llama_cpp.llama_cpp")._lib._name  # noqa: SLF001
+    library = ctypes.CDLL(str(path))  # a separate object: the types below do not change llama_cpp's
     library.llama_model_default_params.restype = ModelParams
     library.llama_model_load_from_file.argtypes = [ctypes.c_char_p, ModelParams]
     library.llama_model_load_from_file.restype = ctypes.c_void_p
     library.llama_model_free.argtypes = [ctypes.c_void_p]
     library.llama_supports_gpu_offload.restype = ctypes.c_bool
+    library.llama_sampler_init_grammar.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p]
+    library.llama_sampler_init_grammar.restype = ctypes.c_void_p
     library.llama_log_set.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     return library
 
 
 def _path() -> Path | None:
-    """Return the file that llama_cpp will load; None where it has another name or place than is known here."""
-    named = os.environ.get(_FOLDER_VARIABLE)
-    package = find_spec("llama_cpp")  # which is not imported by this
-    inside = package.submodule_search_locations if package else None
-    folders = [Path(named)] if named else [Path(place) / "lib" for place in inside or ()]
+    """Return the file that llama_cpp will load; None if it has a name or place that is unknown here."""
+    chosen = os.environ.get(_FOLDER_VARIABLE)
+    package = find_spec("llama_cpp")  # does not import it
+    locations = package.submodule_search_locations if package else None
+    folders = [Path(chosen)] if chosen else [Path(location) / "lib" for location in locations or ()]
     return next((path for folder in folders for name in _NAMES if (path := folder / name).is_file()), None)
 
 
-class Log:
-    """llama.cpp's log, of which there is one in a process: somebody hears it, or for a while nobody."""
+class NativeLog:
+    """Receives llama.cpp's log: keeps the reason of a failure, and prints the lines if `verbose`.
+
+    llama.cpp has one log per process, so there is one of these, `LOG`.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.verbose = False
+        self.listener: Callable[[str], None] | None = None
+        """Called with every line, for what llama.cpp reports in no other way."""
+        self.callback = _LogCallback(self._receive)
+        """The C function that receives the log."""
+        self._warning = self._error = ""
+        self._level = 0
+        self._lock = threading.RLock()
         self._silences = 0
-        self._nobody = ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p)
-        self._hearer: Any = self._nobody
+        self._ignore = ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p)
 
-    def let_hear(self, callback: Any) -> None:
-        """Have every line told to a callback of C's types, which the caller keeps alive."""
+    def attach(self) -> None:
+        """Make llama.cpp send its log here, or nowhere while it is silenced."""
         with self._lock:
-            self._hearer = ctypes.cast(callback, ctypes.c_void_p)
-            self._set()
+            receiver = self._ignore if self._silences else ctypes.cast(self.callback, ctypes.c_void_p)
+            libllama().llama_log_set(receiver, None)
 
     @contextmanager
     def silence(self) -> Iterator[None]:
-        """Let nobody hear the log for now.
+        """Discard the log inside the block, from all threads.
 
         Reading a model logs hundreds of lines, and a callback in Python waits for the interpreter at each of them: up
-        to 5 ms where another thread is busy. Libc's `abs` instead takes the level and leaves the rest alone.
+        to 5 ms if another thread is busy. Libc's `abs` instead takes the level and ignores the other arguments.
         """
         self._silence(1)
         try:
@@ -94,13 +117,34 @@ class Log:
         finally:
             self._silence(-1)
 
-    def _silence(self, more: int) -> None:
+    def forget(self) -> None:
+        """Drop what was logged, so that `reason` is that of the next failure."""
+        self._warning = self._error = ""
+
+    def reason(self) -> str:
+        """Return the first error, else the last warning, in parentheses to append to a message, or an empty string.
+
+        The first, because later ones only report what failed in consequence.
+        """
+        line = self._error or self._warning
+        return f" ({line})" if line else ""
+
+    def _silence(self, change: int) -> None:
         with self._lock:
-            self._silences += more
-            self._set()
+            self._silences += change
+            self.attach()
 
-    def _set(self) -> None:
-        libllama().llama_log_set(self._nobody if self._silences else self._hearer, None)
+    def _receive(self, level: int, text: bytes, _: int | None) -> None:
+        self._level = self._level if level == _CONTINUATION else level
+        line = text.decode("utf-8", "replace")
+        if self.verbose:
+            sys.stderr.write(line)
+        if self.listener:
+            self.listener(line)
+        if self._level >= _ERROR and not self._error:
+            self._error = line.strip()
+        elif self._level == _WARNING and line.strip(" .\n"):
+            self._warning = line.strip()
 
 
-NATIVE_LOG: Final = Log()
+LOG: Final = NativeLog()

@@ -1,4 +1,4 @@
-"""The engine on llama.cpp: the language tower through libllama, the encoder on ggml, or through libmtmd on a GPU."""
+"""The engine on llama.cpp: the language tower in libllama; the encoder as a ggml graph, or in libmtmd on a GPU."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
 from lfm2vl_edge.config import Sampling
 from lfm2vl_edge.engine import EngineInfo, Floats, State
-from lfm2vl_edge.engine.encoder.graph import graphs_work
+from lfm2vl_edge.engine.encoder.graph import graph_failure
 from lfm2vl_edge.engine.encoder.vision import VERSION, GraphEncoder
 from lfm2vl_edge.engine.ffi import (
     ABORTED,
     FLASH_ATTENTION,
-    LOG,
     NO_MEMORY_SLOT,
     AbortFlag,
     check,
@@ -29,23 +28,26 @@ from lfm2vl_edge.engine.ffi import (
     sequence_bytes,
     set_sequence_bytes,
 )
+from lfm2vl_edge.engine.grammar import check_grammar
 from lfm2vl_edge.engine.language import LanguageFile
-from lfm2vl_edge.engine.sampling import Rules, Vocabulary, check_grammar, grammar_sampler, sampler_chain
+from lfm2vl_edge.engine.library import LOG
+from lfm2vl_edge.engine.sampling import Vocabulary, grammar_sampler, sample_constrained, sampler_chain
 from lfm2vl_edge.errors import ContextFull, EngineError
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.engine.encoder.mtmd import MtmdSettings
+    from lfm2vl_edge.engine.encoder.mtmd import MtmdEncoder
     from lfm2vl_edge.image.load import Pixels
 
+Encoder: TypeAlias = "GraphEncoder | MtmdEncoder"
 _N_BATCH: Final = 2048
 """Most tokens of one llama_decode call."""
 _CPU_ROWS: Final = 128
-"""Rows that a processor computes at a time. As quick as llama.cpp's 512, which a GPU gets, in 9 MB less at 450M."""
+"""Tokens that a processor computes at a time: as fast as llama.cpp's 512, which GPUs use, in 9 MB less at 450M."""
 _EXACT_ATTENTION: Final = 0
-"""llama.cpp's "disabled": flash attention rounds keys and values of the language tower to 16 bits."""
+"""llama.h's LLAMA_FLASH_ATTN_TYPE_DISABLED: flash attention rounds keys and values to 16 bits."""
 _NO_LOGITS: Final = ctypes.cast((ctypes.c_int8 * _N_BATCH)(), ctypes.POINTER(ctypes.c_int8))
 _CONTEXT_STEP: Final = 256
-"""llama.cpp rounds contexts up to this many tokens."""
+"""llama.cpp rounds the length of a context up to a multiple of this, tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,31 +57,21 @@ class EngineSettings:
     n_threads: int
     """Threads that compute."""
     n_ctx: int
-    """Tokens of context to begin with; it doubles, or more, when a prompt needs more."""
+    """Tokens of context at first; it doubles, or more, if a prompt needs more."""
     n_ctx_max: int
     """Longest context that the model allows, tokens."""
     max_view_tokens: int
-    """Image tokens of the largest view that is expected; a larger one makes an encoder on a GPU reopen its file."""
+    """Image tokens of the largest expected view; libmtmd opens its file again for a larger one."""
     exact: bool = False
-    """Whether exactness counts more than speed: attention without 16-bit shortcuts, a fifth slower to prefill."""
+    """Whether attention computes in 32 bits, which makes prefill a fifth slower."""
     n_gpu_layers: int = 0
-    """Layers that a GPU takes, where the installed llama.cpp has one; -1 means all."""
+    """Layers that a GPU takes, if the installed llama.cpp has one; -1 means all."""
     device: str | None = None
     """Name of that GPU; None leaves the choice to llama.cpp."""
 
 
-class Encoder(Protocol):
-    """Makes image tokens of views."""
-
-    def encode(self, pixels: Pixels, n_tokens: int, n_embd: int) -> Floats:
-        """Return the embeddings of one view, float32 `[n_tokens, n_embd]`."""
-
-    def close(self) -> None:
-        """Free the native memory; a second call does nothing."""
-
-
 class LlamaEngine:
-    """See `lfm2vl_edge.engine.Engine`. Not safe for several threads at a time, but for `cancel`.
+    """See `lfm2vl_edge.engine.Engine`. Only `cancel` may be called while another thread uses it.
 
     Raises:
         EngineError: llama.cpp refuses a file, and the message has its reason; or it has no such GPU.
@@ -87,21 +79,23 @@ class LlamaEngine:
 
     n_batch = _N_BATCH
     """Most tokens of one decode."""
+    observer: Any = None
+    """A ggml callback that receives every tensor that is computed; libmtmd encodes views then."""
 
     def __init__(
         self,
         model: Path | LanguageFile,
         mmproj: Path,
         settings: EngineSettings,
-        vision: Mapping[str, Any] | None = None,
+        vision: Mapping[str, Any],
     ) -> None:
         """Open both files.
 
         Args:
-            model: the language file, or what reads it already.
+            model: the language file, or one that is being read already.
             mmproj: the vision file.
             settings: how they are opened.
-            vision: metadata of the vision file, if it was read already.
+            vision: the vision file's metadata.
         """
         self._vision = vision
         self._model: Any = None
@@ -117,7 +111,7 @@ class LlamaEngine:
         self._gpu = model.gpu
         try:
             if self._uses_graph:
-                self._encoder_for(0)  # costs no time, finds a wrong file at once, and begins to read it
+                self._encoder_for(0)  # maps and checks the file while the language file is read
             self._model = model.take()
             self._vocabulary = Vocabulary(self._model)
             self._n_embd = llama.llama_model_n_embd(self._model)
@@ -137,6 +131,7 @@ class LlamaEngine:
             n_threads=self._settings.n_threads,
             system=llama.llama_print_system_info().decode("utf-8", "replace").strip(),
             libraries=libraries(),
+            encoder=self._encoder_name(),
             encoder_settings=self._encoder_settings(),
             language_settings=self._language_settings(),
         )
@@ -146,11 +141,11 @@ class LlamaEngine:
         return self._vocabulary.tokenize(text)
 
     def piece(self, token: int) -> bytes:
-        """Return the bytes that a token stands for; see the protocol."""
+        """Return the bytes of a token; see the protocol."""
         return self._vocabulary.piece(token)
 
     def is_end(self, token: int) -> bool:
-        """Tell whether a token ends the model's turn."""
+        """Return whether a token ends the model's turn."""
         return self._vocabulary.is_end(token)
 
     def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
@@ -158,7 +153,7 @@ class LlamaEngine:
         return self._encoder_for(n_tokens).encode(pixels, n_tokens, self._n_embd)
 
     def reserve(self, n_tokens: int) -> None:
-        """Forget the sequence and make room; see the protocol."""
+        """Clear the sequence and make room; see the protocol."""
         self._abort.lower()
         if n_tokens > self._settings.n_ctx_max:
             raise ContextFull(
@@ -179,7 +174,7 @@ class LlamaEngine:
     def decode_embeddings(self, embeddings: Floats, *, more: bool = False) -> None:
         """Append float32 `[n, n_embd]` embeddings to the sequence; see the protocol."""
         if embeddings.ndim != 2 or embeddings.shape[1] != self._n_embd:
-            raise EngineError(f"embeddings of shape {embeddings.shape} do not fit width {self._n_embd}")
+            raise EngineError(f"embeddings of shape {embeddings.shape} do not fit the model's width {self._n_embd}")
         for part, last in _parts(np.ascontiguousarray(embeddings, np.float32), self.n_batch):
             pointer = part.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
             self._decode(llama.llama_batch(n_tokens=len(part), embd=pointer), more or not last)
@@ -200,33 +195,33 @@ class LlamaEngine:
         set_sequence_bytes(self._context, state)
 
     def check_grammar(self, grammar: str) -> None:
-        """Refuse what is no grammar; see the protocol."""
+        """Check a grammar; see the protocol."""
         check_grammar(grammar)
 
     def sample(
-        self, sampling: Sampling, seed: int | None, seen: Sequence[int], grammar: str | None = None
+        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], grammar: str | None = None
     ) -> Iterator[int]:
         """Yield tokens without end; see the protocol."""
         with sampler_chain(sampling, seed, self._vocabulary.size, self._n_ctx) as chain:
-            for token in seen:
+            for token in prompt_tokens:
                 llama.llama_sampler_accept(chain, token)
             single = (llama.llama_token * 1)()
             batch = llama.llama_batch(n_tokens=1, token=single)
-            with self._drawing(chain, grammar) as draw:
+            with self._sampler(chain, grammar) as sample_token:
                 while True:
-                    single[0] = draw()
+                    single[0] = sample_token()
                     yield single[0]
                     self._decode(batch)
 
     @contextmanager
-    def _drawing(self, chain: Any, grammar: str | None) -> Iterator[Callable[[], int]]:
-        """Give what draws the next token."""
+    def _sampler(self, chain: Any, grammar: str | None) -> Iterator[Callable[[], int]]:
+        """Yield the function that samples the next token."""
         if grammar is None:
             yield lambda: int(llama.llama_sampler_sample(chain, self._context, -1))
             return
         with grammar_sampler(self._vocabulary.handle, grammar) as native:
-            rules = Rules(chain, native, self._vocabulary.text_tokens)
-            yield lambda: rules.draw(self.logits())
+            tokens = self._vocabulary.text_tokens
+            yield lambda: sample_constrained(chain, native, tokens, self.logits())
 
     def cancel(self) -> None:
         """Stop the running or next decode, from any thread."""
@@ -259,9 +254,9 @@ class LlamaEngine:
         return self._settings.n_gpu_layers != 0
 
     def _language_settings(self) -> str:
-        """Name what decides how llama.cpp computes, the length of the context excepted: it changes no bit.
+        """Return what decides how llama.cpp computes, without the length of the context, which changes no bit.
 
-        The number of threads does: flash attention on one token shares its sum among them.
+        The number of threads does: flash attention on one token splits its sum among them.
         """
         params = self._context_params(_CONTEXT_STEP)
         settings = self._settings
@@ -274,7 +269,7 @@ class LlamaEngine:
     def _open_context(self, n_tokens: int) -> None:
         if self._context:
             llama.llama_free(self._context)
-            self._context, self._n_ctx = None, 0  # if there is no memory for the next one, it is tried again
+            self._context, self._n_ctx = None, 0  # so that `reserve` tries again if the next one does not fit
         params = self._context_params(n_tokens)
         context = llama.llama_init_from_model(self._model, params)
         self._context = require(
@@ -284,7 +279,7 @@ class LlamaEngine:
         self._abort.attach(self._context)
 
     def _context_params(self, n_tokens: int) -> Any:
-        """Return how a context for `n_tokens` tokens is made."""
+        """Return the parameters of a context for `n_tokens` tokens."""
         params = llama.llama_context_default_params()
         params.n_ctx = min(-(-n_tokens // _CONTEXT_STEP) * _CONTEXT_STEP, self._settings.n_ctx_max)
         params.n_batch = self.n_batch
@@ -293,10 +288,12 @@ class LlamaEngine:
         params.n_threads = params.n_threads_batch = self._settings.n_threads
         params.flash_attn_type = self._attention
         params.no_perf = True
+        if self.observer is not None:
+            params.cb_eval = self.observer
         return params
 
     def _encoder_for(self, n_tokens: int) -> Encoder:
-        """Return the encoder, opened at first use; mtmd's again when a view is larger than it was opened for."""
+        """Return the encoder, opened at first use; libmtmd's is opened again for a view of more tokens."""
         if self._encoder and n_tokens > self._view_tokens and not isinstance(self._encoder, GraphEncoder):
             self._close_encoder()
         if self._encoder is None:
@@ -307,34 +304,37 @@ class LlamaEngine:
     def _new_encoder(self) -> Encoder:
         if self._uses_graph:
             return GraphEncoder(self._mmproj, self._settings.n_threads, self._vision)
-        from lfm2vl_edge.engine.encoder.mtmd import MtmdEncoder  # processors do without libmtmd
+        from lfm2vl_edge.engine.encoder.mtmd import MtmdEncoder  # libmtmd is loaded only if it is used
 
-        return MtmdEncoder(self._mmproj, self._mtmd_settings())
-
-    @property
-    def _uses_graph(self) -> bool:
-        return not self._uses_gpu and graphs_work()
-
-    def _encoder_settings(self) -> str:
-        """Name what decides how views are computed; the number of threads changes no bit."""
-        if self._uses_graph:
-            return f"graph={VERSION}"
-        return f"flash={FLASH_ATTENTION} gpu={self._uses_gpu}{self._device}"
-
-    def _mtmd_settings(self) -> MtmdSettings:
-        """Return how mtmd is opened for views of up to `_view_tokens` tokens."""
-        from lfm2vl_edge.engine.encoder.mtmd import MtmdSettings
-
-        return MtmdSettings(
+        return MtmdEncoder(
+            self._mmproj,
+            self._model,
             n_threads=self._settings.n_threads,
             view_tokens=self._view_tokens,
             use_gpu=self._uses_gpu,
             gpu=self._gpu,
+            observer=self.observer,
         )
 
+    @property
+    def _uses_graph(self) -> bool:
+        return self.observer is None and not self._uses_gpu and graph_failure() is None
+
+    def _encoder_name(self) -> str:
+        if self._uses_graph:
+            return "ggml graph"
+        is_fallback = self.observer is None and not self._uses_gpu
+        return f"libmtmd ({graph_failure()})" if is_fallback else "libmtmd"
+
+    def _encoder_settings(self) -> str:
+        """Return what decides how views are computed; the number of threads changes no bit."""
+        if self._uses_graph:
+            return f"graph={VERSION}"
+        return f"flash={FLASH_ATTENTION} gpu={self._uses_gpu}{self._device}"
+
     def _outputs(self, more: bool) -> Any:
-        """Return for which tokens of a batch there shall be logits; each costs a quarter of what its token costs."""
-        return _NO_LOGITS if more else None  # llama.cpp takes None for the last one
+        """Return which tokens of a batch get logits; each costs a quarter of what its token costs."""
+        return _NO_LOGITS if more else None  # NULL means the last token
 
     def _decode(self, batch: Any, more: bool = False) -> None:
         batch.logits = self._outputs(more)
@@ -348,6 +348,6 @@ class LlamaEngine:
 
 
 def _parts(whole: Any, size: int) -> Iterator[tuple[Any, bool]]:
-    """Yield pieces of at most `size`, each with whether it is the last one."""
-    for begin in range(0, len(whole), size):
-        yield whole[begin : begin + size], begin + size >= len(whole)
+    """Yield slices of at most `size`, each with whether it is the last one."""
+    for start in range(0, len(whole), size):
+        yield whole[start : start + size], start + size >= len(whole)

@@ -1,10 +1,9 @@
-"""The engine with a look at what goes into its matrices: what an importance matrix is made of."""
+"""The engine that observes the inputs of its matrices, from which an importance matrix is computed."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,9 +12,8 @@ import numpy.typing as npt
 
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.engine.encoder.ggml import F32, fields, ggml, product_op
-from lfm2vl_edge.engine.encoder.mtmd import MtmdEncoder
 from lfm2vl_edge.engine.ffi import llama
-from lfm2vl_edge.engine.llama import Encoder, EngineSettings, LlamaEngine
+from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
 from lfm2vl_edge.errors import EngineError
 from lfm2vl_edge.image.load import Pixels
 
@@ -23,40 +21,43 @@ Sums = npt.NDArray[np.float64]
 
 
 class InputSquares:
-    """Sums up the squares of what matrices are multiplied with, by matrix and column, while graphs are computed.
+    """Sums the squares of the inputs of matrices, by matrix and column, while graphs are computed.
+
+    Args:
+        widths: name -> columns of the matrices to observe.
 
     Raises:
-        EngineError: the installed ggml is of a version that cannot be observed.
+        EngineError: the installed version of ggml cannot be observed.
     """
 
     def __init__(self, widths: Mapping[str, int]) -> None:
         self.sums: dict[str, Sums] = {name: np.zeros(width) for name, width in widths.items()}
         """Matrix -> float64 `[width]`: the sums."""
         self.counts: dict[str, int] = dict.fromkeys(widths, 0)
-        """Matrix -> how many rows were summed up."""
-        self.callback = llama.ggml_backend_sched_eval_callback(self._take)
-        """What ggml calls before and after each node; it must outlive the contexts that have it."""
+        """Matrix -> rows that were added."""
+        self.callback = llama.ggml_backend_sched_eval_callback(self._receive)
+        """Called by ggml before and after each node; it must outlive the contexts that use it."""
         self._product = product_op()
         self._failure: BaseException | None = None
 
     def check(self) -> None:
-        """Raise what went wrong in the callback, from where an exception cannot leave."""
+        """Raise the exception of the callback, which cannot leave it: ctypes would print it and continue."""
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _take(self, address: int, asks: bool, _: int | None) -> bool:
-        """Say whether a node's result is awaited, or look at its inputs after it was computed."""
+    def _receive(self, address: int, is_question: bool, _: int | None) -> bool:
+        """Return whether a node's result is needed, or add its inputs after it was computed."""
         try:
             node = fields(address)
             if node.op != self._product or self._failure is not None:
-                return not asks
+                return not is_question
             name = _weight_name(fields(node.src[0]).name)
             if name not in self.sums:
-                return not asks
-            if not asks:
+                return not is_question
+            if not is_question:
                 self._add(name, node.src[1])
-        except BaseException as error:  # noqa: BLE001  # ctypes would print it and go on
+        except BaseException as error:  # noqa: BLE001  # `check` raises it
             self._failure = error
         return True
 
@@ -66,21 +67,21 @@ class InputSquares:
             raise EngineError(f"{name} is multiplied with {rows.shape[1]} columns; it has {len(self.sums[name])}")
         added = np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
         if not np.isfinite(added).all():
-            raise EngineError(f"what goes into {name} is infinite or no number; verify the model")
+            raise EngineError(f"an input of {name} is infinite or NaN; verify the model")
         self.sums[name] += added
         self.counts[name] += len(rows)
 
 
 def _weight_name(name: bytes) -> str:
-    """Return a weight's own name: of a copy on a device, `CUDA0#blk.0.attn_k.weight#0`, the part in the middle."""
+    """Return a weight's name in the file; a copy on a device is called `CUDA0#blk.0.attn_k.weight#0`."""
     return (name.split(b"#")[1] if b"#" in name else name).decode("utf-8", "replace")
 
 
 def _rows(address: int) -> npt.NDArray[np.float32]:
-    """Return a copy of a tensor, wherever it lies, as float32 `[n_rows, width]`.
+    """Return a copy of a tensor, on any device, as float32 `[n_rows, width]`.
 
     Raises:
-        EngineError: it is of another type.
+        EngineError: it has another type.
     """
     tensor = fields(address)
     if tensor.type != F32:
@@ -95,26 +96,27 @@ def _rows(address: int) -> npt.NDArray[np.float32]:
 
 
 _ROWS: Final = 256
-"""Tokens of one decode: each of them makes a row of logits, 67 MB with a vocabulary of 65,536."""
+"""Tokens of one decode: each has a row of logits, 67 MB in total with a vocabulary of 65,536."""
 
 
 class ObservedEngine(LlamaEngine):
-    """Sums up the squares of what matrices are multiplied with, in both towers.
+    """Sums the squares of the inputs of matrices, in both towers.
 
-    llama.cpp leaves out what its last layer would compute for tokens whose logits nobody wants; here all are wanted,
-    so that this layer sees as many tokens as the others.
+    llama.cpp's last layer skips tokens without logits; here all tokens have logits, so that this layer gets as many
+    tokens as the others.
 
     Raises:
-        EngineError: llama.cpp refuses a file, or is of a version that cannot be observed.
+        EngineError: llama.cpp refuses a file, or its version cannot be observed.
     """
 
     n_batch = _ROWS
 
     def __init__(self, model: Path, mmproj: Path, settings: EngineSettings, widths: Mapping[str, int]) -> None:
         self.squares = InputSquares(widths)
-        """What was summed up so far."""
-        self._wanted = np.ones(_ROWS, np.int8)
-        super().__init__(model, mmproj, settings)
+        """The sums so far."""
+        self.observer = self.squares.callback
+        self._all = np.ones(_ROWS, np.int8)
+        super().__init__(model, mmproj, settings, {})
 
     def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
         """Return the embeddings of one view; see the protocol."""
@@ -122,16 +124,8 @@ class ObservedEngine(LlamaEngine):
         self.squares.check()
         return embeddings
 
-    def _context_params(self, n_tokens: int) -> Any:
-        params = super()._context_params(n_tokens)
-        params.cb_eval = self.squares.callback
-        return params
-
-    def _new_encoder(self) -> Encoder:
-        return MtmdEncoder(self._mmproj, replace(self._mtmd_settings(), observer=self.squares.callback))
-
-    def _outputs(self, more: bool) -> Any:  # noqa: ARG002  # all are wanted, whatever follows
-        return self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+    def _outputs(self, more: bool) -> Any:  # noqa: ARG002  # all tokens, whatever follows
+        return self._all.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
 
     def _decode(self, batch: Any, more: bool = False) -> None:
         super()._decode(batch, more)

@@ -1,7 +1,7 @@
-"""Quantizing a GGUF file by llama.cpp itself, in a process of its own.
+"""Quantizing a GGUF file with llama.cpp, in a process of its own.
 
-llama_model_quantize cannot be stopped and ends the process when a check of its own fails. A process can be stopped,
-gives all memory back, and says with its exit code that it died.
+llama_model_quantize cannot be stopped and ends the process if one of its checks fails. A process can be stopped, frees
+all memory, and its exit code reports a crash.
 """
 
 from __future__ import annotations
@@ -27,34 +27,28 @@ from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.errors import EngineError
 from lfm2vl_edge.host import available_cpus
 
-QUANT_TYPES: Final = (
-    *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0"),
-    *("Q4_K_M", "Q4_K", "Q4_K_S", "Q4_0", "IQ4_NL", "Q3_K_M"),
-)
-"""What a file can be quantized to, in llama-quantize's spelling; Q4_K is its other name of Q4_K_M."""
 _ALIASES: Final = {"Q4_K": "Q4_K_M"}
+"""llama-quantize's second name of a type."""
 _BUFFER_BYTES: Final = 2**25
-"""Rows that llama.cpp holds at once; its default, 8 GB, is whole matrices. The result is the same."""
+"""Memory for the rows that llama.cpp quantizes at once; its default, 8 GB, holds whole matrices. Same result."""
 _TENSOR_LINE: Final = re.compile(r"\[ *\d+/ *\d+\] \S+ +- \[([\d, ]+)\], type = +(\w+),")
 _NOT_WRITTEN: Final = "iostream error"
-"""The whole of what llama.cpp says when the disk is full."""
+"""llama.cpp's message if the disk is full."""
 _FAST_BF16: Final = "AVX512_BF16"
-"""How llama.cpp calls what makes products of bfloat16 faster than those of float16; processors with AMX have it too,
-and of other ones it does not tell."""
-
-
+"""llama.cpp's name of the feature that makes products of bfloat16 faster than those of float16; processors with AMX
+have it too, and llama.cpp reports no such feature of ARM processors."""
 _NOTE_BYTES: Final = 127
-"""What fits into a text that llama.cpp is asked to note in a file."""
+"""Longest text that llama.h's llama_model_kv_override can hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Importance:
-    """How much the columns of matrices count."""
+    """An importance matrix: how much the columns of matrices count."""
 
     weights: Mapping[str, Floats]
-    """Matrix -> float32 `[columns]`: the mean square of what each column is multiplied with."""
+    """Matrix -> float32 `[columns]`: the mean square of each column's inputs."""
     notes: Mapping[str, str | int]
-    """Metadata for the quantized file; of long texts the first 127 bytes."""
+    """Metadata for the quantized file; texts are truncated to 127 bytes."""
 
 
 def quantize_file(
@@ -67,17 +61,17 @@ def quantize_file(
     requantize: bool = False,
     importance: Importance | None = None,
 ) -> None:
-    """Write a quantized form of a GGUF file, byte for byte llama-quantize's.
+    """Write a quantized copy of a GGUF file, with the same bytes as llama-quantize.
 
     Args:
         source: language or mmproj file.
-        target: the file to write; it is left behind, incomplete, when this fails.
-        kind: one of `QUANT_TYPES`.
+        target: the file to write; if this fails, an incomplete file remains.
+        kind: one of `LANGUAGE_TYPES` or `ENCODER_TYPES` of config.py.
         overrides: pairs of a regular expression, searched in tensor names, and a tensor type such as Q6_K; the first
-            that is found decides. llama.cpp honours them for block types only.
-        advance: called with the bytes of each tensor of `source` that is done.
-        requantize: whether tensors that are quantized already may be quantized again.
-        importance: what errors are weighed with; without it each column counts alike.
+            match decides. llama.cpp honours them for block types only.
+        advance: called with the size in `source`, bytes, of each tensor that is done.
+        requantize: whether quantized tensors may be quantized again.
+        importance: weights of the quantization error; without it all columns have the same weight.
 
     Raises:
         EngineError: llama.cpp refuses; the message has its reason.
@@ -88,12 +82,12 @@ def quantize_file(
     if importance is not None:
         job |= {"weights": {name: len(one) for name, one in importance.weights.items()}, "notes": {**importance.notes}}
     command = [sys.executable, "-c", code, json.dumps(job)]
-    with subprocess.Popen(  # noqa: S603  # our own interpreter and code
+    with subprocess.Popen(  # noqa: S603  # this interpreter and package
         command,
-        stdin=subprocess.PIPE,  # held open: its end tells the child that nobody waits any more
+        stdin=subprocess.PIPE,  # stays open: the child ends when it is closed
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # the log arrives through stdout
-        start_new_session=True,  # Ctrl-C goes to us, and we decide
+        start_new_session=True,  # Ctrl-C reaches only this process, which kills the child
     ) as child:
         try:
             if importance is not None:
@@ -110,16 +104,16 @@ def quantize_file(
 
 
 def _send(pipe: IO[bytes] | None, importance: Importance) -> None:
-    """Give the child the weights, which are too many for its command line."""
+    """Send the weights to the child; they are too large for its command line."""
     if pipe is not None:
-        with suppress(BrokenPipeError):  # it ended already, and its exit code will say so
+        with suppress(BrokenPipeError):  # it has ended, and its exit code is read later
             for weights in importance.weights.values():
                 pipe.write(np.ascontiguousarray(weights, np.float32).tobytes())
             pipe.flush()
 
 
 def _follow(lines: IO[bytes] | None, advance: Callable[[int], None]) -> str:
-    """Read what the child says until it ends; return what went wrong, or nothing."""
+    """Read the child's messages until it ends; return the reason of a failure, or an empty string."""
     failure = ""
     for line in lines or ():
         message = json.loads(line)
@@ -133,79 +127,74 @@ def _explained(failure: str, source: Path, target: Path) -> str:
     if _NOT_WRITTEN in failure:
         return f"cannot write all of {target}: the disk is full; make room or give another folder"
     if "requantizing" in failure:
-        return f"{source} is quantized already, and again makes it worse; quantize the original, or allow --requantize"
+        return f"{source} is quantized already; quantize the original, or accept a further loss with --requantize"
     return f"llama_model_quantize failed on {source}{failure}"
 
 
 def fast_encoder_type(system: str) -> str:
-    """Return the mmproj type that is fastest on this machine among those that are exact enough (error below 1 %).
+    """Return the fastest mmproj type on this machine of those with an error below 1 %.
 
     Args:
-        system: llama.cpp's description of the machine.
+        system: llama.cpp's description of the machine, from `system_info`.
     """
     return "BF16" if re.search(rf"\b{_FAST_BF16} = 1\b", system) else "F16"
 
 
 def system_info() -> str:
-    """Return llama.cpp's description of the machine: the processor's features that it uses."""
+    """Return llama.cpp's description of the machine, which lists the processor's features that it uses."""
     from lfm2vl_edge.engine.ffi import llama
 
     return str(llama.llama_print_system_info().decode("utf-8", "replace"))
 
 
 def work() -> None:
-    """Quantize what the first argument says, and tell how it goes on stdout: the child's side of `quantize_file`."""
+    """Run the job in the first argument, with messages on stdout: the child's side of `quantize_file`."""
     job = json.loads(sys.argv[1])
     weights = {name: _receive(size) for name, size in job["weights"].items()}
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    progress = _Progress()
-    failure = _quantize(job, weights, progress.listen)
-    progress.finish()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    current = 0  # bytes of the tensor that is being quantized
+
+    def listen(line: str) -> None:  # llama.cpp reports its progress only in its log
+        nonlocal current
+        if found := _TENSOR_LINE.match(line):
+            _report_bytes(current)
+            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[found[2].upper()]]
+            current = math.prod(int(side) for side in found[1].split(",")) // block * size
+
+    failure = _quantize(job, weights, listen)
+    _report_bytes(current)
     if failure:
-        _say(failure=failure)
+        _send_message(failure=failure)
     sys.stdout.flush()
     os._exit(1 if failure else 0)  # the thread that watches the parent cannot be joined
 
 
 def _receive(size: int) -> Floats:
-    """Return the next weights from the parent, float32 `[size]`."""
+    """Return the next weights from stdin, float32 `[size]`."""
     raw = sys.stdin.buffer.read(4 * size)
-    if len(raw) != 4 * size:  # nobody waits any more
+    if len(raw) != 4 * size:  # the parent has ended
         os._exit(1)
     return np.frombuffer(raw, np.float32)
 
 
-def _leave_with_parent() -> None:
+def _exit_with_parent() -> None:
     while os.read(0, 1):
         pass
     os._exit(1)
 
 
-def _say(**message: Any) -> None:
+def _report_bytes(n_bytes: int) -> None:
+    if n_bytes:
+        _send_message(bytes=n_bytes)
+
+
+def _send_message(**message: Any) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
 
-class _Progress:
-    """Finds out from llama.cpp's log which tensor is being worked on: there is no other way."""
-
-    def __init__(self) -> None:
-        self._current = 0
-
-    def listen(self, line: str) -> None:
-        if found := _TENSOR_LINE.match(line):
-            self.finish()
-            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[found[2].upper()]]
-            self._current = math.prod(int(side) for side in found[1].split(",")) // block * size
-
-    def finish(self) -> None:
-        if self._current:
-            _say(bytes=self._current)
-        self._current = 0
-
-
 def _quantize(job: dict[str, Any], weights: Mapping[str, Floats], listen: Callable[[str], None]) -> str:
-    """Return what went wrong, or nothing."""
+    """Return the reason of a failure, or an empty string."""
     from lfm2vl_edge.engine.ffi import LOG, llama
 
     kind = _ALIASES.get(job["kind"], job["kind"])
@@ -225,7 +214,7 @@ def _quantize(job: dict[str, Any], weights: Mapping[str, Floats], listen: Callab
 
 
 def _native_overrides(overrides: Sequence[tuple[str, str]]) -> Any:
-    """Return llama.cpp's array of overrides, which ends with an empty one; ctypes keeps it while `params` lives."""
+    """Return llama.cpp's array of overrides, which ends with an empty one; ctypes keeps it as long as `params`."""
     from lfm2vl_edge.engine.ffi import llama
 
     if not overrides:
@@ -239,7 +228,7 @@ def _native_overrides(overrides: Sequence[tuple[str, str]]) -> Any:
 
 
 def _native_weights(weights: Mapping[str, Floats]) -> Any:
-    """Return llama.cpp's array of weights, which ends with a nameless entry; the values must outlive its use."""
+    """Return llama.cpp's array of weights, which ends with an entry without a name; `weights` must outlive it."""
     from lfm2vl_edge.engine.ffi import llama
 
     array = (llama.llama_model_imatrix_data * (len(weights) + 1))()
@@ -251,7 +240,7 @@ def _native_weights(weights: Mapping[str, Floats]) -> Any:
 
 
 def _native_notes(notes: Mapping[str, str | int]) -> Any:
-    """Return llama.cpp's array of metadata to write, which ends with an entry without a key."""
+    """Return llama.cpp's array of metadata, which ends with an entry without a key."""
     from lfm2vl_edge.engine.ffi import llama
 
     array = (llama.llama_model_kv_override * (len(notes) + 1))()
@@ -260,6 +249,6 @@ def _native_notes(notes: Mapping[str, str | int]) -> Any:
         if isinstance(value, int):
             entry.tag, entry.value.val_i64 = llama.LLAMA_KV_OVERRIDE_TYPE_INT, value
         else:
-            text = value.encode("utf-8", "replace")[:_NOTE_BYTES].decode("utf-8", "ignore")  # no half characters
+            text = value.encode("utf-8", "replace")[:_NOTE_BYTES].decode("utf-8", "ignore")  # no partial character
             entry.tag, entry.value.val_str = llama.LLAMA_KV_OVERRIDE_TYPE_STR, text.encode()
     return array

@@ -1,4 +1,4 @@
-"""The language file: read early, quietly and by libllama alone, freed once, and noticed when it is replaced."""
+"""The language file: read early, without log and bindings, freed once, and read again if it is replaced."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from lfm2vl_edge import ConfigError, EngineError, Model, ModelNotFound, opening
+from lfm2vl_edge.cache.fingerprint import OpenedFiles
 from lfm2vl_edge.engine import library
-from lfm2vl_edge.engine.ffi import LOG, llama
+from lfm2vl_edge.engine.ffi import llama
 from lfm2vl_edge.engine.language import LanguageFile, start_reading
-from lfm2vl_edge.engine.library import NATIVE_LOG, libllama
+from lfm2vl_edge.engine.library import LOG, libllama
 from lfm2vl_edge.models.names import find_model, find_pair
-from lfm2vl_edge.opening import Opening, OpenOptions, decide, open_model
+from lfm2vl_edge.opening import Opening, OpenOptions, open_model
 from tests.conftest import Pair
 
 
@@ -37,7 +38,7 @@ def test_it_is_read_before_anything_heavy_is_imported(pair: Pair) -> None:
 
 
 def test_the_library_is_the_one_that_llama_cpp_uses() -> None:
-    ours, theirs = (ctypes.cast(one.llama_decode, ctypes.c_void_p).value for one in (libllama(), llama._lib))
+    ours, theirs = (ctypes.cast(lib.llama_decode, ctypes.c_void_p).value for lib in (libllama(), llama._lib))
     assert ours == theirs
 
 
@@ -48,8 +49,8 @@ def test_parameters_are_passed_on_as_llama_cpp_has_them() -> None:
     ours = known.from_buffer_copy(libllama().llama_model_default_params())
     theirs = llama.llama_model_default_params()
     for name, _ in known._fields_:
-        one, other = getattr(ours, name), getattr(theirs, name)
-        assert (bool(one), bool(other)) == (False, False) or one == other, name
+        left, right = getattr(ours, name), getattr(theirs, name)
+        assert (bool(left), bool(right)) == (False, False) or left == right, name
 
 
 def test_a_library_in_another_place_is_found_through_llama_cpp(
@@ -61,41 +62,41 @@ def test_a_library_in_another_place_is_found_through_llama_cpp(
     assert libllama.__wrapped__()._handle == llama._lib._handle
 
 
-def test_nobody_hears_the_log_of_a_reading_unless_asked_to(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    heard: list[str] = []
-    monkeypatch.setattr(LOG, "listener", heard.append)
+def test_the_log_of_reading_is_received_only_if_verbose(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(LOG, "listener", lines.append)
     path = find_model(pair("a", "F16"))
-    for is_heard in (False, True, False):
-        heard.clear()
-        with closing(LanguageFile(path, 0, None, is_heard=is_heard)) as language:
+    for verbose in (False, True, False):
+        lines.clear()
+        with closing(LanguageFile(path, 0, None, verbose=verbose)) as language:
             libllama().llama_model_free(language.take())
-        assert bool(heard) == is_heard
+        assert bool(lines) == verbose
 
 
-def test_the_log_is_heard_again_after_the_last_of_several_silences(monkeypatch: pytest.MonkeyPatch) -> None:
-    heard: list[str] = []
-    monkeypatch.setattr(LOG, "listener", heard.append)
+def test_the_log_is_received_again_after_the_last_of_several_silences(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(LOG, "listener", lines.append)
 
-    def speak() -> bool:
-        heard.clear()
+    def logs() -> bool:
+        lines.clear()
         llama.llama_model_load_from_file(b"nothing.gguf", llama.llama_model_default_params())
-        return bool(heard)
+        return bool(lines)
 
-    with NATIVE_LOG.silence():
-        with NATIVE_LOG.silence():
-            assert not speak()
-        assert not speak()
-        NATIVE_LOG.let_hear(LOG.callback)
-        assert not speak()
-    assert speak()
+    with LOG.silence():
+        with LOG.silence():
+            assert not logs()
+        assert not logs()
+        LOG.attach()
+        assert not logs()
+    assert logs()
 
 
-def test_a_refused_file_is_named_with_the_reason(pair: Pair, tmp_path: Path) -> None:
-    cut = tmp_path / "cut-F16.gguf"
-    cut.write_bytes(find_model(pair("a", "F16")).read_bytes()[:-4096])
+def test_the_error_names_a_refused_file_and_the_reason(pair: Pair, tmp_path: Path) -> None:
+    path = tmp_path / "short-F16.gguf"
+    path.write_bytes(find_model(pair("a", "F16")).read_bytes()[:-4096])
     with (
-        closing(LanguageFile(cut, 0, None)) as language,
-        pytest.raises(EngineError, match=r"llama_model_load_from_file failed on .*cut-F16\.gguf \(.*tensor"),
+        closing(LanguageFile(path, 0, None)) as language,
+        pytest.raises(EngineError, match=r"llama_model_load_from_file failed on .*short-F16\.gguf \(.*tensor"),
     ):
         language.take()
 
@@ -104,16 +105,16 @@ def test_another_kind_of_file_is_not_read(pair: Pair) -> None:
     assert start_reading(find_pair(pair("a", "F16")).mmproj, 0, None) is None
 
 
-def test_a_language_file_that_nobody_takes_is_freed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_language_file_that_is_not_taken_is_freed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     freed: list[Any] = []
     free = llama.llama_model_free
 
-    def noted(model: Any) -> None:
+    def recorded(model: Any) -> None:
         freed.append(model)
         free(model)
 
-    monkeypatch.setattr(llama, "llama_model_free", noted)
-    monkeypatch.setattr(libllama(), "llama_model_free", noted)
+    monkeypatch.setattr(llama, "llama_model_free", recorded)
+    monkeypatch.setattr(libllama(), "llama_model_free", recorded)
     folder = pair("a", "F16")
     with pytest.raises(ConfigError, match="tile_size"):
         open_model(folder, OpenOptions(image_settings={"tile_size": -1}))
@@ -134,16 +135,17 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_noticed(
     for path in (files.model, files.mmproj):
         (tmp_path / path.name).write_bytes(path.read_bytes())
 
-    def replaced_meanwhile(path: Path, wishes: OpenOptions) -> Opening:
-        found = decide(path, wishes)
-        (tmp_path / "new").write_bytes(path.read_bytes())
-        (tmp_path / "new").replace(path)
-        return found
+    decide = opening._decide
 
-    monkeypatch.setattr(opening, "decide", replaced_meanwhile)
-    loaded = open_model(tmp_path / files.model.name, OpenOptions())
+    def replace_meanwhile(found: OpenedFiles, *arguments: Any) -> Opening:
+        (tmp_path / "new").write_bytes(found.pair.model.read_bytes())
+        (tmp_path / "new").replace(found.pair.model)
+        return decide(found, *arguments)
+
+    monkeypatch.setattr(opening, "_decide", replace_meanwhile)
+    loaded = open_model(tmp_path / files.model.name)
     with Model.of(loaded, None, 0), pytest.raises(ModelNotFound, match="was replaced after the model was opened"):
-        loaded.source.digests(None)
+        loaded.opening.files.digests(None)
 
 
 def test_a_file_that_is_replaced_after_its_reading_began_is_read_anew(pair: Pair, tmp_path: Path) -> None:
@@ -157,10 +159,10 @@ def test_a_file_that_is_replaced_after_its_reading_began_is_read_anew(pair: Pair
         loaded = open_model(model, OpenOptions(mmproj=others.mmproj), language)
         with Model.of(loaded, None, 0) as opened, Model.open(others.model) as expected:
             assert opened.engine.info.n_embd == expected.engine.info.n_embd
-            assert loaded.config.name == expected.config.name
+            assert loaded.opening.config.name == expected.config.name
 
 
-def test_the_rest_of_llama_cpp_is_imported_for_those_who_ask_for_it() -> None:
+def test_a_postponed_llama_cpp_is_complete_at_first_use() -> None:
     code = (
         "import sys\n"
         "from lfm2vl_edge.cli._start import postpone_bindings; postpone_bindings()\n"
@@ -179,18 +181,16 @@ def test_the_rest_of_llama_cpp_is_imported_for_those_who_ask_for_it() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_llama_cpp_with_a_gpu_is_told_how_many_layers_it_may_take(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[int] = []
+def test_a_llama_cpp_with_a_gpu_gets_the_number_of_its_layers(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
     load = llama.llama_model_load_from_file
 
-    def noted(name: bytes, params: Any) -> Any:
-        told.append(params.n_gpu_layers)
+    def recorded(name: bytes, params: Any) -> Any:
+        counts.append(params.n_gpu_layers)
         return load(name, params)
 
     monkeypatch.setattr(libllama(), "llama_supports_gpu_offload", lambda: True)
-    monkeypatch.setattr(llama, "llama_model_load_from_file", noted)
+    monkeypatch.setattr(llama, "llama_model_load_from_file", recorded)
     with closing(LanguageFile(find_model(pair("a", "F16")), 0, None)) as language:
         libllama().llama_model_free(language.take())
-    assert told == [0]  # its own default would be all
+    assert counts == [0]  # its own default would be all

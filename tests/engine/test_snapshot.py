@@ -1,4 +1,4 @@
-"""Snapshots of the engine's sequence: bit for bit what a fresh run gives, and refused when they are none."""
+"""Snapshots of the engine's sequence: the same bits as decoding again, and an error for other bytes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def after(model: Model, tokens: list[int]) -> Floats:
 
 
 @pytest.mark.parametrize("quant", ["F32", "F16"])
-def test_a_restored_sequence_goes_on_as_the_first_one_did(pair: Pair, quant: str) -> None:
+def test_a_restored_sequence_continues_with_the_same_bits(pair: Pair, quant: str) -> None:
     with Model.open(pair("a", quant), n_threads=1) as model:
         engine = model.engine
-        words, more = engine.tokenize("what colours are there in this picture?"), engine.tokenize("and where?")
+        words, more = engine.tokenize("what colours are there in this image?"), engine.tokenize("and where?")
         embeddings = engine.encode(pixels(0), 4)
         engine.reserve(200)
         engine.decode_tokens(words)
@@ -43,7 +43,7 @@ def test_a_restored_sequence_goes_on_as_the_first_one_did(pair: Pair, quant: str
 
 
 @pytest.mark.parametrize("quant", ["F32", "F16", "Q8_0"])
-def test_logits_that_nobody_wants_change_no_bit(pair: Pair, quant: str) -> None:
+def test_logits_that_are_not_computed_change_no_bit(pair: Pair, quant: str) -> None:
     with Model.open(TINY if quant == "Q8_0" else pair("a", quant), n_threads=2) as model:
         engine = model.engine
         words, last = engine.tokenize("what colours are there?"), engine.tokenize("and where?")
@@ -63,7 +63,7 @@ def test_logits_that_nobody_wants_change_no_bit(pair: Pair, quant: str) -> None:
         assert np.array_equal(logits, other_logits)
 
 
-def test_bytes_that_are_no_snapshot_are_refused_and_leave_the_engine_usable(model: Model) -> None:
+def test_bytes_that_are_not_a_snapshot_are_refused_and_the_engine_stays_usable(model: Model) -> None:
     engine = model.engine
     words = engine.tokenize("what is this?")
     engine.reserve(100)
@@ -76,9 +76,10 @@ def test_bytes_that_are_no_snapshot_are_refused_and_leave_the_engine_usable(mode
         assert np.array_equal(expected, after(model, words))
 
 
-def test_the_engine_names_what_may_change_a_bit(pair: Pair) -> None:
+def test_the_engine_info_has_what_may_change_a_bit(pair: Pair) -> None:
     with Model.open(pair("a", "F32"), n_threads=1) as one, Model.open(pair("a", "F16"), n_threads=2) as two:
         first, second = one.engine.info, two.engine.info
+    assert first.encoder == second.encoder == "ggml graph"
     assert first.encoder_settings == second.encoder_settings == "graph=2"
     assert "flash=0 threads=1" in first.language_settings
     assert "flash=1 threads=2" in second.language_settings

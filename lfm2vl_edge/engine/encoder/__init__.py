@@ -1,1 +1,1 @@
-"""The vision encoder and projector: a ggml graph for processors, libmtmd for GPUs."""
+"""Vision encoder and projector: a ggml graph for processors, libmtmd for GPUs; imports what the engine may."""

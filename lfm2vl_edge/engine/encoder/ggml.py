@@ -1,7 +1,7 @@
-"""ggml's own functions, for what llama.cpp has no interface for: looking into tensors, and graphs of our own.
+"""ggml's functions, for what libllama has no interface for: reading tensors and computing other graphs.
 
-ggml has no function for a tensor's shape, sources and strides, so the structure itself is read; its layout is tried on
-tensors of known content before it is trusted.
+ggml has no function for a tensor's shape, sources and strides, so the structure itself is read, after its layout was
+checked with tensors of known content.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NAME_BYTES: Final = 64
 """ggml.h's GGML_MAX_DIMS, GGML_MAX_SRC, GGML_MAX_OP_PARAMS and GGML_MAX_NAME."""
 _TRIAL_BYTES: Final = 2**16
 _SPARE_BYTES: Final = 256
-"""Room for members that a newer ggml may add to the end of a structure that it returns by value."""
+"""Space for members that a newer ggml may append to a structure that it returns by value."""
 
 
 class TensorFields(ctypes.Structure):
@@ -59,7 +59,7 @@ class FileParams(ctypes.Structure):
 
 
 class Plan(ctypes.Structure):
-    """ggml-cpu.h's ggml_cplan, as far as it is used here."""
+    """The first members of ggml-cpu.h's ggml_cplan."""
 
     _fields_ = (
         ("work_size", ctypes.c_size_t),
@@ -141,7 +141,7 @@ def ggml_cpu() -> Any:
     """Return ggml's functions that compute graphs on the processor, by name.
 
     Raises:
-        EngineError: the installed llama.cpp lacks one; so does one that chooses among several kinds of processor.
+        EngineError: the installed llama.cpp lacks one, as builds that choose the CPU backend at run time do.
     """
     functions = _functions(_CPU)
     functions.ggml_cpu_init()
@@ -158,30 +158,30 @@ def _functions(signatures: Mapping[str, tuple[Any, list[Any]]]) -> Any:
 
 
 def fields(tensor: int) -> TensorFields:
-    """Return what a tensor is made of. Valid after `product_op` and while the tensor lives."""
+    """Return a tensor's members. Valid after `product_op` and while the tensor exists."""
     return TensorFields.from_address(tensor)
 
 
 @functools.cache
 def product_op() -> int:
-    """Return ggml's number of a matrix product, after a look at whether tensors are laid out as expected.
+    """Return ggml's number of the operation MUL_MAT, after a check of the layout of tensors.
 
     Raises:
-        EngineError: they are not; another version of ggml would be misread.
+        EngineError: the layout is unexpected, so that tensors would be misread.
     """
     context = ggml().ggml_init(InitParams(_TRIAL_BYTES, None, False))
     try:
-        return _tried_product(context)
+        return _try_product(context)
     finally:
         ggml().ggml_free(context)
 
 
-def _tried_product(context: int) -> int:
-    """Return the same, from a product of two small matrices."""
+def _try_product(context: int) -> int:
+    """Return ggml's number of MUL_MAT, from a product of two small matrices."""
     matrix, rows = (ggml().ggml_new_tensor_2d(context, F32, 32, n_rows) for n_rows in (3, 5))
     ggml().ggml_set_name(matrix, b"blk.0.trial")
     product = ggml().ggml_mul_mat(context, matrix, rows)
-    left, right, result = (fields(one) for one in (matrix, rows, product))
+    left, right, result = (fields(tensor) for tensor in (matrix, rows, product))
     found = (left.type, list(left.ne), list(left.nb), left.name, right.data, list(result.ne), list(result.src[:3]))
     expected = (
         *(F32, [32, 3, 1, 1], [4, 128, 384, 384], b"blk.0.trial"),
@@ -189,7 +189,7 @@ def _tried_product(context: int) -> int:
     )
     if found != expected or ggml().ggml_op_name(result.op) != b"MUL_MAT":
         raise EngineError(
-            "the installed llama.cpp lays its tensors out in another way than this version knows, "
-            "so it cannot be observed; install llama-cpp-python 0.3.36"
+            "the tensors of the installed llama.cpp have a layout that this version does not know; "
+            "install llama-cpp-python 0.3.36"
         )
     return int(result.op)

@@ -1,9 +1,9 @@
-"""The vision encoder with its projector as a graph of our own, for the processor; see `mtmd.py` for GPUs.
+"""The vision encoder and projector as a ggml graph, for processors; see `mtmd.py` for GPUs.
 
 llama.cpp's mtmd computes the same and copies the file into memory first. Here the file is mapped, the work memory is
-aligned, attention reads keys and values in float32 where they lie, and the projector's GELU is transformers' exact
-one. Patches are ordered so that those which the projector merges lie side by side: attention does not mind, and pixel
-unshuffle becomes another way to look at the same numbers.
+aligned, attention reads keys and values in float32 without a copy, and the projector's GELU is exact, as in
+transformers. Patches that the projector merges are adjacent: attention does not depend on the order, and pixel
+unshuffle becomes a reshape.
 """
 
 from __future__ import annotations
@@ -21,64 +21,61 @@ from lfm2vl_edge.engine.encoder.graph import Graph, gelu_of_sum
 from lfm2vl_edge.engine.encoder.weights import Weights
 from lfm2vl_edge.errors import EngineError
 from lfm2vl_edge.image.resample import resize_grid
-from lfm2vl_edge.models.gguf import read_metadata
 
 if TYPE_CHECKING:
     from lfm2vl_edge.image.load import Pixels
 
 _CHANNELS: Final = 3
 _BLOCK_TENSORS: Final = 128
-"""More than the results of one block."""
+"""More than the number of tensors that one block creates."""
 _PROJECTOR_EPSILON: Final = 1e-5
-"""Of the projector's norm: torch's default, which transformers leaves as it is."""
+"""Of the projector's norm: torch's default, which transformers uses."""
 VERSION: Final = 2
-"""Of the order of operations; another one may change the last bits of an embedding."""
+"""Number of the order of operations; another order may change the last bits of an embedding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tower:
-    """What an mmproj file's metadata say of its encoder."""
+    """The vision encoder that an mmproj file's metadata describe."""
 
     width: int
-    """Of a patch's embedding."""
+    """Width of a patch's embedding."""
     n_heads: int
-    """Of attention."""
+    """Attention heads."""
     n_blocks: int
     """Transformer blocks."""
     epsilon: float
-    """Of the norms."""
+    """Added to the variance in norms."""
     patch: int
     """Side of a patch, pixels."""
     merge: int
     """Side of the square of patches that becomes one image token."""
     mean: tuple[float, ...]
-    """What is subtracted from each channel, 0 to 1."""
+    """Subtracted from each channel, 0 to 1."""
     deviation: tuple[float, ...]
-    """What each channel is divided by then."""
+    """Each channel is divided by it afterwards."""
 
     def __post_init__(self) -> None:
         positive = min(self.width, self.n_heads, self.n_blocks, self.patch, self.merge) > 0
         channels = len(self.mean) == len(self.deviation) == _CHANNELS and 0 not in self.deviation
         if not positive or not channels or self.width % self.n_heads:
-            raise EngineError(f"these are no sizes of a vision encoder: {self}")
+            raise EngineError(f"these are not valid sizes of a vision encoder: {self}")
 
 
-def read_tower(path: Path, metadata: Mapping[str, Any] | None = None) -> Tower:
-    """Return what an mmproj file says of its encoder.
+def read_tower(path: Path, metadata: Mapping[str, Any]) -> Tower:
+    """Return the encoder that an mmproj file's metadata describe.
 
     Raises:
-        ModelNotFound, ConfigError: the file is gone or damaged.
-        EngineError: it does not say enough, or something impossible.
+        EngineError: a value is missing or impossible.
     """
-    stated = read_metadata(path) if metadata is None else metadata
     try:
-        return _tower(stated)
+        return _tower(metadata)
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{path} does not describe its encoder: {error}; convert it again") from error
 
 
-def _tower(stated: Mapping[str, Any]) -> Tower:
-    vision = {key.removeprefix("clip.vision."): value for key, value in stated.items()}
+def _tower(metadata: Mapping[str, Any]) -> Tower:
+    vision = {key.removeprefix("clip.vision."): value for key, value in metadata.items()}
     mean, deviation = (tuple(map(float, vision[f"image_{key}"])) for key in ("mean", "std"))
     return Tower(
         width=int(vision["embedding_length"]),
@@ -93,21 +90,25 @@ def _tower(stated: Mapping[str, Any]) -> Tower:
 
 
 class GraphEncoder:
-    """Owns the mapped file and the graph of the latest shape; `close` frees both. Any size of view will do.
+    """Owns the mapped file and the graph of the last view's shape; `close` frees both. Views may have any size.
+
+    Args:
+        mmproj: the vision file.
+        n_threads: threads that compute.
+        metadata: the file's metadata.
 
     Raises:
-        ModelNotFound, ConfigError: the file is gone or damaged.
-        EngineError: the file is no whole mmproj file, or the installed llama.cpp has no graphs of this kind.
+        EngineError: the file is incomplete or contradicts itself, or the installed llama.cpp cannot compute the graph.
     """
 
-    def __init__(self, mmproj: Path, n_threads: int, metadata: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, mmproj: Path, n_threads: int, metadata: Mapping[str, Any]) -> None:
         self._tower = read_tower(mmproj, metadata)
         self._n_threads = n_threads
         self._weights = Weights(mmproj)
         self._view: _View | None = None
         try:
             _check_ends(self._tower, self._weights)
-            _View(self._tower, self._weights, 1, 1).close()  # looks at every tensor
+            _View(self._tower, self._weights, 1, 1).close()  # checks every tensor
         except BaseException:
             self.close()
             raise
@@ -116,12 +117,12 @@ class GraphEncoder:
         """Return the embeddings of one view, float32 `[n_tokens, n_embd]`.
 
         Args:
-            pixels: uint8 `[height, width, 3]`, whole image tokens.
-            n_tokens: what the plan says.
+            pixels: uint8 `[height, width, 3]`, both sides multiples of an image token's side.
+            n_tokens: the number that was planned.
             n_embd: width of an embedding.
 
         Raises:
-            EngineError: ggml fails, or the view has another number of tokens, or of another width.
+            EngineError: ggml fails, or the embeddings have another number or width.
         """
         side = self._tower.patch * self._tower.merge
         (rows, more_rows), (columns, more_columns) = (divmod(length, side) for length in pixels.shape[:2])
@@ -143,7 +144,7 @@ class GraphEncoder:
         self._weights.close()
 
     def _view_of(self, rows: int, columns: int) -> _View:
-        """Return the graph for a view of so many image tokens; most views have the shape of the one before."""
+        """Return the graph for views of `rows` x `columns` image tokens; it is kept, since most have one shape."""
         if self._view and self._view.tokens == (rows, columns):
             return self._view
         if self._view:
@@ -151,7 +152,7 @@ class GraphEncoder:
             self._view = None
         view = _View(self._tower, self._weights, rows, columns)
         try:
-            view.ready(self._n_threads)
+            view.allocate(self._n_threads)
         except BaseException:
             view.close()
             raise
@@ -173,16 +174,16 @@ class _View:
             self.close()
             raise
 
-    def ready(self, n_threads: int) -> None:
+    def allocate(self, n_threads: int) -> None:
         """Reserve memory and fill in the positions, which are the same for all views of the shape."""
-        self._graph.finish(self._output, n_threads)
+        self._graph.allocate(self._output, n_threads)
         tower, (rows, columns) = self._tower, self.tokens
         grid = _position_grid(self._weights, tower.width)
-        places = resize_grid(grid, rows * tower.merge, columns * tower.merge)
-        self._graph.values(self._positions, tower.width, self._n_patches)[:] = _in_order(places, tower.merge)
+        positions = resize_grid(grid, rows * tower.merge, columns * tower.merge)
+        self._graph.values(self._positions, tower.width, self._n_patches)[:] = _merge_order(positions, tower.merge)
 
     def encode(self, pixels: Pixels) -> Floats:
-        """Return the embeddings of one view of the shape, float32 `[n_tokens, n_embd]`."""
+        """Return the embeddings of one view, float32 `[n_tokens, n_embd]`."""
         patches = self._graph.values(self._patches, _CHANNELS * self._tower.patch**2, self._n_patches)
         _fill(patches, pixels, self._tower)
         self._graph.compute()
@@ -217,18 +218,18 @@ class _View:
         return op("add", self._linear(inner, f"{name}.ffn_down", hidden, width), x)
 
     def _attention(self, *queries_keys_values: int) -> int:
-        """Return every patch's mixture of all values."""
+        """Return attention over all patches, float32 `[n_patches, width]`."""
         op, width, heads = self._graph.op, self._tower.width, self._tower.n_heads
         size = width // heads
         by_head = [
-            op("permute", op("reshape_3d", self._graph.need(one), size, heads, self._n_patches), 0, 2, 1, 3)
-            for one in queries_keys_values
+            op("permute", op("reshape_3d", self._graph.need(tensor), size, heads, self._n_patches), 0, 2, 1, 3)
+            for tensor in queries_keys_values
         ]
         mixed = op("flash_attn_ext", *by_head, None, 1 / math.sqrt(size), 0.0, 0.0)
         return op("reshape_2d", mixed, width, self._n_patches)
 
     def _projected(self, x: int) -> int:
-        """Return the image tokens that squares of patches become."""
+        """Return the projector's output: one image token for each square of patches."""
         tower, weights, op = self._tower, self._weights, self._graph.op
         width = tower.width * tower.merge**2
         x = op("reshape_2d", x, width, self._n_patches // tower.merge**2)
@@ -250,10 +251,10 @@ class _View:
 
 
 def _check_ends(tower: Tower, weights: Weights) -> None:
-    """Refuse a file whose sizes and tensors contradict each other, before such sizes reach ggml.
+    """Check that sizes and tensors of a file agree, before the sizes reach ggml.
 
     Raises:
-        EngineError: they do.
+        EngineError: they do not.
     """
     weights.matrix("v.patch_embd.weight", tower.patch, tower.patch, _CHANNELS, tower.width)
     weights.vector(f"v.blk.{tower.n_blocks - 1}.ln1.weight", tower.width)
@@ -268,15 +269,15 @@ def _position_grid(weights: Weights, width: int) -> Floats:
     return weights.grid(name, side * side, width).reshape(side, side, width)
 
 
-def _in_order(patches: Floats, merge: int) -> Floats:
-    """Return `[rows * columns, n]` of `[rows, columns, n]`: square after square of `merge` x `merge` patches."""
+def _merge_order(patches: Floats, merge: int) -> Floats:
+    """Return `[rows, columns, n]` as `[rows * columns, n]`: square after square of `merge` x `merge` patches."""
     rows, columns, n = patches.shape
     squares = patches.reshape(rows // merge, merge, columns // merge, merge, n)
     return np.ascontiguousarray(squares.transpose(0, 2, 1, 3, 4)).reshape(-1, n)
 
 
 def _fill(patches: Floats, pixels: Pixels, tower: Tower) -> None:
-    """Write the normalized patches of an image into `[n_patches, channels * patch * patch]`, in order."""
+    """Write normalized pixels into patches, float32 `[n_patches, channels * patch * patch]`, in merge order."""
     height, width = pixels.shape[:2]
     patch, merge = tower.patch, tower.merge
     rows, columns = height // (patch * merge), width // (patch * merge)

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file, where they are stored in the file: mapped, not read, so that opening costs no copy."""
+"""The tensors of a GGUF file, memory-mapped, so that opening the file copies nothing."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _HALVES: Final = (1, 30)
 
 
 class Weights:
-    """Owns the tensors of a file; `close` frees them. Tensors are handed out by name, after a look at their shape.
+    """Owns the tensors of a file; `close` frees them. Every method checks a tensor's shape before it returns it.
 
-    ggml ends the process when shapes do not fit, so nothing reaches it unchecked.
+    ggml ends the process if shapes do not fit, so nothing reaches it unchecked.
 
     Raises:
-        EngineError: the file is no GGUF file, is not whole, or the installed ggml is of an unknown version.
+        EngineError: the file is not a valid GGUF file, ends early, or the installed version of ggml is unknown.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class Weights:
         """Return a tensor of float32 `[width]`.
 
         Raises:
-            EngineError: there is none of that name and shape.
+            EngineError: no tensor has that name and shape.
         """
         return self._tensor(name, (width, 1, 1, 1), floats_only=True)
 
@@ -60,24 +60,24 @@ class Weights:
         """Return a view of a tensor of float32 `[n_rows, width]`, valid until `close`.
 
         Raises:
-            EngineError: there is none of that name and shape.
+            EngineError: no tensor has that name and shape.
         """
         data = ggml().ggml_get_data(self._tensor(name, (width, n_rows, 1, 1), floats_only=True))
         return np.ctypeslib.as_array(ctypes.cast(data, ctypes.POINTER(ctypes.c_float)), (n_rows, width))
 
     def matrix(self, name: str, *shape: int) -> int:
-        """Return a tensor of any type that matrices may have, by its shape in ggml's order, the width first.
+        """Return a tensor of any type that ggml multiplies with; `shape` is in ggml's order, the width first.
 
         Raises:
-            EngineError: there is none of that name and shape.
+            EngineError: no tensor has that name and shape.
         """
         return self._tensor(name, (*shape, *(1,) * (4 - len(shape))), floats_only=False)
 
     def height(self, name: str) -> int:
-        """Return the rows of a matrix.
+        """Return the number of rows of a matrix.
 
         Raises:
-            EngineError: there is none of that name.
+            EngineError: no tensor has that name.
         """
         return int(self._found(name).ne[1])
 
@@ -94,14 +94,14 @@ class Weights:
         self._tensors = {}
 
     def _map(self) -> None:
-        """Give every tensor its place in the mapped file."""
+        """Map the file and set the data pointer of every tensor."""
         with self._path.open("rb") as file:
             self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_WILLNEED"):
             self._mapping.madvise(mmap.MADV_WILLNEED)
         whole = np.frombuffer(self._mapping, np.uint8)
-        begin, size = whole.ctypes.data, whole.size
-        buffer = ggml().ggml_backend_cpu_buffer_from_ptr(begin, size)
+        start, size = whole.ctypes.data, whole.size
+        buffer = ggml().ggml_backend_cpu_buffer_from_ptr(start, size)
         self._buffer = require("ggml_backend_cpu_buffer_from_ptr", buffer)
         first = ggml().gguf_get_data_offset(self._file)
         tensor = ggml().ggml_get_first_tensor(self._context)
@@ -110,21 +110,21 @@ class Weights:
             offset = first + ggml().gguf_get_tensor_offset(self._file, index)
             if offset + ggml().ggml_nbytes(tensor) > size:
                 raise EngineError(f"{self._path} ends before its tensor {name}; download or convert it again")
-            ggml().ggml_backend_tensor_alloc(self._buffer, tensor, begin + offset)
+            ggml().ggml_backend_tensor_alloc(self._buffer, tensor, start + offset)
             self._tensors[name] = tensor
             tensor = ggml().ggml_get_next_tensor(self._context, tensor)
 
     def _found(self, name: str) -> TensorFields:
         if name not in self._tensors:
-            raise EngineError(f"{self._path} has no tensor {name}; it is no whole mmproj: convert it again")
+            raise EngineError(f"{self._path} has no tensor {name}; it is incomplete: convert it again")
         return fields(self._tensors[name])
 
     def _tensor(self, name: str, shape: tuple[int, ...], *, floats_only: bool) -> int:
         found = self._found(name)
         if tuple(found.ne) != shape:
+            texts = _shape_text(tuple(found.ne)), _shape_text(shape)
             raise EngineError(
-                f"{self._path}: the tensor {name} has the shape {_stated(tuple(found.ne))}, not {_stated(shape)}; "
-                "convert it again"
+                f"{self._path}: the tensor {name} has the shape {texts[0]}, not {texts[1]}; convert it again"
             )
         if found.type != F32 and (floats_only or not _is_matrix_type(found.type)):
             kind = ggml().ggml_type_name(found.type).decode()
@@ -136,7 +136,7 @@ def _is_matrix_type(kind: int) -> bool:
     return kind in _HALVES or ggml().ggml_is_quantized(kind)
 
 
-def _stated(shape: tuple[int, ...]) -> str:
-    """Write a shape as ggml does, without the ones at its end."""
+def _shape_text(shape: tuple[int, ...]) -> str:
+    """Return a shape as ggml prints it, without trailing ones."""
     used = max((axis for axis, length in enumerate(shape) if length != 1), default=0) + 1
     return "[" + ", ".join(map(str, shape[:used])) + "]"
