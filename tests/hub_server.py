@@ -22,14 +22,18 @@ _BLOCK = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """How one answer goes wrong."""
+    """What is wrong with one response."""
 
     status: int | None = None
     code: str = ""
-    cut: int | None = None
+    length: int | None = None
+    """Bytes of the body that are sent before the connection closes."""
     flip: int | None = None
+    """Index of a byte in which a bit is flipped."""
     extra: bytes = b""
+    """Sent after the body."""
     pause: float = 0.0
+    """Seconds after each block."""
     ignore_range: bool = False
     redirect: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -42,19 +46,21 @@ class Request:
     method: str
     path: str
     start: int
+    """First byte of the requested range."""
     authorization: str | None
     number: int
+    """How many requests with this method and path arrived before."""
 
 
 @dataclass(kw_only=True)
 class Hub:
-    """Repositories by id, and what was asked of them."""
+    """Repositories by id, and the requests for them."""
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     commits: dict[str, str] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=lambda: {"license_name": "lfm1.0"})
     architecture: str | None = "lfm2"
-    listing: Callable[[dict[str, Any]], Any] = lambda shown: shown
+    listing: Callable[[dict[str, Any]], Any] = lambda listed: listed
     fault: Callable[[Request], Fault | None] = lambda request: None
     on_bytes: Callable[[int], None] = lambda total: None
     requests: list[Request] = field(default_factory=list)
@@ -64,7 +70,7 @@ class Hub:
     def commit(self, repo: str) -> str:
         return self.commits.get(repo, COMMIT)
 
-    def asked(self, method: str = "GET") -> list[Request]:
+    def file_requests(self, method: str = "GET") -> list[Request]:
         return [one for one in self.requests if one.method == method and "/resolve/" in one.path]
 
     def info(self, repo: str) -> Any:
@@ -77,8 +83,8 @@ class Hub:
             }
             for path, data in self.repos[repo].items()
         ]
-        shown = {"id": repo, "sha": self.commit(repo), "siblings": siblings, "cardData": self.card, "tags": []}
-        return self.listing(shown | ({"gguf": {"architecture": self.architecture}} if self.architecture else {}))
+        listed = {"id": repo, "sha": self.commit(repo), "siblings": siblings, "cardData": self.card, "tags": []}
+        return self.listing(listed | ({"gguf": {"architecture": self.architecture}} if self.architecture else {}))
 
 
 def sha256(data: bytes) -> str:
@@ -86,7 +92,8 @@ def sha256(data: bytes) -> str:
 
 
 def git_digest(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # noqa: S324
+    header = b"blob %d\0" % len(data)  # quote
+    return hashlib.sha1(header + data).hexdigest()  # noqa: S324
 
 
 def is_lfs(path: str) -> bool:
@@ -120,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.status is not None:
             self._refuse(fault.status, fault.code)
         elif api := _API.fullmatch(self.path):
-            self._show(api[1], api[2])
+            self._list(api[1], api[2])
         elif file := _RESOLVE.fullmatch(self.path):
             self._send(file[1], file[2], file[3], request.start, fault)
         else:
@@ -142,10 +149,10 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         return False
 
-    def _show(self, repo: str, revision: str | None) -> None:
+    def _list(self, repo: str, revision: str | None) -> None:
         if self._knows(repo, revision):
-            shown = self.hub.info(repo)
-            body = shown if isinstance(shown, bytes) else json.dumps(shown).encode()
+            listed = self.hub.info(repo)
+            body = listed if isinstance(listed, bytes) else json.dumps(listed).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -182,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _stream(self, body: bytes, fault: Fault) -> None:
         if fault.flip is not None and fault.flip < len(body):
             body = body[: fault.flip] + bytes([body[fault.flip] ^ 1]) + body[fault.flip + 1 :]
-        body = body[: fault.cut]
+        body = body[: fault.length]
         for start in range(0, len(body), _BLOCK):
             block = body[start : start + _BLOCK]
             self.wfile.write(block)
@@ -193,14 +200,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, *_: Any) -> None:
-        """Clients that are killed in the middle are what the tests are about; anything else is shown."""
+        """Ignore closed connections, since the tests kill clients."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(*_)
 
 
 @contextmanager
 def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """Answer requests on a free port of 127.0.0.1 while the block runs; gives the URL."""
+    """Answer requests on a free port of 127.0.0.1 during the block; yields the URL."""
     server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -214,6 +221,6 @@ def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
-    """Serve a hub on a free port while the block runs."""
+    """Serve a hub on a free port during the block."""
     with listening(type("Handler", (_Handler,), {"hub": hub})) as hub.url:
         yield hub

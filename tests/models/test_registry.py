@@ -1,4 +1,4 @@
-"""The table of published models, and how names are read."""
+"""The registry of published models, and the parsing of names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import pytest
 
 from lfm2vl_edge import ModelNotFound
+from lfm2vl_edge.config import ENCODER_TYPES, LANGUAGE_TYPES
+from lfm2vl_edge.models import download, names
 from lfm2vl_edge.models.registry import (
     RECOMMENDED,
     display_name,
@@ -14,14 +16,15 @@ from lfm2vl_edge.models.registry import (
     find_published,
     known_models,
     parse_name,
-    quant_of,
+    quant_in_name,
+    split_file_name,
 )
 
 
-def test_the_table_is_sound() -> None:
-    names = [one.name for one in known_models()]
-    assert len(set(names)) == len(names)
-    assert RECOMMENDED in names
+def test_the_registry_is_consistent() -> None:
+    published_names = [one.name for one in known_models()]
+    assert len(set(published_names)) == len(published_names)
+    assert RECOMMENDED in published_names
     for one in known_models():
         published = find_published(one.repo)
         assert published is not None
@@ -47,7 +50,7 @@ def test_the_table_is_sound() -> None:
         ("some.one/My_Model-2:F16", "some.one/My_Model-2", "F16", "some.one/My_Model-2:F16"),
     ],
 )
-def test_names_are_read(text: str, repo: str, quant: str | None, name: str) -> None:
+def test_names_are_parsed(text: str, repo: str, quant: str | None, name: str) -> None:
     found = parse_name(text)
     assert found is not None
     assert (found.repo, found.quant, found.name) == (repo, quant, name)
@@ -79,13 +82,13 @@ def test_names_are_read(text: str, repo: str, quant: str | None, name: str) -> N
         "x" * 200 + "/r",
     ],
 )
-def test_what_is_no_name(text: str) -> None:
+def test_other_texts_are_not_names(text: str) -> None:
     assert parse_name(text) is None
 
 
 @pytest.mark.parametrize("tag", ["", "../x", "Q4 0", "Q4_0:Q8_0", "x" * 25, "Q4/0", "Q4.0", "é"])
-def test_odd_types_are_refused(tag: str) -> None:
-    with pytest.raises(ModelNotFound, match=r"is no type of a file; give one such as lfm2-vl-3b:Q4_0, or none"):
+def test_invalid_types_are_refused(tag: str) -> None:
+    with pytest.raises(ModelNotFound, match=r"is not a valid type; give one such as lfm2-vl-3b:Q4_0, or omit it"):
         parse_name(f"lfm2-vl-3b:{tag}")
 
 
@@ -102,8 +105,28 @@ def test_odd_types_are_refused(tag: str) -> None:
         ("LFM2.gguf", None),
     ],
 )
-def test_types_are_read_from_file_names(file: str, quant: str | None) -> None:
-    assert quant_of(file) == quant
+def test_types_are_parsed_from_file_names(file: str, quant: str | None) -> None:
+    assert quant_in_name(file) == quant
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("sub/LFM2.5-VL-450M-Q4_K_M.gguf", "LFM2.5-VL-450M"),
+        ("mmproj-model.F16.gguf", "mmproj-model"),
+        ("Q8_0.gguf", ""),
+        ("LFM2-VL-mine.gguf", "LFM2-VL-mine"),
+    ],
+)
+def test_the_rest_of_a_file_name_is_the_models_name(file: str, name: str) -> None:
+    assert split_file_name(file)[0] == name
+
+
+def test_preferred_types_are_types_of_the_converter() -> None:
+    assert set(download._PREFERRED_TYPES) <= set(LANGUAGE_TYPES)
+    for order in (download._PREFERRED_MMPROJ_TYPES, names._FASTEST_TYPES, names._FASTEST_TYPES_BF16):
+        assert set(order) <= set(ENCODER_TYPES)
+    assert set(names._FASTEST_TYPES) == set(names._FASTEST_TYPES_BF16)
 
 
 def test_the_shortest_name_is_shown() -> None:
