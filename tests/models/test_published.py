@@ -1,4 +1,4 @@
-"""What the published files do not state is found by their metadata: the name in it, or the model's shape."""
+"""Settings that the published files do not state are found by the name in their metadata or the model's shape."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CARD = Sampling(temperature=0.2, min_p=0.0, top_k=50, repetition_penalty=1.0)
 
 
 def published(folder: Path, names: tuple[str, str], title: str, shape: tuple[int, int, int]) -> Pair:
-    """Two files as the published ones are: no image settings, no decoding defaults; here without tensors too."""
+    """Write two files that, like the published ones, have no image settings and decoding defaults; without tensors."""
     width, blocks, n_tokens = shape
     pair = Pair(model=folder / f"{names[0]}.gguf", mmproj=folder / f"{names[1]}.gguf")
     language = gguf.GGUFWriter(pair.model, "lfm2")
@@ -53,7 +53,7 @@ def published(folder: Path, names: tuple[str, str], title: str, shape: tuple[int
         (("model", "mmproj"), "x", (1024, 16, 65536), (ImageConfig().resample, 2), FRACTION_BOXES, Sampling()),
     ],
 )
-def test_settings_follow_metadata_wherever_the_files_lie(
+def test_settings_follow_the_metadata_rather_than_the_path(
     names: tuple[str, str],
     title: str,
     shape: tuple[int, int, int],
@@ -62,7 +62,7 @@ def test_settings_follow_metadata_wherever_the_files_lie(
     sampling: Sampling,
     tmp_path: Path,
 ) -> None:
-    config = read_facts(published(tmp_path, names, title, shape))
+    config = read_facts(published(tmp_path, names, title, shape)).config
     assert (config.image.resample, config.image.min_tiles) == image
     assert config.boxes == boxes
     assert config.sampling == sampling
