@@ -1,4 +1,4 @@
-"""The command line: one file per command, imported when it is asked for, so that every start is a quick one."""
+"""The command line: one file per command, imported only if it is run, so that every start is quick."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from lfm2vl_edge.cli._output import ENDS_WITH_COMMAND, EXIT_FAILED, report_os_error
+from lfm2vl_edge.cli._output import EXIT_FAILED, report_os_error
 from lfm2vl_edge.cli._start import prepare_process
 
 COMMANDS: Final = (
@@ -27,6 +27,7 @@ COMMANDS: Final = (
     "eval",
     "pull",
     "models",
+    "show",
     "rm",
     "convert",
     "calibrate",
@@ -35,9 +36,9 @@ COMMANDS: Final = (
     "doctor",
     "cache",
 )
-"""In the order of the help. Each has a module of its name, and in it a function, or an app, of the same name."""
+"""In the order of the help. Each has a module of its name, which has a function or an app of the same name."""
 _FUNCTIONS: Final = {"eval": "evaluate"}
-"""The function's name where it is another one."""
+"""Command -> name of its function, if it differs."""
 
 
 def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
@@ -84,40 +85,39 @@ def _common(
 
 
 def main() -> None:
-    """Run the command line; of the commands, only the one that is named first is imported."""
+    """Run the command line; only the command that the first argument names is imported."""
     prepare_process()
-    if not (sys.gettrace() or sys.getprofile()):  # who observes the program wants to see its end too
-        ENDS_WITH_COMMAND.set()
+    exits_at_once = not (sys.gettrace() or sys.getprofile())  # a tracer or profiler observes the end too
     named = [word for word in sys.argv[1:2] if word in COMMANDS]
-    code = _exit_code_of(named or COMMANDS)
-    _leave(code)
+    code = _exit_code_of(named or COMMANDS, exits_at_once)
+    if exits_at_once:
+        _exit_at_once(code)
     sys.exit(code)
 
 
-def _exit_code_of(names: Iterable[str]) -> Any:
-    """Run the command line and return what it would exit with."""
+def _exit_code_of(names: Iterable[str], exits_at_once: bool) -> Any:
+    """Run the command line and return its exit code; commands free nothing if the process exits at once."""
     try:
-        build(names)()
+        build(names)(obj=exits_at_once)
     except SystemExit as end:
         return end.code
-    except OSError as error:  # help that stdout does not take, and the like; commands report theirs
+    except OSError as error:  # stdout does not take the help, for example; commands report their own
         report_os_error(error)
         return EXIT_FAILED
 
 
-def _leave(code: object) -> None:
-    """End the process at once: the system takes back in 10 ms what Python takes apart, object by object, in 60.
+def _exit_at_once(code: object) -> None:
+    """End the process: the system frees in 10 ms what Python frees, object by object, in 60.
 
-    Return, and let Python end as it always does, where something would be lost: a thread still works, or the last
-    words cannot be delivered.
+    Return, for an ordinary end, if something would be lost: a thread still works, or output cannot be flushed.
     """
     status = 0 if code is None else code
     works = any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
-    if not isinstance(status, int) or works or not ENDS_WITH_COMMAND.is_set():
+    if not isinstance(status, int) or works:
         return
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except (AttributeError, OSError, ValueError):  # there is none, nobody reads it, or it was closed
+    except (AttributeError, OSError, ValueError):  # there is no stdout, it has no reader, or it was closed
         return
     os._exit(status)

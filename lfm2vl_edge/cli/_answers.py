@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 Image = Annotated[str, typer.Argument(metavar="IMAGE", help="An image; - is stdin.")]
 What = Annotated[str | None, typer.Argument(metavar="WHAT", help='Such as "red car". Default: everything.')]
-Prompt = Annotated[
-    str | None, typer.Option("--prompt", "-p", help="The whole question, instead of the usual one.")
-]
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="The whole question, instead of the usual one.")]
 Free = Annotated[bool, typer.Option("--free", help="Do not constrain the answer; search it for boxes.")]
 
 
@@ -65,6 +63,7 @@ def statistics(turn: Turn, model: Model) -> Iterator[str]:
     if stats is None:
         return
     yield f"model      {model.config.name}, {info.n_threads} threads, context {info.n_ctx}"
+    yield f"encoder    {info.encoder}"
     yield f"open       {model.load_seconds:8.2f} s"
     yield f"images     settings from {model.budget.described(model.config.image_source)}"
     yield f"preprocess {stats.preprocess_seconds:8.2f} s"

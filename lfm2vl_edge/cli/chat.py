@@ -74,9 +74,7 @@ def chat(
         is_typed = _is_typed()
         read = stack.enter_context(reading_lines(data_folder() / _HISTORY))
         conversation = Chat(opened, system=system, **options)
-        session = Session(
-            conversation, max_pixels=image.max_pixels, has_notes=is_typed and not quiet, verbose=verbose
-        )
+        session = Session(conversation, max_pixels=image.max_pixels, has_notes=is_typed and not quiet, verbose=verbose)
         session.note(f"{opened.config.name}; /help lists the commands, Ctrl-D leaves")
         for name, pixels in loaded:
             session.add_image(name, pixels)

@@ -24,7 +24,7 @@ def detect(
     prompt: Prompt = None,
     free: Free = False,
     draw: Annotated[
-        Path | None, typer.Option("--draw", metavar="OUT.png", help="Write the image with the boxes drawn over it.")
+        Path | None, typer.Option("--draw", metavar="OUT.png", help="Write the image with the boxes over it.")
     ] = None,
     cache: opt.Cache = None,
     as_json: opt.Json = False,

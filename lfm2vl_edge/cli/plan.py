@@ -37,7 +37,7 @@ def plan(
     model: opt.ModelOptions,
     images: opt.ImageOptions,
     draw: Annotated[
-        Path | None, typer.Option("--draw", metavar="OUT.png", help="Write the image with the tiles drawn over it.")
+        Path | None, typer.Option("--draw", metavar="OUT.png", help="Write the image with the tiles over it.")
     ] = None,
     as_json: opt.Json = False,
     force: opt.Force = False,
@@ -85,7 +85,7 @@ def _settings(model: opt.ModelOptions, images: opt.ImageOptions) -> _Settings:
 
     if model.model is None and (model.mmproj is not None or last_entry() is None):
         return _without_model(model, images)
-    located = find_model(model)
+    located = find_model(model.model, model.mmproj)
     opening = decide(located, model.open_options(located.mmproj, images))
     return opening.config.image, opening.config.image_source, opening.budget, opening.costs
 
