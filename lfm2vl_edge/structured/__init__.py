@@ -1,12 +1,14 @@
-"""JSON schemas: read into a tree, written as a grammar for the engine, checked against an answer.
+"""Structured answers: a JSON schema as a grammar for the engine and as a check of the answer, and lists of boxes.
+
+Imports only errors and config.
 
     schema = read_schema({"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]})
-    grammar = grammar_of(schema)            # the model can then write nothing else
-    value = parse_answer(answer, schema)    # and what a grammar cannot express is checked
+    grammar = grammar_of(schema)            # restricts the tokens of the answer
+    value = parse_answer(answer, schema)    # checks also what a grammar cannot express
 
-A keyword that neither the grammar nor the check honours is refused by its name, never passed over. llama.cpp's own
-conversion is not used: its C++ is not in the libraries that llama_cpp brings, and the Python beside them passes over
-limits of numbers and unknown formats, lets line breaks into strings, which then are no JSON, and does not escape the
+A keyword that neither the grammar nor the check supports is an error, never ignored. llama.cpp's own converter is not
+used: the C++ version is not in the libraries of llama_cpp, and the Python version of llama_cpp ignores limits of
+numbers and unknown formats, allows line breaks in strings, which is not valid JSON, and does not escape the
 backslashes of an enum.
 """
 

@@ -1,4 +1,4 @@
-"""Random JSON schemas, and a naive validator of the keywords that they use: an independent reading of the standard."""
+"""Random JSON schemas, and a naive validator of the keywords that they use, written from the standard."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CHAIN = {
 
 
 def random_schema(rng: random.Random) -> dict[str, Any]:
-    """Return a schema whose values are bounded, but for a chain that may go on."""
+    """Return a schema with values of limited size, except for a chain of any length."""
     return {**_value(rng, 3), "$defs": {"chain": _CHAIN}, "title": "random"}
 
 
@@ -70,20 +70,20 @@ def _limits(rng: random.Random, kind: str) -> dict[str, int]:
     size = rng.choice([3, 40, 2000, 10**9])
     low = rng.randint(-size, size)
     high = low + rng.randint(2, size)
-    words = {"minimum": low} if rng.random() < 0.7 else {}
+    limits = {"minimum": low} if rng.random() < 0.7 else {}
     if rng.random() < 0.7:
-        words["maximum"] = high
+        limits["maximum"] = high
     if kind == "integer" and rng.random() < 0.3:
-        words = {"exclusiveMinimum": low, "exclusiveMaximum": high}
-    return words
+        limits = {"exclusiveMinimum": low, "exclusiveMaximum": high}
+    return limits
 
 
-def is_valid(value: Any, schema: dict[str, Any], whole: dict[str, Any]) -> bool:
-    """Tell whether a value is within a schema, keyword by keyword."""
+def is_valid(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
+    """Return whether a value matches a schema, keyword by keyword."""
     if "$ref" in schema:
-        return is_valid(value, whole["$defs"][schema["$ref"].split("/")[-1]], whole)
+        return is_valid(value, root["$defs"][schema["$ref"].split("/")[-1]], root)
     if "anyOf" in schema:
-        return any(is_valid(value, part, whole) for part in schema["anyOf"])
+        return any(is_valid(value, part, root) for part in schema["anyOf"])
     if "enum" in schema or "const" in schema:
         return json.dumps(value) in [json.dumps(one) for one in schema.get("enum", [schema.get("const")])]
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
@@ -97,10 +97,10 @@ def is_valid(value: Any, schema: dict[str, Any], whole: dict[str, Any]) -> bool:
         return _within(value, schema)
     if isinstance(value, list):
         counts = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", 10**9)
-        return counts and all(is_valid(one, schema["items"], whole) for one in value)
+        return counts and all(is_valid(one, schema["items"], root) for one in value)
     if isinstance(value, dict):
         return set(schema["required"]) <= set(value) <= set(schema["properties"]) and all(
-            is_valid(one, schema["properties"][name], whole) for name, one in value.items()
+            is_valid(one, schema["properties"][name], root) for name, one in value.items()
         )
     return True
 

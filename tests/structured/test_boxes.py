@@ -1,4 +1,4 @@
-"""Boxes in answers: read in whatever dress they come, scaled to the upright image, drawn over it."""
+"""Boxes in answers: read in every notation, scaled to the upright image, and rendered over it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lfm2vl_edge.config import FRACTION_BOXES, SHORT_BOXES, THOUSAND_BOXES, BoxF
 from lfm2vl_edge.image.draw import draw_boxes
 from lfm2vl_edge.models.registry import find_published
 from lfm2vl_edge.structured import grammar_of, parse_answer, read_schema
-from lfm2vl_edge.structured.boxes import read_boxes
+from lfm2vl_edge.structured.boxes import box_question, box_schema, read_boxes
 from tests.fake_engine import CONFIG, FakeEngine
 
 CAR = '[{"label": "red car", "bbox": [0.12, 0.30, 0.25, 0.44]}]'
 BOX = Box(label="red car", left=24, top=30, right=50, bottom=44)
 
 
-def read(answer: str, form: BoxFormat = FRACTION_BOXES, height: int = 100, width: int = 200) -> list[Box]:
-    return read_boxes(answer, form, height, width)
+def read(answer: str, boxes: BoxFormat = FRACTION_BOXES, height: int = 100, width: int = 200) -> list[Box]:
+    return read_boxes(answer, boxes, height, width)
 
 
 @pytest.mark.parametrize(
@@ -44,19 +44,19 @@ def read(answer: str, form: BoxFormat = FRACTION_BOXES, height: int = 100, width
         '{"boxes": [{"label": "red car",\n\t"bbox": [0.12,0.30,\n0.25,0.44]}]}',
     ],
 )
-def test_the_same_box_in_other_dresses(answer: str) -> None:
+def test_the_same_box_in_other_notations(answer: str) -> None:
     assert read(answer) == [BOX]
 
 
 def test_quotes_inside_of_labels() -> None:
     answer = (
-        """[{'label': 'the "O\\'Hara" sign', 'bbox': [0, 0, 1, 1]}, {"label": "it's {here}", "bbox": [0, 0, 1, 1]}]"""
+        """[{'label': 'the "O\\'Hara" shop', 'bbox': [0, 0, 1, 1]}, {"label": "it's {here}", "bbox": [0, 0, 1, 1]}]"""
     )
-    assert [box.label for box in read(answer)] == ['the "O\'Hara" sign', "it's {here}"]
+    assert [box.label for box in read(answer)] == ['the "O\'Hara" shop', "it's {here}"]
 
 
 @pytest.mark.parametrize("answer", ["[]", "[ ]", "```json\n[]\n```", '{"boxes": []}'])
-def test_nothing_found_is_an_empty_list(answer: str) -> None:
+def test_no_boxes_are_an_empty_list(answer: str) -> None:
     assert read(answer) == []
 
 
@@ -87,17 +87,18 @@ def test_an_endless_answer_is_an_error() -> None:
         '{"label": "x", "bbox": "0, 0, 1, 1"}',
         '{"label": "x", "bbox": [0.5, 0.1, 0.5, 0.9]}',
         '{"label": "x", "bbox": [10, 20, 300, 400]}',
+        '{"label": "x", "bbox": [0, 0, 1, ' + "9" * 400 + "]}",
         '{"label": "x", "bbox": [0, 0, 1, ' + "9" * 5000 + "]}",
         "{bbox}",
     ],
 )
-def test_what_is_no_box_is_left_out_with_a_warning(entry: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_invalid_box_is_left_out_with_a_warning(entry: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "lfm2vl_edge.structured.boxes"):
         assert read(f"[{entry}, {CAR[1:]}") == [BOX]
-    assert "no box of the picture" in caplog.text
+    assert "not a valid box of the image" in caplog.text
 
 
-def test_thousandths_are_thousandths() -> None:
+def test_a_scale_of_a_thousand() -> None:
     answer = '[{"bbox_2d": [120, 300, 250, 440], "label": "red car"}]'
     assert read(answer, THOUSAND_BOXES) == [BOX]
     assert read(answer, FRACTION_BOXES) == []
@@ -110,7 +111,7 @@ def test_thousandths_are_thousandths() -> None:
     width=st.integers(1, 5000),
 )
 @settings(max_examples=300, deadline=None)
-def test_boxes_lie_within_the_picture_and_where_they_should(
+def test_boxes_are_within_the_image_and_at_their_corners(
     label: str, corners: tuple[float, float, float, float], height: int, width: int
 ) -> None:
     answer = json.dumps([{"label": label, "bbox": corners}])
@@ -132,7 +133,7 @@ def test_boxes_lie_within_the_picture_and_where_they_should(
 
 @given(st.text(alphabet="[]{}\"'\\,:0.19e-labelbox \n", max_size=300))
 @settings(max_examples=500, deadline=None)
-def test_no_text_does_more_than_fail(text: str) -> None:
+def test_any_text_is_read_or_an_answer_error(text: str) -> None:
     try:
         boxes = read(text)
     except AnswerError:
@@ -140,25 +141,32 @@ def test_no_text_does_more_than_fail(text: str) -> None:
     assert all(isinstance(box, Box) for box in boxes)
 
 
-def test_questions_and_forms_of_the_models() -> None:
-    assert SHORT_BOXES.ask("red circle") == "Detect the red circle."
-    assert [SHORT_BOXES.ask(what) for what in ("every square", "the cat", None, " ")] == [
+def test_questions_and_formats_of_the_models() -> None:
+    assert box_question(SHORT_BOXES, "red circle") == "Detect the red circle."
+    assert [box_question(SHORT_BOXES, what) for what in ("every square", "the cat", None, " ")] == [
         "Detect every square.",
         "Detect the cat.",
         "Detect all objects.",
         "Detect all objects.",
     ]
-    assert FRACTION_BOXES.ask("{what}").startswith("Detect all instances of: {what}. Response must be a JSON array: ")
-    names = {"LFM2.5-VL-450M": FRACTION_BOXES, "LFM2.5-VL-3B": THOUSAND_BOXES, "lfm2vl-tiny": SHORT_BOXES, "Lfm2vl Tiny": SHORT_BOXES}
-    for name, form in names.items():
+    assert box_question(FRACTION_BOXES, "{what}").startswith(
+        "Detect all instances of: {what}. Response must be a JSON array: "
+    )
+    formats = {
+        "LFM2.5-VL-450M": FRACTION_BOXES,
+        "LFM2.5-VL-3B": THOUSAND_BOXES,
+        "lfm2vl-tiny": SHORT_BOXES,
+        "Lfm2vl Tiny": SHORT_BOXES,
+    }
+    for name, boxes in formats.items():
         published = find_published(name)
         assert published is not None
-        assert published.boxes is form
+        assert published.boxes is boxes
 
 
-@pytest.mark.parametrize("form", [SHORT_BOXES, THOUSAND_BOXES], ids=["fractions", "thousandths"])
-def test_answers_in_the_form_are_read(form: BoxFormat, model: Model) -> None:
-    text = json.dumps(form.schema()).replace('"maxItems": 100', '"maxItems": 2')
+@pytest.mark.parametrize("boxes", [SHORT_BOXES, THOUSAND_BOXES], ids=["fractions", "thousandths"])
+def test_answers_in_the_format_are_read(boxes: BoxFormat, model: Model) -> None:
+    text = json.dumps(box_schema(boxes)).replace('"maxItems": 100', '"maxItems": 2')
     schema = json.loads(text.replace('"maxLength": 100', '"maxLength": 3'))  # an untrained model never ends
     for seed in range(3):
         options: dict[str, Any] = {"seed": seed, "temperature": 2.0, "min_p": 0.0, "max_tokens": 1000}
@@ -166,28 +174,28 @@ def test_answers_in_the_form_are_read(form: BoxFormat, model: Model) -> None:
         entries = json.loads(answer)
         assert len(entries) <= 2
         for entry in entries:
-            assert set(entry) == {"label", form.key}
-            assert len(entry[form.key]) == 4
-            assert all(0 <= corner <= form.scale for corner in entry[form.key])
-        assert len(read(answer, form)) <= len(entries)
+            assert set(entry) == {"label", boxes.key}
+            assert len(entry[boxes.key]) == 4
+            assert all(0 <= corner <= boxes.scale for corner in entry[boxes.key])
+        assert len(read(answer, boxes)) <= len(entries)
 
 
 @pytest.mark.parametrize("answer", [CAR, "[]", '[{"bbox": [0, 0.5, 1, 1.0], "label": "x"}]'])
-def test_the_form_is_that_of_taught_answers(answer: str) -> None:
-    assert parse_answer(answer, read_schema(SHORT_BOXES.schema())) == json.loads(answer)
+def test_answers_of_the_training_data_match_the_format(answer: str) -> None:
+    assert parse_answer(answer, read_schema(box_schema(SHORT_BOXES))) == json.loads(answer)
 
 
-def test_boxes_are_those_of_the_upright_picture(tmp_path: Path) -> None:
+def test_boxes_are_in_pixels_of_the_upright_image(tmp_path: Path) -> None:
     path = tmp_path / "turned.png"
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees: the stored 60 x 20 is shown as 20 x 60
+    exif[0x0112] = 6  # rotate by 90 degrees: 60 x 20 in the file is displayed as 20 x 60
     Image.new("RGB", (60, 20)).save(path, exif=exif)
-    question = SHORT_BOXES.ask("red car")
+    question = box_question(SHORT_BOXES, "red car")
     engine = FakeEngine({question: CAR, "Where?": f"Here: {CAR}"})
     model = Model(engine, replace(CONFIG, boxes=SHORT_BOXES))
     expected = Box(label="red car", left=2, top=18, right=5, bottom=26)
     assert model.detect(path, "red car") == [expected]
-    assert engine.grammars == [grammar_of(read_schema(SHORT_BOXES.schema()))]
+    assert engine.grammars == [grammar_of(read_schema(box_schema(SHORT_BOXES)))]
     assert engine.sampled[0].temperature == 0.0
     assert model.detect(path, prompt="Where?", free=True, temperature=0.5) == [expected]
     assert (engine.grammars[1], engine.sampled[1].temperature) == (None, 0.5)
@@ -195,21 +203,21 @@ def test_boxes_are_those_of_the_upright_picture(tmp_path: Path) -> None:
     assert asdict(expected) == {"label": "red car", "left": 2, "top": 18, "right": 5, "bottom": 26}
 
 
-def test_frames_are_drawn_where_the_boxes_are() -> None:
-    picture = np.full((120, 200, 3), 128, np.uint8)
+def test_frames_are_rendered_at_the_boxes() -> None:
+    image = np.full((120, 200, 3), 128, np.uint8)
     boxes = [
         Box(label="a\nb", left=20, top=30, right=180, bottom=110),
         Box(label="猫", left=0, top=0, right=1, bottom=1),
     ]
-    drawn = draw_boxes(picture, boxes)
-    assert (picture == 128).all()
-    assert drawn.shape == picture.shape
+    rendered = draw_boxes(image, boxes)
+    assert (image == 128).all()
+    assert rendered.shape == image.shape
     frame = (255, 64, 64)
-    assert all((drawn[row, 20:180] == frame).all() for row in (30, 109))
-    assert all((drawn[30:110, column] == frame).all() for column in (20, 179))
-    assert (drawn[0, 0] == frame).all() or (drawn[0, 0] != 128).any()
+    assert all((rendered[row, 20:180] == frame).all() for row in (30, 109))
+    assert all((rendered[30:110, column] == frame).all() for column in (20, 179))
+    assert (rendered[0, 0] == frame).all() or (rendered[0, 0] != 128).any()
     untouched = np.ones((120, 200), bool)
     untouched[30:110, 20:180] = False
     untouched[:30, :60] = False  # the label of the small one
-    assert (drawn[untouched] == 128).mean() > 0.9
-    assert (drawn[60:100, 40:160] == 128).all()
+    assert (rendered[untouched] == 128).mean() > 0.9
+    assert (rendered[60:100, 40:160] == 128).all()

@@ -1,4 +1,4 @@
-"""Dataclasses and pydantic's models as schemas, and answers as their instances."""
+"""Schemas of dataclasses and pydantic models, and answers as their instances."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ ANSWER = (
 )
 
 
-def test_dataclasses_become_schemas_and_answers_become_them() -> None:
+def test_the_schema_of_a_dataclass_and_an_answer_as_its_instance() -> None:
     schema = schema_of(Receipt)
     receipt, item = schema["$defs"]["Receipt0"], schema["$defs"]["Item1"]
     assert list(receipt["properties"]) == ["total", "paid", "kind", "items", "key"]
     assert receipt["required"] == ["total", "paid", "kind", "items"]
     assert item["properties"]["parts"] == {"type": "array", "items": {"$ref": "#/$defs/Item1"}}
     assert grammar_of(read_schema(schema))
-    made = instance_of(Receipt, ANSWER)
+    receipt_read = instance_of(Receipt, ANSWER)
     tea = Item(name="tea", price=3.0, colour=Colour.RED, parts=[Item(name="leaf", price=0.5)])
-    assert made == Receipt(total=3.0, paid=True, kind="cash", items=[tea], key="k")
-    assert isinstance(made.total, float)
+    assert receipt_read == Receipt(total=3.0, paid=True, kind="cash", items=[tea], key="k")
+    assert isinstance(receipt_read.total, float)
 
 
-def test_what_the_class_refuses_is_an_error_of_ours() -> None:
+def test_an_answer_that_the_class_refuses_is_an_answer_error() -> None:
     with pytest.raises(AnswerError, match="Receipt refuses the answer .* a total below 0; ask again"):
         instance_of(Receipt, ANSWER.replace("3,", "-3,", 1))
     with pytest.raises(AnswerError, match="lacks paid"):
@@ -73,32 +73,32 @@ def test_what_the_class_refuses_is_an_error_of_ours() -> None:
 
 
 @dataclass
-class Odd:
+class Unsupported:
     when: complex
 
 
 @dataclass
-class Lost:
-    what: Nowhere  # type: ignore[name-defined]  # noqa: F821 - that is what is tested
+class Unresolved:
+    what: Nowhere  # type: ignore[name-defined]  # noqa: F821 - tests an undefined name
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"),
+    ("kind", "message"),
     [
-        (Odd, "Odd.when is of type <class 'complex'>, which no schema is made of"),
-        (Lost, "the types of Lost cannot be found out"),
+        (Unsupported, "Unsupported.when has type <class 'complex'>, which has no JSON schema"),
+        (Unresolved, "cannot resolve the types of Unresolved"),
         (int, "it must be a JSON schema as a dictionary, a dataclass or a pydantic model"),
         ("{}", "it must be a JSON schema"),
         (Item(name="tea", price=3), "it must be a JSON schema"),
         (None, "it must be a JSON schema"),
     ],
 )
-def test_what_is_no_schema(wanted: Any, message: str) -> None:
+def test_anything_else_has_no_schema(kind: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        schema_of(wanted)
+        schema_of(kind)
 
 
-def test_models_of_pydantic_work_where_it_is_installed() -> None:
+def test_pydantic_models_work_if_pydantic_is_installed() -> None:
     pydantic = pytest.importorskip("pydantic")
     cat = pydantic.create_model(
         "Cat",
@@ -107,13 +107,13 @@ def test_models_of_pydantic_work_where_it_is_installed() -> None:
         colour=(Colour, ...),
     )
     assert grammar_of(read_schema(schema_of(cat)))
-    made = instance_of(cat, '{"name": "Mia", "age": 3, "colour": "red"}')
-    assert (type(made), made.name, made.age, made.colour) == (cat, "Mia", 3, Colour.RED)
-    picky = pydantic.create_model(
-        "Picky", __validators__={"short": pydantic.field_validator("name")(_refuse)}, name=(str, ...)
+    instance = instance_of(cat, '{"name": "Mia", "age": 3, "colour": "red"}')
+    assert (type(instance), instance.name, instance.age, instance.colour) == (cat, "Mia", 3, Colour.RED)
+    strict = pydantic.create_model(
+        "Strict", __validators__={"short": pydantic.field_validator("name")(_refuse)}, name=(str, ...)
     )
-    with pytest.raises(AnswerError, match="Picky refuses the answer"):
-        instance_of(picky, '{"name": "Mia"}')
+    with pytest.raises(AnswerError, match="Strict refuses the answer"):
+        instance_of(strict, '{"name": "Mia"}')
 
 
 def _refuse(value: str) -> str:
@@ -135,7 +135,7 @@ PIXELS = np.zeros((32, 32, 3), np.uint8)
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "title": "Äpfel"}}, "required": ["n"]}
 
 
-def test_extract_gives_what_was_asked_for(tmp_path: Path) -> None:
+def test_extract_returns_a_value_or_an_instance(tmp_path: Path) -> None:
     model, engine = scripted(tmp_path, {"How many?": '{"n": 3}', "Read it.": ANSWER})
     assert model.extract(PIXELS, SCHEMA, "How many?") == {"n": 3}
     assert engine.grammars == [grammar_of(read_schema(SCHEMA))]
@@ -146,9 +146,9 @@ def test_extract_gives_what_was_asked_for(tmp_path: Path) -> None:
     assert engine.sampled[1].temperature == 0.7
 
 
-def test_extract_shows_the_schema_where_nothing_else_is_asked(tmp_path: Path) -> None:
-    shown = f"Extract from the image, as JSON with this schema: {json.dumps(SCHEMA, ensure_ascii=False)}"
-    model, _ = scripted(tmp_path, {shown: '{"n": 3}'})
+def test_the_default_question_of_extract_contains_the_schema(tmp_path: Path) -> None:
+    question = f"Extract from the image, as JSON with this schema: {json.dumps(SCHEMA, ensure_ascii=False)}"
+    model, _ = scripted(tmp_path, {question: '{"n": 3}'})
     assert model.extract(PIXELS, SCHEMA) == {"n": 3}
     with pytest.raises(ConfigError, match="names no properties"):
         model.extract(PIXELS, {"type": "object"})

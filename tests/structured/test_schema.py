@@ -1,4 +1,4 @@
-"""JSON schemas: what is read, what is refused, and that answers held to them fit them."""
+"""JSON schemas: supported and refused keywords, and answers that always match them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm2vl_edge import AnswerError, AnswerTruncated, ConfigError, Model
+from lfm2vl_edge import AnswerError, AnswerTruncated, AskOptions, ConfigError, Model
 from lfm2vl_edge.cache.memory import Caches, EmbeddingCache, StateCache
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.engine.llama import EngineSettings, LlamaEngine
@@ -28,11 +28,11 @@ from tests.fake_engine import scripted
 from tests.structured.schemas import is_valid, random_schema
 
 COUNT = int(os.environ.get("LFM2VL_TEST_SCHEMAS", "250"))
-"""Random schemas; LFM2VL_TEST_SCHEMAS=1000 tries so many."""
+"""Number of random schemas; LFM2VL_TEST_SCHEMAS=1000 sets another one."""
 
 
 class Noise(LlamaEngine):
-    """The real engine with the vocabulary of a real model, but for the network: its logits are drawn."""
+    """The real engine with the vocabulary of a real model, but random logits."""
 
     rng = np.random.default_rng(6)
 
@@ -45,17 +45,17 @@ class Noise(LlamaEngine):
 
 @pytest.fixture(scope="module")
 def noise(pair: Pair) -> Iterator[Model]:
-    """A model without a mind: it writes whatever it is allowed to."""
+    """A model that writes any text that is allowed."""
     files = find_pair(pair("a", "F32"))
-    engine = Noise(
-        files.model, files.mmproj, EngineSettings(n_threads=1, n_ctx=8192, n_ctx_max=8192, max_view_tokens=256)
-    )
-    memory = Caches(states=StateCache(0), embeddings=EmbeddingCache())
-    with Model(engine, read_facts(files), memory=memory) as model:
+    settings = EngineSettings(n_threads=1, n_ctx=8192, n_ctx_max=8192, max_view_tokens=256)
+    facts = read_facts(files)
+    engine = Noise(files.model, files.mmproj, settings, facts.vision)
+    caches = Caches(states=StateCache(0), embeddings=EmbeddingCache())
+    with Model(engine, facts.config, caches=caches) as model:
         yield model
 
 
-def test_answers_within_random_schemas_parse_and_validate(noise: Model) -> None:
+def test_answers_match_random_schemas(noise: Model) -> None:
     rng = random.Random(6)
     for number in range(COUNT):
         schema = random_schema(rng)
@@ -63,7 +63,7 @@ def test_answers_within_random_schemas_parse_and_validate(noise: Model) -> None:
         assert is_valid(json.loads(text), schema, schema), (schema, text)
 
 
-def test_the_network_is_held_too(model: Model) -> None:
+def test_answers_of_a_network_match_a_schema(model: Model) -> None:
     schema: dict[str, Any] = {
         "type": "object",
         "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
@@ -76,10 +76,12 @@ def test_the_network_is_held_too(model: Model) -> None:
 BIG: dict[str, Any] = {"type": "array", "items": {"type": "string", "minLength": 50}, "minItems": 5}
 
 
-def test_an_answer_that_is_cut_is_an_error_and_nothing_is_given_out(noise: Model) -> None:
+def test_a_truncated_answer_is_an_error_and_not_returned(noise: Model) -> None:
     chunks = noise.stream([], "go", schema=BIG, max_tokens=40)
-    with pytest.raises(AnswerTruncated, match=r"cut after 40 tokens, before it was whole; raise --max-tokens"):
-        next(chunks)  # the error is the first that comes
+    with pytest.raises(
+        AnswerTruncated, match=r"truncated after 40 tokens, before it was complete; raise --max-tokens"
+    ):
+        next(chunks)  # the error comes before any text
 
 
 @pytest.mark.parametrize(
@@ -87,41 +89,41 @@ def test_an_answer_that_is_cut_is_an_error_and_nothing_is_given_out(noise: Model
     [
         ({"type": "number", "minimum": 0.5}, "0.2", r"\$ is 0.2, below minimum 0.5"),
         ({"type": "number", "exclusiveMaximum": 3}, "3", "not below exclusiveMaximum 3"),
-        ({"type": "integer", "multipleOf": 5}, "7", "no multiple of 5"),
+        ({"type": "integer", "multipleOf": 5}, "7", "not a multiple of 5"),
         ({"type": "number", "multipleOf": 0.1}, "1e90", None),
         ({"type": "array", "items": {"type": "null"}, "uniqueItems": True}, "[null,null]", "twice, against unique"),
-        ({"type": "string", "format": "date"}, '"2023-02-29"', "no date"),
+        ({"type": "string", "format": "date"}, '"2023-02-29"', "not a valid date"),
         ({"type": "string", "format": "date"}, '"2024-02-29"', None),
         ({"type": "string", "maxLength": 2000}, f'"{"x" * 2001}"', "longer than maxLength 2000"),
-        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "3", "fits 2 of 2 alternatives"),
-        ({"type": "object", "properties": {"a": {"type": "null"}}}, '{"a":null,"a":null}', "a key is there twice"),
-        ({"type": "object", "properties": {"a": {"type": "null"}}}, '{"b":null}', "no property"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "3", "matches 2 of 2 alternatives"),
+        ({"type": "object", "properties": {"a": {"type": "null"}}}, '{"a":null,"a":null}', "a key occurs twice"),
+        ({"type": "object", "properties": {"a": {"type": "null"}}}, '{"b":null}', "not a property"),
         ({"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}, "{}", "lacks a"),
-        ({"type": "array", "items": {"const": "é"}}, '["é", "e"]', r"\$\[1\] is \"e\", none of the values of enum"),
-        ({"type": "number"}, "NaN", "is no JSON"),
-        ({"type": "integer"}, "true", "no number"),
-        ({"type": "integer"}, "[" * 100_000, "is no JSON"),
-        ({"type": "integer"}, "", "is no JSON"),
+        ({"type": "array", "items": {"const": "é"}}, '["é", "e"]', r"\$\[1\] is \"e\", which is not one of \"é\""),
+        ({"type": "number"}, "NaN", "is not a JSON value"),
+        ({"type": "integer"}, "true", "not of type integer"),
+        ({"type": "integer"}, "[" * 100_000, "is not valid JSON"),
+        ({"type": "integer"}, "", "is not valid JSON"),
     ],
 )
-def test_what_no_grammar_expresses_is_checked(schema: dict[str, Any], answer: str, message: str | None) -> None:
-    read = read_schema(schema)
-    assert grammar_of(read)
+def test_rules_beyond_a_grammar_are_checked(schema: dict[str, Any], answer: str, message: str | None) -> None:
+    parsed = read_schema(schema)
+    assert grammar_of(parsed)
     if message is None:
-        assert parse_answer(answer, read) == json.loads(answer)
+        assert parse_answer(answer, parsed) == json.loads(answer)
     else:
         with pytest.raises(AnswerError, match=message):
-            parse_answer(answer, read)
+            parse_answer(answer, parsed)
 
 
-def test_an_answer_that_breaks_the_schema_is_not_given_out(tmp_path: Path) -> None:
+def test_an_answer_that_breaks_the_schema_is_not_returned(tmp_path: Path) -> None:
     model, engine = scripted(tmp_path, {"go": "7", "so": "8"})
     chunks = model.stream([], "go", schema={"type": "integer", "multipleOf": 4})
-    with pytest.raises(AnswerError, match="7, no multiple of 4; ask again with another seed, or loosen the schema"):
+    with pytest.raises(AnswerError, match="7, not a multiple of 4; ask again with another seed, or loosen the schema"):
         next(chunks)
-    told = list(model.stream([], "so", schema={"type": "integer", "multipleOf": 4}))
-    assert [(chunk.text, chunk.finish_reason) for chunk in told] == [("8", "stop")]
-    assert told[0].stats is not None
+    chunks_of_8 = list(model.stream([], "so", schema={"type": "integer", "multipleOf": 4}))
+    assert [(chunk.text, chunk.finish_reason) for chunk in chunks_of_8] == [("8", "stop")]
+    assert chunks_of_8[0].stats is not None
     assert engine.grammars[0] is not None
 
 
@@ -149,43 +151,43 @@ def test_an_answer_that_breaks_the_schema_is_not_given_out(tmp_path: Path) -> No
         ({"type": "number", "minimum": float("nan")}, "minimum at # is nan"),
         ({"type": "number", "maximum": 10**5000}, "maximum at # is"),
         ({"type": "number", "multipleOf": 0}, "multipleOf at # is 0"),
-        ({"type": "integer", "minimum": 1.2, "maximum": 1.8}, "no number is within"),
-        ({"type": "number", "minimum": 1, "exclusiveMaximum": 1}, "no number is within"),
+        ({"type": "integer", "minimum": 1.2, "maximum": 1.8}, "exclude every number"),
+        ({"type": "number", "minimum": 1, "exclusiveMaximum": 1}, "exclude every number"),
         ({"type": "object"}, "names no properties"),
         ({"type": "object", "properties": []}, "names no properties"),
         ({"type": "object", "properties": {"a": {"type": "null"}}, "required": ["b"]}, "required at #"),
-        ({"type": "object", "properties": {"\ud800": {"type": "null"}}}, "is no JSON"),
+        ({"type": "object", "properties": {"\ud800": {"type": "null"}}}, "is not valid JSON"),
         ({"type": "object", "properties": {"a": {"type": "x"}}}, "#/properties/a states no type"),
         ({"enum": []}, "enum at # must be a list"),
         ({"enum": 5}, "enum at # must be a list"),
-        ({"enum": ["a"], "type": "integer"}, "nothing can fit"),
-        ({"enum": [{1, 2}]}, "is no JSON"),
-        ({"enum": ["\ud800"]}, "is no JSON"),
-        ({"const": float("inf")}, "nothing can fit"),
+        ({"enum": ["a"], "type": "integer"}, "no answer can match"),
+        ({"enum": [{1, 2}]}, "is not valid JSON"),
+        ({"enum": ["\ud800"]}, "is not valid JSON"),
+        ({"const": float("inf")}, "no answer can match"),
         ({"anyOf": []}, "anyOf is"),
         ({"anyOf": [{"type": "null"}], "type": "null"}, "'type'"),
         ({"allOf": [{"type": "null"}, {"type": "null"}]}, "allOf of several"),
         ({"not": {"type": "null"}}, "states no type"),
         ({"$ref": "https://example.org/x"}, "only parts of the same schema"),
         ({"$ref": 5}, "only parts of the same schema"),
-        ({"$ref": "#/$defs/none"}, "which is not there"),
-        ({"$ref": "#"}, "defined by nothing but itself"),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}}, "nothing but itself"),
+        ({"$ref": "#/$defs/none"}, "which does not exist"),
+        ({"$ref": "#"}, "only defined by itself"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}}, "only defined by itself"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(schema: dict[str, Any], message: str) -> None:
+def test_an_unsupported_schema_is_refused_by_name(schema: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_schema(schema)
 
 
-def test_hostile_schemas_end_in_an_error() -> None:
+def test_hostile_schemas_are_refused() -> None:
     deep: dict[str, Any] = {"type": "null"}
     for _ in range(5000):
         deep = {"type": "array", "items": deep}
     with pytest.raises(ConfigError, match="too large"):
         read_schema(deep)
     wide = {"type": "object", "properties": {f"p{number}": {"type": "null"} for number in range(6000)}}
-    with pytest.raises(ConfigError, match="6000 properties; at most 256 work"):
+    with pytest.raises(ConfigError, match="6000 properties; the limit is 256"):
         read_schema(wide)
     with pytest.raises(ConfigError, match="too large at #/anyOf/4999"):
         read_schema({"anyOf": [{"type": "null"}] * 6000})
@@ -196,17 +198,19 @@ def test_hostile_schemas_end_in_an_error() -> None:
 
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     model, _ = scripted(tmp_path, {})
-    for options in ({"grammar": "x"}, {"stop": ["}"]}):
-        with pytest.raises(ConfigError, match="schema goes with neither grammar nor stop"):
+    combined: list[AskOptions] = [{"grammar": "x"}, {"stop": ["}"]}]
+    for options in combined:
+        with pytest.raises(ConfigError, match="schema cannot be combined with grammar or stop"):
             model.ask([], "go", schema={"type": "null"}, **options)
-    for name, value in (("schema", []), ("schema", "{}"), ("grammar", " "), ("grammar", 5)):
-        with pytest.raises(ConfigError, match=f"{name} is "):
-            model.ask([], "go", **{name: value})
+    invalid: list[dict[str, Any]] = [{"schema": []}, {"schema": "{}"}, {"grammar": " "}, {"grammar": 5}]
+    for values in invalid:
+        with pytest.raises(ConfigError, match=f"{next(iter(values))} is "):
+            model.ask([], "go", **values)
 
 
 @given(low=st.integers(0, 3000), more=st.integers(0, 3000))
 @settings(max_examples=60, deadline=None)
-def test_magnitudes_are_the_numbers_between(low: int, more: int) -> None:
+def test_magnitudes_match_the_numbers_between_two_limits(low: int, more: int) -> None:
     pattern = re.compile(magnitudes(low, low + more).replace('"', "").replace(" ", ""))
     around = {0, 1, 9, 10, 99, 100, low - 1, low, low + 1, low + more - 1, low + more, low + more + 1, 10 * low}
     for number in {*around, *range(low, low + more, 97)}:
@@ -223,7 +227,7 @@ def test_whitespace_is_bounded_and_objects_keep_their_order() -> None:
 
 @given(st.text(max_size=60))
 @settings(max_examples=200, deadline=None)
-def test_any_text_parses_or_is_an_error_of_ours(text: str) -> None:
+def test_any_text_is_parsed_or_an_answer_error(text: str) -> None:
     schema = read_schema({"type": ["object", "null"], "properties": {"a": {"type": "number"}}})
     try:
         value = parse_answer(text, schema)
