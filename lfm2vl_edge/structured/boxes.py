@@ -1,19 +1,21 @@
-"""Boxes in a model's answer: the format that a model was trained on, as a JSON schema, and the reader of answers.
+"""Boxes in a model's answer: the JSON schema of the format that a model was trained on, and the reader of answers.
 
-Boxes become pixels of the upright image. Text around them, fences and single quotes are skipped. An entry that is not
-a valid box (no four finite numbers, no label, no area, or outside of the image, as in another scale) is left out with a
-warning in the log `lfm2vl_edge.structured.boxes`; an answer without any boxes that is not an empty list is an error.
+Boxes are converted to pixels of the upright image. Text around them, fences and single quotes are skipped. An entry
+that is not a valid box (no four finite numbers, no label, no area, or outside of the image, as in another scale) is
+left out with a warning in the log `lfm2vl_edge.structured.boxes`. An answer that has neither boxes nor an empty list
+is an error.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from lfm2vl_edge.config import Box, BoxFormat, is_finite
+from lfm2vl_edge.config import Box, BoxFormat
 from lfm2vl_edge.errors import AnswerError
 
 _LOG: Final = logging.getLogger(__name__)
@@ -36,10 +38,10 @@ _DETERMINER: Final = re.compile(r"(?:the|all|every|each|any|a|an)\s", re.IGNOREC
 
 def box_question(boxes: BoxFormat, what: str | None) -> str:
     """Return the question for objects such as "red car"; None means everything."""
-    wanted = what.strip() if what else ""
-    if boxes.article and wanted and not _DETERMINER.match(wanted):
-        wanted = f"the {wanted}"
-    return boxes.question.replace("{what}", wanted or boxes.everything)
+    objects = what.strip() if what else ""
+    if boxes.article and objects and not _DETERMINER.match(objects):
+        objects = f"the {objects}"
+    return boxes.question.replace("{what}", objects or boxes.everything)
 
 
 def box_schema(boxes: BoxFormat) -> dict[str, Any]:
@@ -76,16 +78,34 @@ def read_boxes(answer: str, boxes: BoxFormat, height: int, width: int) -> list[B
 
 def _boxes(entries: Sequence[str], boxes: BoxFormat, height: int, width: int) -> Iterator[Box]:
     for entry in entries:
-        item = _parsed(entry)
-        corners = next((item[key] for key in (boxes.key, *_KEYS) if key in item), None)
-        label = item.get("label")
-        fractions = _fractions(corners, boxes.scale)
-        if fractions is None or not isinstance(label, str):
+        found = label_and_corners(_parsed(entry), boxes)
+        fractions = None if found is None else _fractions(found[1], boxes.scale)
+        if found is None or fractions is None:
             _LOG.warning("left out of the answer, as it is not a valid box of the image: %s", _short(entry))
             continue
         left, right = _pixels(fractions[0::2], width)
         top, bottom = _pixels(fractions[1::2], height)
-        yield Box(label=label, left=left, top=top, right=right, bottom=bottom)
+        yield Box(label=found[0], left=left, top=top, right=right, bottom=bottom)
+
+
+def label_and_corners(entry: Any, boxes: BoxFormat) -> tuple[str, list[float]] | None:
+    """Return label and x1, y1, x2, y2 of one entry of a list of boxes; None if it has no label or no four numbers.
+
+    Args:
+        entry: a JSON value.
+        boxes: how the model writes boxes; the corners are on its scale, and may be outside of the image.
+    """
+    if not isinstance(entry, dict) or not isinstance(entry.get("label"), str):
+        return None
+    corners = next((entry[key] for key in (boxes.key, *_KEYS) if key in entry), None)
+    if not isinstance(corners, list) or len(corners) != 4 or not all(map(_is_number, corners)):
+        return None
+    return entry["label"], corners
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a JSON value is a finite number; an integer may be too large for a float."""
+    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
 
 
 def _parsed(entry: str) -> dict[str, Any]:
@@ -109,10 +129,8 @@ def _requoted(character: str) -> str:
     return {"\\'": "'", '"': '\\"'}.get(character, character)
 
 
-def _fractions(corners: object, scale: int) -> list[float] | None:
+def _fractions(corners: Sequence[float], scale: int) -> list[float] | None:
     """Return x1, y1, x2, y2 as fractions of the sides, in order and within the image; None if they are not a box."""
-    if not isinstance(corners, list) or len(corners) != 4 or not all(map(is_finite, corners)):
-        return None
     if not all(-_OVERSHOOT * scale <= value <= (1 + _OVERSHOOT) * scale for value in corners):
         return None
     x1, y1, x2, y2 = (min(max(value / scale, 0.0), 1.0) for value in corners)
