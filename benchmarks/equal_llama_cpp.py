@@ -21,12 +21,10 @@ import typer
 from benchmarks.make_checkpoint import DEFAULT_TOKENIZER, make
 from benchmarks.shapes import SHAPES
 from lfm2vl_convert import convert_checkpoint
+from lfm2vl_edge.config import ENCODER_TYPES, FLOAT_TYPES, LANGUAGE_TYPES
 from lfm2vl_edge.engine.quantize import quantize_file
 from tests.convert.listing import describe
 
-FLOATS: Final = ("F32", "F16", "BF16")
-LANGUAGE: Final = (*FLOATS, "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "Q3_K_M")
-ENCODER: Final = (*FLOATS, "Q8_0", "Q6_K", "Q5_0", "Q4_K", "Q4_0")
 SOURCE: Final = "BF16"
 """The type that both sides quantize from: that of the published checkpoints."""
 CONVERTER: Final = """
@@ -48,11 +46,11 @@ def make_tiny(out: Path) -> None:
 def theirs(llama_cpp: Path, quantizer: Path, checkpoint: Path, folder: Path) -> dict[str, Any]:
     """Return what llama.cpp makes: file name without the checkpoint's name -> tensors."""
     found = {}
-    for kinds, prefix, more in ((LANGUAGE, "", []), (ENCODER, "mmproj-", ["--mmproj"])):
+    for kinds, prefix, more in ((LANGUAGE_TYPES, "", []), (ENCODER_TYPES, "mmproj-", ["--mmproj"])):
         source = folder / f"{prefix}{SOURCE}.gguf"
         for kind in sorted(kinds, key=lambda kind: kind != SOURCE):
             path = folder / f"{prefix}{kind}.gguf"
-            if kind in FLOATS:
+            if kind in FLOAT_TYPES:
                 command = [sys.executable, "-c", CONVERTER, str(llama_cpp), str(checkpoint)]
                 command += ["--outtype", kind.lower(), "--outfile", str(path), *more]
             else:
@@ -95,7 +93,7 @@ def main(
             checkpoint = folder / "tiny"
             make_tiny(checkpoint)
         expected = theirs(llama_cpp, quantizer, checkpoint, folder)
-        found = ours(checkpoint, folder, LANGUAGE, "") | ours(checkpoint, folder, ENCODER, "mmproj-")
+        found = ours(checkpoint, folder, LANGUAGE_TYPES, "") | ours(checkpoint, folder, ENCODER_TYPES, "mmproj-")
     if listing:
         listing.write_text(json.dumps({"files": expected}, separators=(",", ":")) + "\n", encoding="utf-8")
     for file, tensors in expected.items():

@@ -113,7 +113,7 @@ def remove_leftovers(folder: Path, stems: Sequence[str]) -> None:
 
 def _write_error(error: OSError, folder: Path) -> ConvertError:
     if error.errno in _DISK_FULL:
-        return ConvertError(f"the disk of {folder} is full ({error.strerror}); free some space or give another folder")
+        return ConvertError(f"the disk of {folder} is full ({error.strerror}); make room or give another folder")
     return ConvertError(f"cannot write in {error.filename or folder}: {error.strerror}; give another folder")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints for tests: transformers ones taken apart, changed in one respect and put together again."""
+"""Checkpoints for tests: those of transformers in parts, changed in one respect and saved again."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Parts:
 
     tensors: dict[str, Array]
     json: dict[str, Any]
-    """Content of each JSON file by name; what is None or deleted is not written."""
+    """Content of each JSON file by name; None is not written."""
     texts: dict[str, str] = field(default_factory=dict)
     """Content of each other file by name."""
     links: dict[str, Path] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Parts:
 
 
 def load_parts(folder: Path) -> Parts:
-    """Take a checkpoint apart; the arrays are shared between calls and must not be changed in place."""
+    """Return the parts of a checkpoint; the arrays are shared between calls and must not be changed in place."""
     parts = _load(folder)
     own_json = {name: json.loads(text) for name, text in _json_texts(folder).items()}
     return replace(parts, tensors=dict(parts.loaded), json=own_json, texts=dict(parts.texts))
@@ -128,14 +128,14 @@ def _load(folder: Path) -> Parts:
 
 @dataclass(frozen=True)
 class Converted:
-    """A pair of GGUF files, read back when asked."""
+    """A converted pair of GGUF files."""
 
     paths: tuple[Path, Path]
     unused: tuple[str, ...]
 
     @cached_property
     def metadata(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What each file says, read by the runtime; arrays as lists."""
+        """Metadata of both files, read by the runtime."""
         language, encoder = (dict(read_metadata(path)) for path in self.paths)
         return language, encoder
 
@@ -157,7 +157,7 @@ class Converted:
         return self.paths[0].read_bytes(), self.paths[1].read_bytes()
 
     def value(self, key: str) -> Any:
-        """Return a metadata value, None where neither file has the key."""
+        """Return a metadata value, None if neither file has the key."""
         value = next((metadata[key] for metadata in self.metadata if key in metadata), None)
         return value if value is None or isinstance(value, (str, int, float)) else list(value)
 
@@ -168,7 +168,7 @@ def converted(folder: Path, output: Path, quant: str = "F32") -> Converted:
 
 
 def refused(folder: Path, output: Path, message: str) -> None:
-    """Check that a conversion is refused with one line, and that nothing appears."""
+    """Check that a conversion fails with one line, and that no file is written."""
     with pytest.raises(ConvertError, match=message) as caught:
         convert_checkpoint(folder, output)
     assert "\n" not in str(caught.value)

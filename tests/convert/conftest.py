@@ -1,4 +1,4 @@
-"""Fixtures of the converter's tests: reference checkpoints, whole or taken apart."""
+"""Fixtures of the converter's tests: reference checkpoints, as files or in parts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def reference_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def parted(reference_dir: Path) -> Parted:
-    """Take a reference checkpoint apart; every call gives pieces of its own."""
+    """Return the parts of a reference checkpoint; every call returns new ones."""
     return lambda name: load_parts(reference_dir / name / "checkpoint")
 
 
 @pytest.fixture
 def convert(tmp_path: Path) -> Convert:
-    """Put a checkpoint together, convert it and read the pair back."""
+    """Save a checkpoint, convert it and read the pair back."""
     count = 0
 
     def run(parts: Parts, quant: str = "F32", n_shards: int = 1) -> Converted:

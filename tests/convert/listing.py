@@ -1,4 +1,4 @@
-"""What a GGUF file holds, as plain values: read by gguf's own reader, which shares no code with the converter."""
+"""The contents of a GGUF file as plain values, read by gguf's own reader, which shares no code with the converter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 
 LONGEST_VALUE = 200
-"""Longer metadata values are told by their hash."""
+"""Longer metadata values are replaced by their hash."""
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints whose files are damaged, incomplete or no checkpoint at all."""
+"""Checkpoints whose files are damaged or incomplete, and folders that are not checkpoints."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def unshared(parted: Parted, folder: Path, name: str = "a", n_shards: int = 1) -
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no valid JSON"),
-        (b"{", "no valid JSON"),
-        (b"\xff\xfe{}", "no UTF-8"),
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe{}", "not valid UTF-8"),
         (b"[]", "a JSON object was expected"),
-        (b"[" * 100_000, "no valid JSON"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "no valid JSON|missing|type|model|bos"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON|missing|type|model|bos"),
     ],
 )
 def test_damaged_json(name: str, content: bytes, message: str, parted: Parted, tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_damaged_json(name: str, content: bytes, message: str, parted: Parted, t
     refused(folder, tmp_path / "out", message)
 
 
-def test_config_as_large_as_a_disk_is_not_read(parted: Parted, tmp_path: Path) -> None:
+def test_a_huge_config_is_not_read(parted: Parted, tmp_path: Path) -> None:
     folder = parted("a").save(tmp_path / "checkpoint")
     with (folder / "config.json").open("wb") as handle:
         handle.truncate(2**40)
@@ -55,7 +55,7 @@ def test_truncated_weights(keep: int, parted: Parted, tmp_path: Path) -> None:
     folder = unshared(parted, tmp_path / "checkpoint")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    refused(folder, tmp_path / "out", "model.safetensors is damaged or incomplete .*download it again")
+    refused(folder, tmp_path / "out", "model.safetensors is truncated or corrupt .*download it again")
 
 
 def test_garbled_weights(parted: Parted, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_garbled_weights(parted: Parted, tmp_path: Path) -> None:
         for position in generator.sample(range(4000), 3):
             damaged[position] = generator.randrange(256)
         path.write_bytes(damaged)
-        refused(folder, tmp_path / "out", r"damaged|missing|was expected|no place|stored as")
+        refused(folder, tmp_path / "out", r"corrupt|missing|was expected|is not part|stored as")
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -82,7 +82,7 @@ def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None
     "shard",
     ["../model.safetensors", "/etc/model.safetensors", "sub/x.safetensors", r"..\x.safetensors", "config.json", 5, ""],
 )
-def test_index_leads_nowhere_else(shard: object, parted: Parted, tmp_path: Path) -> None:
+def test_index_cannot_name_files_outside_the_folder(shard: object, parted: Parted, tmp_path: Path) -> None:
     folder = unshared(parted, tmp_path / "checkpoint", n_shards=2)
     edit_index(folder, lambda index: index["weight_map"].update({W1: shard}))
     refused(folder, tmp_path / "out", "was expected")
@@ -94,7 +94,7 @@ def test_missing_shard(parted: Parted, tmp_path: Path) -> None:
     refused(folder, tmp_path / "out", "model-00002-of-00003.safetensors is missing")
 
 
-def test_tensor_listed_but_absent(parted: Parted, tmp_path: Path) -> None:
+def test_tensor_listed_but_missing(parted: Parted, tmp_path: Path) -> None:
     folder = unshared(parted, tmp_path / "checkpoint", n_shards=2)
     edit_index(folder, lambda index: index["weight_map"].update({"x": "model-00001-of-00002.safetensors"}))
     refused(folder, tmp_path / "out", "'x' is not in model-00001-of-00002.safetensors")
@@ -104,7 +104,7 @@ def test_tensor_in_two_shards(parted: Parted, tmp_path: Path) -> None:
     folder = unshared(parted, tmp_path / "checkpoint", n_shards=2)
     second = folder / "model-00002-of-00002.safetensors"
     second.write_bytes((folder / "model-00001-of-00002.safetensors").read_bytes())
-    refused(folder, tmp_path / "out", "stands in both")
+    refused(folder, tmp_path / "out", "is in both")
 
 
 def test_empty_index(parted: Parted, tmp_path: Path) -> None:
@@ -158,10 +158,10 @@ def test_unknown_type(quant: str, reference_dir: Path, tmp_path: Path) -> None:
         convert_checkpoint(reference_dir / "a" / "checkpoint", tmp_path, quant=quant)
 
 
-def test_no_code_of_a_checkpoint_is_run(parted: Parted, tmp_path: Path) -> None:
+def test_no_code_of_a_checkpoint_is_executed(parted: Parted, tmp_path: Path) -> None:
     parts = parted("a")
     parts.config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
-    mark = tmp_path / "ran"
-    parts.texts |= {name: f"open({str(mark)!r}, 'w')" for name in ("evil.py", "__init__.py", "sitecustomize.py")}
+    marker = tmp_path / "executed"
+    parts.texts |= {name: f"open({str(marker)!r}, 'w')" for name in ("evil.py", "__init__.py", "sitecustomize.py")}
     convert_checkpoint(parts.save(tmp_path / "checkpoint"), tmp_path / "out")
-    assert not mark.exists()
+    assert not marker.exists()

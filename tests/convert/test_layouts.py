@@ -1,4 +1,4 @@
-"""One model in many layouts: every spelling gives the same bytes, every difference the bytes computed by hand."""
+"""One model in many layouts: every spelling gives the same pair, every difference the values computed here."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_every_spelling_gives_the_same_pair(
 def test_absent_keys_have_the_defaults_of_transformers(parted: Parted, convert: Convert, originals: Originals) -> None:
     parts = parted("a")
     defaults_left_out(parts)
-    parts.text["block_multiple_of"] = 64  # the one value of this checkpoint that is no default
+    parts.text["block_multiple_of"] = 64  # the only value of this checkpoint that is not the default
     assert convert(parts, "F16").contents() == originals["a"].contents()
 
 

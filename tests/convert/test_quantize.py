@@ -1,8 +1,7 @@
-"""Quantized files: llama-quantize's bytes, whole or not there at all, and an encoder that padding does not change."""
+"""Quantized files: llama-quantize's tensors, complete or absent, and an encoder that padding does not change."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from lfm2vl_edge import Model
 from lfm2vl_edge.engine.quantize import fast_encoder_type, quantize_file
 from lfm2vl_edge.errors import ConvertError, EngineError
 from lfm2vl_edge.models.gguf import read_metadata
-from tests.conftest import PICTURES, conversations
+from tests.conftest import IMAGES, conversations
 from tests.convert.listing import describe
 from tests.convert.test_writing import largest_file, names
 
@@ -43,8 +42,10 @@ def checkpoint(reference_dir: Path) -> Path:
     return reference_dir / "a" / "checkpoint"
 
 
-def test_the_listing_is_of_this_checkpoint(tiny: Path) -> None:
-    assert hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest() == LISTING["checkpoint_sha256"]
+def test_the_listing_was_made_from_this_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    result = convert_checkpoint(tiny, tmp_path, quant="BF16", mmproj_quant="BF16")  # its own type, without rounding
+    found = [describe(path)["tensors"] for path in (result.model, result.mmproj)]
+    assert found == [LISTING["files"]["BF16"], LISTING["files"]["mmproj-BF16"]]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_tensors_equal_llama_quantize(quant: str, mmproj_quant: str, tiny: Path,
     assert names(tmp_path) == [f"checkpoint-{quant}.gguf", f"mmproj-checkpoint-{mmproj_quant}.gguf"]
 
 
-def test_single_tensors_have_the_types_that_were_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+def test_single_tensors_have_their_own_types(checkpoint: Path, tmp_path: Path) -> None:
     overrides = [parse_override(text) for text in (r"^blk\.0\.ffn_=Q8_0", "ffn_up=f16", r"attn_k\.=F32")]
     quants: dict[str, Any] = {"quant": "Q4_0", "mmproj_quant": "BF16", "tensor_types": overrides[1:]}
     result = convert_checkpoint(checkpoint, tmp_path, **quants, quantizer=quantize_file)
@@ -72,17 +73,22 @@ def test_single_tensors_have_the_types_that_were_asked_for(checkpoint: Path, tmp
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("ffn_down", "no PATTERN=TYPE"), ("=Q8_0", "no PATTERN"), ("a=Q9", "unknown tensor type"), ("(=Q8_0", "regular")],
+    [
+        ("ffn_down", "not a valid PATTERN=TYPE"),
+        ("=Q8_0", "not a valid PATTERN"),
+        ("a=Q9", "unknown tensor type"),
+        ("(=Q8_0", "not a valid regular"),
+    ],
 )
-def test_overrides_that_cannot_be_read(text: str, message: str) -> None:
+def test_overrides_that_are_not_valid(text: str, message: str) -> None:
     with pytest.raises(ConvertError, match=message):
         parse_override(text)
 
 
-def test_an_override_that_fits_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConvertError, match=r"ffn_dwon=F32 fits no matrix"):
+def test_an_override_that_matches_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConvertError, match=r"ffn_dwon=F32 matches no matrix"):
         convert_checkpoint(checkpoint, tmp_path, tensor_types=[("ffn_dwon", "F32")])
-    with pytest.raises(ConvertError, match="fits no matrix"):  # a bias stays F32 whatever is asked for
+    with pytest.raises(ConvertError, match="matches no matrix"):  # a bias is F32 in every file
         convert_checkpoint(checkpoint, tmp_path, tensor_types=[(r"attn_q\.bias", "F16")])
 
 
@@ -134,7 +140,7 @@ def test_what_is_quantized_already_is_refused(checkpoint: Path, tmp_path: Path) 
     assert describe(tmp_path / "out.gguf")["tensors"]["blk.0.ffn_up.weight"][0] == "Q4_0"
 
 
-def test_a_file_that_is_none(tmp_path: Path) -> None:
+def test_a_file_that_is_not_gguf(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"nothing")
     with pytest.raises(EngineError, match=r"llama_model_quantize failed on .*x.gguf \(.*invalid magic"):
         quantize_file(tmp_path / "x.gguf", tmp_path / "out.gguf", "Q4_0", (), lambda n_bytes: None)
@@ -182,7 +188,7 @@ def embed(reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Embe
         folder, checkpoint = tmp_path_factory.mktemp("padded"), reference_dir / "c" / "checkpoint"
         result = convert_checkpoint(checkpoint, folder, mmproj_quant=mmproj_quant, pad=pad, quantizer=quantize_file)
         with Model.open(folder) as model:
-            return model.embed_image(PICTURES / "small.png"), result.mmproj
+            return model.embed_image(IMAGES / "small.png"), result.mmproj
 
     return run
 
@@ -210,19 +216,19 @@ def test_padding_adds_nothing_but_zeros(embed: Embed) -> None:
     assert np.abs(outputs[1] - outputs[0]).max() < 1e-12
 
 
-def test_padding_is_no_farther_from_the_reference(embed: Embed) -> None:
+def test_padding_is_not_farther_from_transformers(embed: Embed) -> None:
     (plain, _), (padded, _) = embed("F32", False), embed("F32", True)
     expected = next(
-        talk.embeddings
-        for talk in conversations("c").values()
-        if [path.stem for path in talk.images] == ["small"] and talk.embeddings is not None
+        conversation.embeddings
+        for conversation in conversations("c").values()
+        if [path.stem for path in conversation.images] == ["small"] and conversation.embeddings is not None
     )
     errors = [np.linalg.norm(found - expected) / np.linalg.norm(expected) for found in (plain, padded)]
     assert max(errors) < 5e-6
     assert np.linalg.norm(padded - plain) < 5e-6 * np.linalg.norm(plain)
 
 
-def test_only_block_types_are_padded_unasked(checkpoint: Path, reference_dir: Path, tmp_path: Path) -> None:
+def test_only_block_types_are_padded_by_default(checkpoint: Path, reference_dir: Path, tmp_path: Path) -> None:
     widths = {}
     for name, quant in (("c", "Q8_0"), ("c", "F16"), ("a", "Q8_0"), ("a", "Q4_K")):
         source, folder = reference_dir / name / "checkpoint", tmp_path / f"{name}{quant}"
@@ -237,17 +243,17 @@ def test_only_block_types_are_padded_unasked(checkpoint: Path, reference_dir: Pa
     }
 
 
-def test_the_padded_encoder_answers_nearly_alike(embed: Embed) -> None:
+def test_the_padded_quantized_encoder_is_close(embed: Embed) -> None:
     (plain, _), (quantized, _) = embed("F32", False), embed("Q8_0", None)
     assert np.linalg.norm(quantized - plain) < 0.05 * np.linalg.norm(plain)
 
 
-def test_the_child_leaves_with_its_parent(checkpoint: Path, tmp_path: Path) -> None:
-    """The child's stdin is a pipe from the parent; when that ends, so does the child, whatever it is doing."""
+def test_the_child_ends_with_its_parent(checkpoint: Path, tmp_path: Path) -> None:
+    """The child's stdin is a pipe from the parent; when it is closed, the child exits, whatever it is doing."""
     code = (
         "import os, time; from lfm2vl_edge.engine.quantize import _leave_with_parent as leave; leave(); time.sleep(60)"
     )
-    began = time.monotonic()
+    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], input=b"", env={"PYTHONPATH": ":".join(sys.path)})
     assert done.returncode == 1
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - start < 30

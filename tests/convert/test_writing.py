@@ -1,4 +1,4 @@
-"""How files come into being: together, whole, in little memory, and never over others by accident."""
+"""Writing files: together, complete, in little memory, and never over others without --force."""
 
 from __future__ import annotations
 
