@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from lfm2vl_edge.cli._options import STDIN, ImageOptions, ModelOptions
-from lfm2vl_edge.cli._output import ENDS_WITH_COMMAND, progress_bar, warnings_to_stderr, write_line
+from lfm2vl_edge.cli._output import progress_bar, warnings_to_stderr, write_line
 from lfm2vl_edge.errors import DownloadError, ModelNotPulled
 from lfm2vl_edge.host import CACHE_VARIABLE, cache_folder, start_worker
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lfm2vl_edge.opening import OpenedModel
 
 
-def find_model(options: ModelOptions) -> ResolvedModel:
-    """Return the model that the options name; on a terminal, the user may download a missing one now.
+def find_model(name: str | None, mmproj: Path | None = None) -> ResolvedModel:
+    """Return the model of a name or path; on a terminal, the user may download a missing one now.
 
     Raises:
         ModelNotFound: there is no model of that name, or it is not on this machine.
@@ -38,19 +38,19 @@ def find_model(options: ModelOptions) -> ResolvedModel:
     from lfm2vl_edge.models.names import resolve_model
 
     try:
-        return resolve_model(options.model, options.mmproj)
+        return resolve_model(name, mmproj)
     except ModelNotPulled as error:
         if not _confirm_download(error.name):
             raise
         pull_visibly(error.name)
-        return resolve_model(options.model, options.mmproj)
+        return resolve_model(name, mmproj)
 
 
 def chosen_model(options: ModelOptions) -> ResolvedModel:
     """Return the same model, with a note on stderr if it is the demonstration model by default."""
     from lfm2vl_edge.models.names import FALLBACK_NOTE
 
-    located = find_model(options)
+    located = find_model(options.model, options.mmproj)
     if located.is_fallback:
         typer.echo(f"note: {FALLBACK_NOTE}", err=True)
     return located
@@ -95,7 +95,7 @@ def opening(
 
     warnings_to_stderr()
     if verbose > 1:
-        from lfm2vl_edge.engine.ffi import LOG
+        from lfm2vl_edge.engine.library import LOG
 
         LOG.verbose = True
     located = chosen_model(options)
@@ -111,7 +111,7 @@ def opening(
         owned.callback(_close, files)
         yield lambda: _model_of(files, remember, cache)
     finally:
-        if not ENDS_WITH_COMMAND.is_set():
+        if options.context.obj is not True:  # else the system frees it all, without waiting for a thread
             owned.close()
 
 

@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, get_args, get_origin, get_type_hints
 
@@ -72,6 +72,8 @@ Cache = Annotated[
 class ModelOptions:
     """Which model, and how it is loaded."""
 
+    context: typer.Context
+    """typer's own; its `obj` is True if the process ends with the command, so that nothing need be freed."""
     model: Annotated[
         str | None,
         _machine(
@@ -271,6 +273,7 @@ def _parameters_of(group: Any, defaults: Mapping[str, Any] | None = None) -> Ite
     hints = get_type_hints(group, include_extras=True)
     for field in fields(group):
         default = (defaults or {}).get(field.name, field.default)
+        default = inspect.Parameter.empty if default is MISSING else default
         yield inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
         )

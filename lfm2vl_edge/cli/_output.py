@@ -18,8 +18,6 @@ from lfm2vl_edge.errors import EdgeError
 
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
-ENDS_WITH_COMMAND: Final = threading.Event()
-"""Set if the process ends with the command: its memory is then left to the system, and no thread is waited for."""
 _GRACE_SECONDS: Final = 0.5
 """How long a native call may take to notice Ctrl-C; encoding a view cannot be stopped from inside."""
 

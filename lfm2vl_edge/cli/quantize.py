@@ -79,7 +79,7 @@ def _sources(name: str, quant: str, mmproj_quant: str) -> list[tuple[Path, str]]
 
     path = Path(name)
     if not path.is_file():
-        pair = find_model(opt.ModelOptions(model=name)).pair
+        pair = find_model(name).pair
         return [(pair.model, quant), (pair.mmproj, encoder_type(mmproj_quant))]
     kind = read_architecture(path)
     if kind not in ("lfm2", "clip"):

@@ -62,7 +62,7 @@ def verify(
 
     with reporting():
         result = verify_pair(
-            find_model(opt.ModelOptions(model=model, mmproj=mmproj)).pair,
+            find_model(model, mmproj).pair,
             _baseline(against),
             data=data,
             n_threads=threads,
@@ -79,7 +79,7 @@ def _baseline(against: str | None) -> str | Pair | None:
 
     if against is not None and not is_checkpoint(against):
         with suppress(ModelNotFound):  # `verify` raises it too, but reports a damaged pair first
-            return find_model(opt.ModelOptions(model=against)).pair
+            return find_model(against).pair
     return against
 
 

@@ -7,7 +7,6 @@ import os
 import threading
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from lfm2vl_edge.engine.library import LOG, libllama
 from lfm2vl_edge.models.gguf import read_architecture
@@ -100,7 +99,7 @@ def _find_gpu(n_gpu_layers: int, device: str | None) -> int | None:
     return find_gpu(n_gpu_layers, device)
 
 
-def _load_with_gpu(name: bytes, n_gpu_layers: int, gpu: int | None) -> Any:
+def _load_with_gpu(name: bytes, n_gpu_layers: int, gpu: int | None) -> int | None:
     """Return the model from a llama.cpp that would use a GPU by default, or None if it refuses the file."""
     from lfm2vl_edge.engine.ffi import llama
 

@@ -20,9 +20,9 @@ from PIL import Image
 
 from lfm2vl_edge import Model
 from lfm2vl_edge.cli.run import split_arguments
-from tests.conftest import PICTURES, REFERENCE, Pair
+from tests.conftest import IMAGES, REFERENCE, Pair
 
-SMALL, WIDE, PHOTO = (PICTURES / f"{name}.png" for name in ("small", "wide", "photo"))
+SMALL, WIDE, PHOTO = (IMAGES / f"{name}.png" for name in ("small", "wide", "photo"))
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
@@ -69,18 +69,24 @@ def test_the_process_ends_at_once_unless_something_would_be_lost() -> None:
     code = (
         "import os, sys, threading\n"
         "from lfm2vl_edge import cli\n"
-        "left = []\n"
-        "cli.ENDS_WITH_COMMAND.set()\n"
-        "os._exit = left.append\n"
+        "codes = []\n"
+        "os._exit = codes.append\n"
         "go = threading.Event()\n"
         "thread = threading.Thread(target=go.wait)\n"
         "threading.Thread(target=go.wait, daemon=True).start()\n"
-        "cli._leave(None), cli._leave(0), cli._leave(3)\n"
-        "assert left == [0, 0, 3], left\n"
-        "thread.start(); cli._leave(0); go.set(); thread.join()\n"
-        "cli.ENDS_WITH_COMMAND.clear(); cli._leave(0); cli.ENDS_WITH_COMMAND.set()\n"
-        "cli._leave('a reason')\n"
-        "assert left == [0, 0, 3], left\n"
+        "cli._exit_at_once(None), cli._exit_at_once(0), cli._exit_at_once(3)\n"
+        "assert codes == [0, 0, 3], codes\n"
+        "thread.start(); cli._exit_at_once(0); go.set(); thread.join()\n"
+        "cli._exit_at_once('a reason')\n"
+        "sys.argv = ['lfm2vl-edge', '--version']\n"
+        "sys.setprofile(lambda *_: None)\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "sys.setprofile(None)\n"
+        "assert codes == [0, 0, 3], codes\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert codes == [0, 0, 3, 0], codes\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -89,13 +95,13 @@ def test_an_error_does_not_wait_for_the_reading_of_the_model(pair: Pair) -> None
     code = (
         "import sys, time\n"
         "from lfm2vl_edge.engine.language import LanguageFile\n"
-        "LanguageFile._load = lambda self, is_heard: time.sleep(60)\n"
+        "LanguageFile._load = lambda self, verbose: time.sleep(60)\n"
         "from lfm2vl_edge.cli import main\n"
         "main()\n"
     )
     command = [sys.executable, "-c", code, "run", "nothing.png", "-m", str(pair("a", "F16"))]
     result = subprocess.run(command, capture_output=True, timeout=30)
-    assert failed(result, "no picture at 'nothing.png'")
+    assert failed(result, "no image at 'nothing.png'")
 
 
 def test_run_prints_the_answer_and_nothing_else(run: Run, pair: Pair, model: Model) -> None:
@@ -179,13 +185,13 @@ def test_pictures_first_prompt_last(arguments: list[str], prompt: str | None, ex
 def test_errors_are_one_line_that_says_what_to_do(run: Run, pair: Pair, tmp_path: Path) -> None:
     folder = pair("a", "F32")
     assert failed(run("run", SMALL, "hi", "-m", "nothing"), "no model 'nothing'")
-    assert failed(run("run", "no.png", "hi", "-m", folder), "no picture at 'no.png'")
+    assert failed(run("run", "no.png", "hi", "-m", folder), "no image at 'no.png'")
     assert failed(run("run", SMALL, "-m", folder, "--temperature", -1), "temperature is -1")
     assert failed(run("run", SMALL, "-m", folder, "--min-tiles", 11), "min_tiles 11 is above max_tiles 10")
-    assert failed(run("run", "-", "-m", folder), "no picture")
+    assert failed(run("run", "-", "-m", folder), "not an image")
     assert failed(run("run", SMALL, "-m", folder, "--max-megapixels", 0.001), "megapixels; the limit")
     (tmp_path / "text.png").write_text("text")
-    assert failed(run("run", "text.png", "-m", folder), "text.png is no picture")
+    assert failed(run("run", "text.png", "-m", folder), "text.png is not an image")
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["plan"], ["run", "x", "--no-such"], ["run", "x", "--top-k", "many"]])
@@ -274,7 +280,7 @@ def test_plan_draws_the_grid(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["0x5", "5x0"])
 def test_plan_refuses_an_empty_size(run: Run, size: str) -> None:
-    assert failed(run("plan", size), "nothing to see")
+    assert failed(run("plan", size), "is empty")
 
 
 def test_convert_writes_a_pair_that_runs(run: Run, tmp_path: Path) -> None:
