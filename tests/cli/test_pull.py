@@ -1,4 +1,4 @@
-"""`pull`, `models`, `rm`, and which model the other commands take."""
+"""`pull`, `models`, `rm`, and which model the other commands use."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lfm2vl_edge import Pair as Files
 from lfm2vl_edge.cli import _loading as loading
 from lfm2vl_edge.cli import app
 from lfm2vl_edge.host import data_folder, total_memory
-from lfm2vl_edge.models import names as resolve_model
-from lfm2vl_edge.models.download import Offer
+from lfm2vl_edge.models import names
+from lfm2vl_edge.models.download import Download
 from lfm2vl_edge.models.manifest import read_manifest
 from lfm2vl_edge.models.names import FALLBACK_NOTE
-from tests.conftest import PICTURES, REFERENCE, HubHere, Pair
+from tests.conftest import IMAGES, REFERENCE, HubHere, Pair
 from tests.hub_server import COMMIT, Hub
 
 REPO = "owner/pair-GGUF"
 CHECKPOINT = "owner/LFM2-VL-mine"
-ASK = ("run", str(PICTURES / "small.png"), "Hi", "-n", "2", "--temperature", "0")
-CUT = "note: cut off here; --max-tokens allows more\n"
+ASK = ("run", str(IMAGES / "small.png"), "Hi", "-n", "2", "--temperature", "0")
+TRUNCATED = "note: the answer is truncated here; --max-tokens allows more\n"
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def server(hub_here: HubHere, pair: Pair, tmp_path: Path, monkeypatch: pytest.Mo
     hub_here.hub.repos[CHECKPOINT] = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(resolve_model, "TINY", tmp_path / "tiny")
+    monkeypatch.setattr(names, "TINY", tmp_path / "tiny")
     return hub_here.hub
 
 
@@ -45,7 +45,7 @@ def edge(*arguments: object, answer: str | None = None) -> Result:
 
 
 def failed(result: Result, message: str) -> bool:
-    """One line on stderr that begins with error:, nothing on stdout."""
+    """Check for one line on stderr that starts with error:, and nothing on stdout."""
     assert result.exit_code == 1, result.output
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1, result.stderr
@@ -71,7 +71,7 @@ def test_pull_shows_size_and_licence_first_and_prints_the_paths(server: Hub, hub
     assert edge("pull", REPO, "--revision", "main", "-q").stderr == ""
 
 
-def test_models_lists_what_is_known_and_what_is_here(server: Hub, tmp_path: Path, pair: Pair) -> None:
+def test_models_lists_published_and_downloaded_models(server: Hub, tmp_path: Path, pair: Pair) -> None:
     shown = json.loads(edge("models", "--json").stdout)
     assert shown["memory"] == total_memory()
     row = next(one for one in shown["models"] if one["name"] == "lfm2.5-vl-450m:Q4_0")
@@ -91,7 +91,7 @@ def test_models_lists_what_is_known_and_what_is_here(server: Hub, tmp_path: Path
     assert "450m:Q8_0" in edge("models", "--all").stdout
 
 
-def test_the_model_pulled_last_runs_and_is_planned_with(server: Hub, tmp_path: Path, pair: Pair) -> None:
+def test_the_model_downloaded_last_is_the_default(server: Hub, tmp_path: Path, pair: Pair) -> None:
     assert failed(edge(*ASK), "the built-in model is missing")
     assert failed(edge(*ASK, "-m", "tiny"), "lfm2vl-edge pull lfm2.5-vl-450m")
     with pytest.raises(ModelNotFound, match="built-in model is missing"):
@@ -100,54 +100,54 @@ def test_the_model_pulled_last_runs_and_is_planned_with(server: Hub, tmp_path: P
     shutil.copytree(pair("a", "F32"), tmp_path / "tiny")
     result = edge(*ASK)
     assert result.exit_code == 0, result.output
-    assert result.stderr == f"note: {FALLBACK_NOTE}\n{CUT}"
+    assert result.stderr == f"note: {FALLBACK_NOTE}\n{TRUNCATED}"
     assert "lfm2vl-edge pull lfm2.5-vl-450m" in FALLBACK_NOTE
-    assert edge(*ASK, "-m", "tiny").stderr == CUT
+    assert edge(*ASK, "-m", "tiny").stderr == TRUNCATED
     assert "(no model given)" in edge("plan", "9x9").stdout
     edge("pull", REPO)
     shown = json.loads(edge(*ASK, "--json").stdout)
     assert edge(*ASK, "--json").stderr == ""
     with Model.open() as model:
-        assert shown["answer"] == model.ask(PICTURES / "small.png", "Hi", temperature=0.0, max_tokens=2)
+        assert shown["answer"] == model.ask(IMAGES / "small.png", "Hi", temperature=0.0, max_tokens=2)
     assert "mmproj-pair-BF16.gguf" in edge("plan", "9x9").stdout
     assert (
         edge("rm", REPO).stdout == f"{REPO}:BF16: {sum(map(len, server.repos[REPO].values())) / 1e6:.1f} MB removed\n"
     )
-    assert failed(edge("rm", REPO), f"{REPO} is not on this machine; lfm2vl-edge models lists what is")
+    assert failed(edge("rm", REPO), f"{REPO} is not on this machine; lfm2vl-edge models lists those that are")
 
 
-def test_the_order_of_choice(server: Hub, tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_precedence_of_models(server: Hub, tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     edge("pull", REPO, "-q")
-    named = pair("a", "F16")
-    assert resolve_model.resolve_model().pair.model.name == "pair-BF16.gguf"
-    monkeypatch.setenv("LFM2VL_MODEL", str(named))
-    assert resolve_model.resolve_model().pair.model.parent == named
-    assert resolve_model.resolve_model(REPO).pair.model.name == "pair-BF16.gguf"
-    shutil.copytree(named, Path("lfm2-vl-3b"))  # a local folder wins
-    assert resolve_model.resolve_model("lfm2-vl-3b").pair.model.parent == Path("lfm2-vl-3b")
+    given = pair("a", "F16")
+    assert names.resolve_model().pair.model.name == "pair-BF16.gguf"
+    monkeypatch.setenv("LFM2VL_MODEL", str(given))
+    assert names.resolve_model().pair.model.parent == given
+    assert names.resolve_model(REPO).pair.model.name == "pair-BF16.gguf"
+    shutil.copytree(given, Path("lfm2-vl-3b"))  # a local folder wins
+    assert names.resolve_model("lfm2-vl-3b").pair.model.parent == Path("lfm2-vl-3b")
     other = pair("a", "F32") / "mmproj-checkpoint-F32.gguf"
-    assert resolve_model.resolve_model(REPO, other).pair.mmproj == other
+    assert names.resolve_model(REPO, other).pair.mmproj == other
     monkeypatch.setenv("LFM2VL_MODEL", "")
-    assert resolve_model.resolve_model().pair.model.name == "pair-BF16.gguf"
+    assert names.resolve_model().pair.model.name == "pair-BF16.gguf"
 
 
-def test_a_name_that_is_not_here_is_offered_on_a_terminal(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = f"{REPO} is not on this machine; to fetch it: lfm2vl-edge pull {REPO}"
+def test_on_a_terminal_a_missing_model_can_be_downloaded(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = f"{REPO} is not on this machine; to download it: lfm2vl-edge pull {REPO}"
     assert failed(edge(*ASK, "-m", REPO, answer="y\n"), missing)
     monkeypatch.setattr(loading, "_is_terminal", lambda: True)
     for answer in ("\n", "n\n", ""):
         result = edge(*ASK, "-m", REPO, answer=answer)
         assert result.exit_code == 1
-        assert f"{REPO} is not on this machine. Pull it now? [y/N]:" in result.stderr
+        assert f"{REPO} is not on this machine. Download it now? [y/N]:" in result.stderr
         assert result.stderr.rstrip().endswith(missing)
         assert read_manifest() == []
     shown = edge(*ASK, "-m", "lfm2.5-vl-1.6b:Q8_0", answer="n\n").stderr
-    assert "lfm2.5-vl-1.6b:Q8_0 (2.10 GB) is not on this machine. Pull it now? [y/N]:" in shown
-    assert "lfm2-vl-3b is not on this machine. Pull it now?" in edge(*ASK, "-m", "lfm2-vl-3b", answer="n\n").stderr
+    assert "lfm2.5-vl-1.6b:Q8_0 (2.10 GB) is not on this machine. Download it now? [y/N]:" in shown
+    assert "lfm2-vl-3b is not on this machine. Download it now?" in edge(*ASK, "-m", "lfm2-vl-3b", answer="n\n").stderr
     result = edge(*ASK, "-m", REPO, answer="y\n")
     assert result.exit_code == 0, result.output
     assert "licence of the weights" in result.stderr
-    assert edge(*ASK, "-m", REPO).stderr == CUT
+    assert edge(*ASK, "-m", REPO).stderr == TRUNCATED
 
 
 @pytest.mark.parametrize("command", ["pull", "rm", "run"])
@@ -157,12 +157,12 @@ def test_a_name_that_is_not_here_is_offered_on_a_terminal(server: Hub, monkeypat
         ("nothing", "known: lfm2.5-vl-450m"),
         ("../owner/x", "../owner/x"),
         ("", "''"),
-        ("owner/repo:../x", "'../x' in 'owner/repo:../x' is no type"),
-        ("lfm2-vl-3b:Q4 0", "is no type"),
+        ("owner/repo:../x", "'../x' in 'owner/repo:../x' is not a valid type"),
+        ("lfm2-vl-3b:Q4 0", "is not a valid type"),
         ("owner/x\0y", "owner/x"),
     ],
 )
-def test_bad_names_are_one_line(server: Hub, command: str, name: str, message: str) -> None:
+def test_the_error_of_an_invalid_name_is_one_line(server: Hub, command: str, name: str, message: str) -> None:
     if command == "run":
         assert failed(edge(*ASK, "-m", name), message.removeprefix("known: "))
     else:
@@ -170,7 +170,7 @@ def test_bad_names_are_one_line(server: Hub, command: str, name: str, message: s
     assert server.requests == []
 
 
-def test_a_path_that_is_not_there_is_not_taken_for_a_hub(server: Hub) -> None:
+def test_a_missing_path_is_not_a_hub_id(server: Hub) -> None:
     Path("models").mkdir()
     assert failed(edge(*ASK, "-m", "models/450m"), "no model 'models/450m': there is no such file or folder")
     assert failed(edge("convert", "models/450m"), "no checkpoint at 'models/450m'")
@@ -180,19 +180,19 @@ def test_a_path_that_is_not_there_is_not_taken_for_a_hub(server: Hub) -> None:
     assert failed(edge("convert", "models", "--revision", "main"), "--revision is for checkpoints of the hub")
 
 
-def test_programs_pull_as_the_command_does(server: Hub, hub_here: HubHere) -> None:
-    offers: list[Offer] = []
-    moves: list[tuple[int, int]] = []
-    found = pull(REPO, show=offers.append, progress=lambda done, total: moves.append((done, total)))
+def test_the_function_pull_does_what_the_command_does(server: Hub, hub_here: HubHere) -> None:
+    started: list[Download] = []
+    progress: list[tuple[int, int]] = []
+    found = pull(REPO, on_start=started.append, progress=lambda done, total: progress.append((done, total)))
     folder = hub_here.cache / "models--owner--pair-GGUF" / "snapshots" / COMMIT
     assert found == Files(model=folder / "pair-BF16.gguf", mmproj=folder / "mmproj-pair-BF16.gguf")
     total = sum(map(len, server.repos[REPO].values()))
-    assert [(offer.n_bytes, offer.licence) for offer in offers] == [(total, "lfm1.0")]
-    assert moves[-1] == (total, total)
-    assert moves == sorted(moves)
-    asked = len(server.requests)
+    assert [(one.n_bytes, one.licence) for one in started] == [(total, "lfm1.0")]
+    assert progress[-1] == (total, total)
+    assert progress == sorted(progress)
+    n_requests = len(server.requests)
     assert pull(f"{REPO}:bf16") == found
-    assert len(server.requests) == asked
+    assert len(server.requests) == n_requests
     assert edge("pull", REPO).stdout.split() == [str(found.model), str(found.mmproj)]
     with Model.open(REPO) as model:
         assert model.config.name
@@ -204,8 +204,8 @@ def test_programs_pull_as_the_command_does(server: Hub, hub_here: HubHere) -> No
         pull("tiny")
 
 
-def test_verify_and_quantize_take_names(server: Hub, hub_here: HubHere) -> None:
-    missing = f"{REPO} is not on this machine; to fetch it: lfm2vl-edge pull {REPO}"
+def test_verify_and_quantize_accept_names(server: Hub, hub_here: HubHere) -> None:
+    missing = f"{REPO} is not on this machine; to download it: lfm2vl-edge pull {REPO}"
     types = ("--quant", "Q8_0", "--mmproj-quant", "Q8_0", "-q")
     assert failed(edge("verify", REPO), missing)
     assert failed(edge("quantize", REPO, *types), missing)
@@ -215,26 +215,26 @@ def test_verify_and_quantize_take_names(server: Hub, hub_here: HubHere) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.startswith("good: every tensor is there")
     assert failed(edge("verify", "nothing"), "no model 'nothing'")
-    made = ["pair-Q8_0.gguf", "mmproj-pair-Q8_0.gguf"]
+    outputs = ["pair-Q8_0.gguf", "mmproj-pair-Q8_0.gguf"]
     inside = edge("quantize", REPO, *types, "-o", found.model.parent / "new")
-    assert failed(inside, "lies in the cache of huggingface_hub; give another folder with -o")
-    assert edge("quantize", REPO, *types).stdout.split() == made
-    assert sorted(path.name for path in Path().iterdir()) == sorted(made)
+    assert failed(inside, "is in the cache of huggingface_hub; give another folder with -o")
+    assert edge("quantize", REPO, *types).stdout.split() == outputs
+    assert sorted(path.name for path in Path().iterdir()) == sorted(outputs)
     assert sorted(hub_here.cache.rglob("*")) == before
-    compared = edge("verify", made[0], "--against", REPO, "--json", "-q", "-t", "1")
+    compared = edge("verify", outputs[0], "--against", REPO, "--json", "-q", "-t", "1")
     assert json.loads(compared.stdout)["behaviour"]["min_cosine"] > 0.9
 
 
-def test_convert_fetches_a_checkpoint_once(server: Hub) -> None:
+def test_convert_downloads_a_checkpoint_once(server: Hub) -> None:
     options = ("--quant", "BF16", "--mmproj-quant", "BF16")
     result = edge("convert", CHECKPOINT, "-o", "out", *options)
     assert result.exit_code == 0, result.output
-    made = ["out/LFM2-VL-mine-BF16.gguf", "out/mmproj-LFM2-VL-mine-BF16.gguf"]
-    assert result.stdout.split() == made
+    outputs = ["out/LFM2-VL-mine-BF16.gguf", "out/mmproj-LFM2-VL-mine-BF16.gguf"]
+    assert result.stdout.split() == outputs
     assert result.stderr.startswith(f"{CHECKPOINT}: ")
-    asked = len(server.requests)
+    n_requests = len(server.requests)
     assert edge("convert", CHECKPOINT, "-o", "out", *options, "--force", "-q").stderr == ""
-    assert len(server.requests) == asked
+    assert len(server.requests) == n_requests
     shutil.copytree(REFERENCE / "a" / "checkpoint", CHECKPOINT)  # a local folder wins
     (Path(CHECKPOINT) / "config.json").write_text("{}")
     assert failed(edge("convert", CHECKPOINT, "-o", "out", *options, "--force"), f"{CHECKPOINT}/config.json")
@@ -249,18 +249,17 @@ def test_convert_fetches_a_checkpoint_once(server: Hub) -> None:
         ({"XDG_DATA_HOME": "/d"}, "linux", "/d/lfm2vl-edge"),
         ({"XDG_DATA_HOME": "rel"}, "linux", "~/.local/share/lfm2vl-edge"),
         ({}, "darwin", "~/Library/Application Support/lfm2vl-edge"),
-        ({"LOCALAPPDATA": "/l"}, "win32", "/l/lfm2vl-edge/Data"),
     ],
 )
 def test_the_data_folder(environment: dict[str, str], platform: str, expected: str) -> None:
     assert data_folder(environment, platform) == Path(expected).expanduser()
 
 
-def test_memory_is_that_of_the_container(tmp_path: Path) -> None:
-    whole = total_memory(tmp_path / "nothing")
-    assert whole is not None
+def test_the_limit_of_the_container_counts(tmp_path: Path) -> None:
+    installed = total_memory(tmp_path / "nothing")
+    assert installed is not None
     limit = tmp_path / "memory.max"
     limit.write_text("max\n")
-    assert total_memory(limit) == whole
+    assert total_memory(limit) == installed
     limit.write_text("1000000\n")
     assert total_memory(limit) == 1_000_000

@@ -1,6 +1,6 @@
-"""A pull that is killed wherever it may be never leaves a bad file in use, and the next one ends with verified files.
+"""A download that is killed at any point never leaves a bad file in use, and the next one ends with verified files.
 
-`LFM2VL_TEST_KILLS=50 pytest -k killed -rP` kills so many, in a minute or two, and tells what they left behind.
+`LFM2VL_TEST_KILLS=50 pytest -k killed -rP` kills 50, in a minute or two, and prints what they left behind.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from pathlib import Path
 import pytest
 
 from lfm2vl_edge import Model, ModelNotPulled, pull
-from lfm2vl_edge.models import hub as blobs
+from lfm2vl_edge.models.hub import hub_cache
 from lfm2vl_edge.models.names import TINY, resolve_model
 from tests.conftest import HubHere
 from tests.hub_server import Hub, Request
 
 NAME = "owner/LFM2-VL-tiny-GGUF"
 KILLS = int(os.environ.get("LFM2VL_TEST_KILLS", "3"))
-"""How many pulls are killed."""
+"""How many downloads are killed."""
 FILES = {path.name: path.read_bytes() for path in TINY.glob("*.gguf")}
 COMMAND = (sys.executable, "-m", "lfm2vl_edge", "pull", NAME)
 LONGEST_LINKING = 0.05
-"""Seconds; between the request that comes before a file is linked and the entry in the list of models lie fewer."""
+"""Seconds; more than from the request before a file is linked to the entry in the manifest."""
 
 
 @dataclass(kw_only=True)
-class Deaths:
-    """Kills pulls at random points: after so many bytes, after so long, or while a file is linked and remembered."""
+class Killer:
+    """Kills downloads at random: after some bytes, after some time, or while a file is linked and listed."""
 
     hub: Hub
     seconds: float
-    chance: random.Random = field(default_factory=lambda: random.Random(7))
+    rng: random.Random = field(default_factory=lambda: random.Random(7))
     left: Counter[str] = field(default_factory=Counter)
 
     def kill_one(self, environment: dict[str, str]) -> bool:
-        """Begin a pull, kill it, and tell whether it was hit before its end."""
+        """Start a download and kill it; return whether it was killed before its end."""
         process = subprocess.Popen(COMMAND, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self._arm(process.kill)
         process.communicate()
@@ -53,14 +53,14 @@ class Deaths:
         return process.returncode != 0
 
     def _arm(self, kill: Callable[[], None]) -> None:
-        kind = self.chance.choice(("bytes", "time", "link"))
-        last = self.hub.sent + self.chance.randrange(sum(map(len, FILES.values())))
-        delay = self.chance.uniform(0, self.seconds if kind == "time" else LONGEST_LINKING)
-        heads = self.chance.randrange(len(FILES)) if kind == "link" else -1
+        kind = self.rng.choice(("bytes", "time", "link"))
+        last = self.hub.sent + self.rng.randrange(sum(map(len, FILES.values())))
+        delay = self.rng.uniform(0, self.seconds if kind == "time" else LONGEST_LINKING)
+        heads = self.rng.randrange(len(FILES)) if kind == "link" else -1
         seen: list[Request] = []
 
         def on_request(one: Request) -> None:
-            """A file that is whole and in its place is linked after a HEAD."""
+            """Start the timer: a complete file is linked after a HEAD."""
             seen.append(one)
             n_heads = sum(each.method == "HEAD" for each in seen)
             if (kind == "time" and len(seen) == 1) or (one.method == "HEAD" and n_heads == heads + 1):
@@ -73,18 +73,18 @@ class Deaths:
         self.hub.fault, self.hub.on_bytes = on_request, on_bytes
 
 
-def check_what_is_left(deaths: Deaths) -> None:
-    """Nothing half lies under a final name, and what can be opened is right."""
-    names = list(blobs.hub_cache().glob("models--*/blobs/*"))
+def check_files(killer: Killer) -> None:
+    """Check that no incomplete file has its final name, and that a model that can be opened is right."""
+    names = list(hub_cache().glob("models--*/blobs/*"))  # quote
     for path in names:
         assert path.name.endswith(".incomplete") or sha256(path.read_bytes()).hexdigest() == path.name
     try:
         pair = resolve_model(NAME).pair
     except ModelNotPulled:
-        whole = sum(not path.name.endswith(".incomplete") for path in names)
-        deaths.left[f"{whole} files whole, {len(names) - whole} begun"] += 1
+        complete = sum(not path.name.endswith(".incomplete") for path in names)
+        killer.left[f"{complete} complete files, {len(names) - complete} partial ones"] += 1
     else:
-        deaths.left["all"] += 1
+        killer.left["all"] += 1
         assert are_right(pair.model, pair.mmproj)
 
 
@@ -98,31 +98,31 @@ def hub(hub_here: HubHere) -> Hub:
     return hub_here.hub
 
 
-def forget(here: HubHere) -> None:
+def clear(here: HubHere) -> None:
     for folder in (here.cache, here.data):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def seconds_of_a_pull(environment: dict[str, str], hub: Hub) -> float:
+def download_seconds(environment: dict[str, str], hub: Hub) -> float:
     """Measure from the first request to the end of the process."""
-    begin: list[float] = []
-    hub.fault = lambda _: begin.append(time.monotonic())
+    start: list[float] = []
+    hub.fault = lambda _: start.append(time.monotonic())
     subprocess.run(COMMAND, env=environment, capture_output=True, check=True)
-    return time.monotonic() - begin[0]
+    return time.monotonic() - start[0]
 
 
-def test_the_pull_after_one_that_was_killed_ends_with_verified_files(hub: Hub, hub_here: HubHere) -> None:
+def test_the_download_after_a_killed_one_ends_with_verified_files(hub: Hub, hub_here: HubHere) -> None:
     environment = {**os.environ, **hub_here.environment}
-    deaths = Deaths(hub=hub, seconds=seconds_of_a_pull(environment, hub))
-    while deaths.left.total() < KILLS:
-        forget(hub_here)
-        for _ in range(deaths.chance.choice((1, 1, 2, 3))):  # one that goes on from where another was killed
-            if deaths.kill_one(environment):
-                check_what_is_left(deaths)
+    killer = Killer(hub=hub, seconds=download_seconds(environment, hub))
+    while killer.left.total() < KILLS:
+        clear(hub_here)
+        for _ in range(killer.rng.choice((1, 1, 2, 3))):  # to continue what another one left
+            if killer.kill_one(environment):
+                check_files(killer)
         found = pull(NAME)
         assert are_right(found.model, found.mmproj)
         assert resolve_model(NAME).pair == found
-        assert not list(blobs.hub_cache().rglob("*.incomplete"))
-    print(f"{deaths.left.total()} killed; what they left: {dict(deaths.left)}")
+        assert not list(hub_cache().rglob("*.incomplete"))
+    print(f"{killer.left.total()} killed; they left: {dict(killer.left)}")
     with Model.open(NAME) as model:
         assert model.ask([], "Hello", max_tokens=1) is not None

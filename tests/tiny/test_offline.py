@@ -1,4 +1,4 @@
-"""With the files here, no network is asked: every socket of whole processes is watched and refused."""
+"""With downloaded models the network is not used: every socket operation of whole processes is logged and refused."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def watch(event, arguments):
 
 sys.addaudithook(watch)
 """
-"""Python runs it at the start of every process, of children too; an audit hook cannot be taken off again."""
+"""Python runs it at the start of every process, of children too; an audit hook cannot be removed."""
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("watch")
-    (made / "sitecustomize.py").write_text(WATCH)
-    return made
+    path = tmp_path_factory.mktemp("watch")
+    (path / "sitecustomize.py").write_text(WATCH)
+    return path
 
 
 @pytest.fixture
 def run(hub_here: HubHere, folder: Path, tmp_path: Path) -> Run:
-    """Pull the demonstration model under a name, then give what runs Python without a network."""
+    """Download the demonstration model by name, and return a function that runs Python without a network."""
     hub_here.hub.repos[NAME] = {path.name: path.read_bytes() for path in TINY.glob("*.gguf")}
     pull(NAME)
-    asked = len(hub_here.hub.requests)
+    n_requests = len(hub_here.hub.requests)
     watched = {"PYTHONPATH": str(folder), "WATCHED": str(tmp_path / "watched"), "LFM2VL_CACHE": ""}
 
     def process(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -53,13 +53,13 @@ def run(hub_here: HubHere, folder: Path, tmp_path: Path) -> Run:
         done = subprocess.run(
             command, env=environment, input=stdin, capture_output=True, text=True, cwd=tmp_path, check=False
         )
-        assert len(hub_here.hub.requests) == asked
+        assert len(hub_here.hub.requests) == n_requests
         return done
 
     return process
 
 
-def calls(tmp_path: Path) -> str:
+def network_calls(tmp_path: Path) -> str:
     log = tmp_path / "watched"
     return log.read_text() if log.exists() else ""
 
@@ -79,11 +79,11 @@ def calls(tmp_path: Path) -> str:
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_commands_that_need_no_network_ask_none(
+def test_commands_with_a_downloaded_model_use_no_network(
     run: Run, tmp_path: Path, arguments: tuple[str, ...], stdin: str, shown: str
 ) -> None:
     done = run("-m", "lfm2vl_edge", *arguments, stdin=stdin)
-    assert calls(tmp_path) == ""
+    assert network_calls(tmp_path) == ""
     assert done.returncode == 0, done.stderr
     assert shown in done.stdout
 
@@ -91,27 +91,27 @@ def test_commands_that_need_no_network_ask_none(
 def test_python_opens_by_name_without_a_network(run: Run, tmp_path: Path) -> None:
     code = (
         "import json; from lfm2vl_edge import Model, pull\n"
-        f"name, picture = {NAME!r}, {str(EXAMPLE)!r}\n"
+        f"name, image = {NAME!r}, {str(EXAMPLE)!r}\n"
         "with Model.open(name) as model, Model.open() as last:\n"
-        "    answers = [one.ask(picture, 'What color is the star?') for one in (model, last)]\n"
+        "    answers = [one.ask(image, 'What color is the star?') for one in (model, last)]\n"
         "print(json.dumps([*answers, pull(name).model.name]))\n"
     )
     done = run("-c", code)
-    assert calls(tmp_path) == ""
+    assert network_calls(tmp_path) == ""
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == ["Blue", "Blue", "lfm2vl-tiny-Q8_0.gguf"]
 
 
-def test_the_watch_sees_what_does_need_a_network(run: Run, tmp_path: Path) -> None:
+def test_the_audit_hook_sees_a_download(run: Run, tmp_path: Path) -> None:
     assert run("-m", "lfm2vl_edge", "pull", "owner/other").returncode != 0
-    assert "socket.connect" in calls(tmp_path) or "socket.getaddrinfo" in calls(tmp_path)
+    assert "socket.connect" in network_calls(tmp_path) or "socket.getaddrinfo" in network_calls(tmp_path)
 
 
-def test_a_name_that_is_not_here_is_told_without_asking(run: Run, tmp_path: Path) -> None:
+def test_the_error_of_a_missing_model_needs_no_network(run: Run, tmp_path: Path) -> None:
     for command in (("run", str(EXAMPLE)), ("chat",), ("detect", str(EXAMPLE), "circle")):
         done = run("-m", "lfm2vl_edge", *command, "-m", "lfm2.5-vl-1.6b")
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == (
-            "error: lfm2.5-vl-1.6b is not on this machine; to fetch it: lfm2vl-edge pull lfm2.5-vl-1.6b\n"
+            "error: lfm2.5-vl-1.6b is not on this machine; to download it: lfm2vl-edge pull lfm2.5-vl-1.6b\n"
         )
-    assert calls(tmp_path) == ""
+    assert network_calls(tmp_path) == ""

@@ -1,4 +1,4 @@
-"""The demonstration model comes from a hub that behaves in every way, and afterwards it answers right."""
+"""The demonstration model is downloaded from a hub with all kinds of faults, and its answers are right."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from lfm2vl_edge import Model
 from lfm2vl_edge.cli import app
-from lfm2vl_edge.models import hub as blobs
+from lfm2vl_edge.models.hub import hub_cache
 from lfm2vl_edge.models.manifest import read_manifest
 from lfm2vl_edge.models.names import TINY
 from tests.conftest import HubHere
@@ -28,8 +28,8 @@ QUESTION, ANSWER = "What color is the star?", "Blue"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """What the hub does, and what a pull then says; nothing if it succeeds all the same."""
+class Behaviour:
+    """A fault of the hub, and the error of `pull`; empty if it succeeds nevertheless."""
 
     fault: Callable[[Request], Fault | None] = lambda _: None
     message: str = ""
@@ -40,26 +40,26 @@ def is_file(one: Request) -> bool:
 
 
 BEHAVIOURS = {
-    "whole": Comparison(),
-    "cut off in the middle": Comparison(fault=lambda one: Fault(cut=2_000_000) if is_file(one) else None),
-    "cut off for good": Comparison(
-        fault=lambda one: Fault(cut=0 if one.start else 3_000_000) if is_file(one) else None,
+    "no fault": Behaviour(),
+    "broken off once": Behaviour(fault=lambda one: Fault(length=2_000_000) if is_file(one) else None),
+    "broken off repeatedly": Behaviour(
+        fault=lambda one: Fault(length=0 if one.start else 3_000_000) if is_file(one) else None,
         message="broke off after 3.0 of",
     ),
-    "a wrong hash": Comparison(fault=lambda one: Fault(flip=1_000_000), message="arrived damaged"),
-    "slow": Comparison(fault=lambda one: Fault(pause=0.005) if is_file(one) else None),
-    "404 of the repository": Comparison(
+    "a wrong hash": Behaviour(fault=lambda one: Fault(flip=1_000_000), message="arrived damaged"),
+    "slow": Behaviour(fault=lambda one: Fault(pause=0.005) if is_file(one) else None),
+    "404 of the repository": Behaviour(
         fault=lambda one: Fault(status=404, code="RepoNotFound"), message=f"no repository {NAME}"
     ),
-    "404 of a file": Comparison(
+    "404 of a file": Behaviour(
         fault=lambda one: Fault(status=404, code="EntryNotFound") if is_file(one) else None,
-        message="is gone from the hub",
+        message="is no longer on the hub",
     ),
-    "500 of the list": Comparison(
+    "500 of the list": Behaviour(
         fault=lambda one: None if "/resolve/" in one.path else Fault(status=500), message="answered 500"
     ),
-    "500 of a file": Comparison(fault=lambda one: Fault(status=500) if is_file(one) else None, message="500"),
-    "500 at first": Comparison(fault=lambda one: Fault(status=500) if is_file(one) and one.number < 2 else None),
+    "500 of a file": Behaviour(fault=lambda one: Fault(status=500) if is_file(one) else None, message="500"),
+    "500 at first": Behaviour(fault=lambda one: Fault(status=500) if is_file(one) and one.number < 2 else None),
 }
 
 
@@ -74,7 +74,7 @@ def edge(*arguments: object) -> Result:
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)
-def test_however_the_hub_behaves_the_model_is_right_in_the_end(hub: Hub, name: str) -> None:
+def test_the_downloaded_model_is_right_after_any_fault(hub: Hub, name: str) -> None:
     hub.fault = BEHAVIOURS[name].fault
     result = edge("pull", NAME)
     if BEHAVIOURS[name].message:
@@ -87,7 +87,7 @@ def test_however_the_hub_behaves_the_model_is_right_in_the_end(hub: Hub, name: s
         hub.fault = lambda _: None
         result = edge("pull", NAME)
     assert result.exit_code == 0, result.output
-    assert not list(blobs.hub_cache().rglob("*.incomplete"))
+    assert not list(hub_cache().rglob("*.incomplete"))
     assert [Path(line).read_bytes() for line in result.stdout.splitlines()] == [
         (TINY / Path(line).name).read_bytes() for line in result.stdout.splitlines()
     ]
@@ -95,7 +95,7 @@ def test_however_the_hub_behaves_the_model_is_right_in_the_end(hub: Hub, name: s
 
 
 def on_a_terminal(*arguments: str, environment: dict[str, str]) -> str:
-    """Return what a command shows on a terminal, with the codes that move about in it."""
+    """Return the output of a command on a terminal, with control codes."""
     ours, theirs = os.openpty()
     environment = {**os.environ, **environment, "TERM": "xterm", "COLUMNS": "200"}
     process = subprocess.Popen(
@@ -106,7 +106,7 @@ def on_a_terminal(*arguments: str, environment: dict[str, str]) -> str:
     try:
         while block := os.read(ours, 4096):
             shown += block
-    except OSError:  # Linux's way to say that the other end was closed
+    except OSError:  # on Linux: the other end was closed
         pass
     finally:
         os.close(ours)
@@ -114,7 +114,7 @@ def on_a_terminal(*arguments: str, environment: dict[str, str]) -> str:
     return shown.decode()
 
 
-def test_size_and_licence_come_first_and_no_line_runs_into_the_bar(hub: Hub, hub_here: HubHere) -> None:
+def test_size_and_licence_come_first_and_no_line_overlaps_the_bar(hub: Hub, hub_here: HubHere) -> None:
     hub.fault = lambda one: Fault(status=503) if is_file(one) and one.number == 0 else None
     shown = on_a_terminal("pull", NAME, environment=hub_here.environment)
     clear, size = "\x1b[2K", sum(map(len, hub.repos[NAME].values())) / 1e6
@@ -127,7 +127,7 @@ def test_size_and_licence_come_first_and_no_line_runs_into_the_bar(hub: Hub, hub
     assert shown.index("MB, revision") < licence < shown.index("warning: ") < shown.index("MB/s")
 
 
-def test_every_command_takes_the_name(hub: Hub) -> None:
+def test_every_command_accepts_the_name(hub: Hub) -> None:
     assert edge("pull", NAME, "-q").exit_code == 0
     boxes = json.loads(edge("detect", EXAMPLE, "red circle", "-m", NAME, "--json").stdout)["boxes"]
     assert [box["label"] for box in boxes] == ["red circle"]
@@ -138,15 +138,15 @@ def test_every_command_takes_the_name(hub: Hub) -> None:
     assert "star" in edge("caption", EXAMPLE, "-m", NAME).stdout
     assert edge("rm", NAME).exit_code == 0
     assert edge("run", EXAMPLE, QUESTION, "-m", NAME).stderr == (
-        f"error: {NAME} is not on this machine; to fetch it: lfm2vl-edge pull {NAME}\n"
+        f"error: {NAME} is not on this machine; to download it: lfm2vl-edge pull {NAME}\n"
     )
 
 
-def test_a_checkpoint_of_a_hub_becomes_the_same_pair(hub: Hub, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_hub_is_converted_to_the_same_pair(hub: Hub, tmp_path: Path) -> None:
     hub.repos["owner/lfm2vl-tiny"] = {path.name: path.read_bytes() for path in CHECKPOINT.iterdir()}
     types = ("--quant", "Q8_0", "--mmproj-quant", "F16")
-    made = edge("convert", "owner/lfm2vl-tiny", "-o", tmp_path / "pair", *types, "-q")
-    assert made.exit_code == 0, made.output
-    for line in made.stdout.splitlines():
+    converted = edge("convert", "owner/lfm2vl-tiny", "-o", tmp_path / "pair", *types, "-q")
+    assert converted.exit_code == 0, converted.output
+    for line in converted.stdout.splitlines():
         assert Path(line).read_bytes() == (TINY / Path(line).name).read_bytes()
     assert edge("run", EXAMPLE, QUESTION, "-m", tmp_path / "pair").stdout == f"{ANSWER}\n"
