@@ -215,7 +215,7 @@ def test_a_missing_gpu_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(llama, "llama_supports_gpu_offload", lambda: False)
     with pytest.raises(EngineError, match="uses no GPU; leave out the GPU layers, or build it for one"):
         Model.open(folder, n_gpu_layers=-1)
-    with pytest.raises(ConfigError, match="device 'CUDA0' has no work without n_gpu_layers"):
+    with pytest.raises(ConfigError, match="device 'CUDA0' has no effect without n_gpu_layers"):
         Model.open(folder, device="CUDA0")
     with pytest.raises(ConfigError, match="n_gpu_layers is -2"):
         Model.open(folder, n_gpu_layers=-2)

@@ -198,10 +198,11 @@ def test_hostile_schemas_are_refused() -> None:
 
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     model, _ = scripted(tmp_path, {})
-    combined: list[AskOptions] = [{"grammar": "x"}, {"stop": ["}"]}]
+    schema = {"type": "null"}
+    combined: list[AskOptions] = [{"schema": schema, "grammar": "x"}, {"schema": schema, "stop": ["}"]}]
     for options in combined:
         with pytest.raises(ConfigError, match="schema cannot be combined with grammar or stop"):
-            model.ask([], "go", schema={"type": "null"}, **options)
+            model.ask([], "go", **options)
     invalid: list[dict[str, Any]] = [{"schema": []}, {"schema": "{}"}, {"grammar": " "}, {"grammar": 5}]
     for values in invalid:
         with pytest.raises(ConfigError, match=f"{next(iter(values))} is "):
