@@ -39,7 +39,7 @@ def check_grammar(grammar: str) -> None:
     if len(data) > _MOST_BYTES or b"\0" in data:
         raise ConfigError(f"the grammar has {len(data)} bytes; at most {_MOST_BYTES} are read, none of them zero")
     code = f"import sys; sys.path[:] = {sys.path!r}; from lfm2vl_edge.engine.grammar import work; work()"
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", code, str(_CPU_SECONDS)]
     done = subprocess.run(command, input=data, capture_output=True, check=False)  # noqa: S603  # our own code
     if done.returncode == -signal.SIGXCPU:
         raise ConfigError(f"llama.cpp cannot read this grammar in {_CPU_SECONDS} s; simplify it")
@@ -53,8 +53,9 @@ def check_grammar(grammar: str) -> None:
 
 def work() -> None:
     """Read a grammar from stdin and exit with 0 if llama.cpp can read it: the child's side of `check_grammar`."""
-    for what, limit in ((resource.RLIMIT_CPU, _CPU_SECONDS), (resource.RLIMIT_CORE, 0)):
+    for what, limit in ((resource.RLIMIT_CPU, int(sys.argv[1])), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(what, (limit, resource.getrlimit(what)[1]))
+    LOG.attach()
     sampler = libllama().llama_sampler_init_grammar(None, sys.stdin.buffer.read(), ROOT)
     sys.stdout.write(LOG.reason())
     sys.stdout.flush()
