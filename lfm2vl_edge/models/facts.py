@@ -1,4 +1,4 @@
-"""What the two files of a model say, checked against each other, without the engine."""
+"""Read the facts about a model from its two files, and check that they belong together; without the engine."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _SAMPLING_KEYS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What a pair of files says."""
+    """The facts in a pair of files."""
 
     config: ModelConfig
     """What the rest of the package needs."""
@@ -65,7 +65,7 @@ class ModelFacts:
 
 
 def read_facts(pair: Pair) -> ModelFacts:
-    """Return what the two files say, after checking that each is what it should be and that they fit.
+    """Return the facts in the two files, after checking their kinds and that they belong together.
 
     Raises:
         ModelNotFound: a file is missing.
@@ -99,12 +99,12 @@ def read_facts(pair: Pair) -> ModelFacts:
 def image_settings(
     vision: Mapping[str, Any], path: Path, language: Published | None = None
 ) -> tuple[ImageConfig, str]:
-    """Return the image settings of an mmproj file's metadata, and a phrase on where they come from.
+    """Return the image settings of an mmproj file's metadata, and a phrase that names their source.
 
     Args:
         vision: the metadata.
         path: the file.
-        language: what is published of the language file beside it, for a file that states and names nothing.
+        language: the published model of the language file, for an mmproj file without settings and name.
 
     Raises:
         ConfigError: a setting is out of range.
