@@ -91,7 +91,7 @@ def _widths(metadata: Mapping[str, Any], prefix: str) -> dict[str, int]:
 
 
 def _count(metadata: Mapping[str, Any], key: str) -> int:
-    """Return an integer of the metadata, the largest of an array, 0 if there is none."""
+    """Return an integer of the metadata, the largest of an array, 0 if it is missing."""
     import numpy as np
 
     value = np.asarray(metadata.get(key, 0))

@@ -22,7 +22,7 @@ from lfm2vl_edge import Model
 from lfm2vl_edge.cli.run import split_arguments
 from tests.conftest import IMAGES, REFERENCE, Pair
 
-SMALL, WIDE, PHOTO = (IMAGES / f"{name}.png" for name in ("small", "wide", "photo"))
+SMALL, WIDE, LARGE = (IMAGES / name for name in ("small.png", "wide.png", "photo.png"))
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
@@ -33,7 +33,7 @@ def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     def in_shell(*arguments: object, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("LFM2VL_")}
-        clean["LFM2VL_DATA"] = str(data)  # nothing was ever pulled
+        clean["LFM2VL_DATA"] = str(data)  # no downloaded models
         command = [sys.executable, "-m", "lfm2vl_edge", *map(str, arguments)]
         return subprocess.run(command, input=stdin, capture_output=True, cwd=tmp_path, env=clean | environment)
 
@@ -41,7 +41,7 @@ def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def failed(result: subprocess.CompletedProcess[bytes], message: str, code: int = 1) -> bool:
-    """One line on stderr that begins with error:, nothing on stdout, no traceback."""
+    """One line on stderr that starts with error:, nothing on stdout, no traceback."""
     lines = result.stderr.decode().splitlines()
     assert result.returncode == code, result
     assert result.stdout == b""
@@ -56,7 +56,7 @@ GREEDY = ("--temperature", 0, "-n", 12)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", ["models --json", "models --help", "--help", "--version"])
-def test_what_cannot_be_written_is_no_success(unbuffered: str, arguments: str) -> None:
+def test_output_that_cannot_be_written_is_an_error(unbuffered: str, arguments: str) -> None:
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     command = [sys.executable, "-m", "lfm2vl_edge", *arguments.split()]
     with Path("/dev/full").open("wb") as full:
@@ -107,20 +107,20 @@ def test_an_error_does_not_wait_for_the_reading_of_the_model(pair: Pair) -> None
 def test_run_prints_the_answer_and_nothing_else(run: Run, pair: Pair, model: Model) -> None:
     result = run("run", SMALL, "What is this?", "-m", pair("a", "F32"), *GREEDY)
     assert result.returncode == 0
-    assert result.stderr == b"note: cut off here; --max-tokens allows more\n"
+    assert result.stderr == b"note: the answer is truncated here; --max-tokens allows more\n"
     assert result.stdout.decode() == model.ask(SMALL, "What is this?", temperature=0.0, max_tokens=12) + "\n"
 
 
-def test_run_takes_several_pictures_stdin_and_a_system_prompt(run: Run, pair: Pair, model: Model) -> None:
+def test_run_takes_several_images_stdin_and_a_system_prompt(run: Run, pair: Pair, model: Model) -> None:
     folder = pair("a", "F32")
     data = WIDE.read_bytes()
     result = run("run", SMALL, "-", "And?", "--system", "Be brief.", *GREEDY, stdin=data, LFM2VL_MODEL=str(folder))
-    pictures = [{"type": "image", "image": image} for image in (SMALL, data)]
-    talk: list[dict[str, Any]] = [
+    images = [{"type": "image", "image": image} for image in (SMALL, data)]
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [*pictures, {"type": "text", "text": "And?"}]},
+        {"role": "user", "content": [*images, {"type": "text", "text": "And?"}]},
     ]
-    expected = "".join(chunk.text for chunk in model.chat(talk, temperature=0.0, max_tokens=12))
+    expected = "".join(chunk.text for chunk in model.chat(messages, temperature=0.0, max_tokens=12))
     assert result.stdout.decode() == expected + "\n"
 
 
@@ -133,7 +133,7 @@ def test_run_as_json_is_one_object(run: Run, pair: Pair, model: Model) -> None:
     assert shown["stats"]["image_tokens"] == len(model.embed_image(SMALL))
 
 
-def test_several_questions_read_the_picture_once(run: Run, pair: Pair, model: Model) -> None:
+def test_several_questions_encode_the_image_once(run: Run, pair: Pair, model: Model) -> None:
     folder = pair("a", "F32")
     questions = ("What is this?", "And behind it?")
     asked = [word for question in questions for word in ("--ask", question)]
@@ -149,7 +149,7 @@ def test_several_questions_read_the_picture_once(run: Run, pair: Pair, model: Mo
     assert [one["answer"] for one in alone["answers"]] == expected[:1]
 
 
-def test_verbose_figures_go_to_stderr(run: Run, pair: Pair) -> None:
+def test_statistics_go_to_stderr(run: Run, pair: Pair) -> None:
     result = run("run", SMALL, "hi", "-m", pair("a", "F32"), "-v", *GREEDY)
     shown = result.stderr.decode()
     assert all(word in shown for word in ("open ", "encode", "prefill", "first token", "decode", "memory", "settings"))
@@ -159,7 +159,7 @@ def test_verbose_figures_go_to_stderr(run: Run, pair: Pair) -> None:
 
 def test_image_options_work_in_run(run: Run, pair: Pair) -> None:
     options = ("--no-splitting", "--max-image-tokens", 64, "--json", *GREEDY)
-    shown = json.loads(run("run", PHOTO, "-m", pair("a", "F32"), *options).stdout)
+    shown = json.loads(run("run", LARGE, "-m", pair("a", "F32"), *options).stdout)
     assert shown["stats"]["views"] == 1
     assert shown["stats"]["image_tokens"] <= 64
 
@@ -176,10 +176,45 @@ def test_image_options_work_in_run(run: Run, pair: Pair) -> None:
         (["a.jpg", "x" * 5000], None, (["a.jpg"], "x" * 5000)),
         (["a.jpg", "zero\0byte"], None, (["a.jpg"], "zero\0byte")),
         (["a.jpg", ""], None, (["a.jpg"], "")),
+        (["a.jpg", "IMG_0042.HEIC"], None, (["a.jpg", "IMG_0042.HEIC"], "Describe this image.")),
+        (
+            ["a.jpg", "DATA:image/png;base64,AA=="],
+            None,
+            (["a.jpg", "DATA:image/png;base64,AA=="], "Describe this image."),
+        ),
+        ([], "What?", ([], "What?")),
     ],
 )
-def test_pictures_first_prompt_last(arguments: list[str], prompt: str | None, expected: tuple[list[str], str]) -> None:
+def test_images_first_prompt_last(arguments: list[str], prompt: str | None, expected: tuple[list[str], str]) -> None:
     assert split_arguments(arguments, prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (SMALL, "What", "is", "this?"),
+            'no image at .What.; .* put the question between quotation marks: "What is this',
+        ),
+        (("What", "is", "this?"), "put the question between quotation marks"),
+        (("What is this?",), "no image before 'What is this.'; give one, or --prompt"),
+        ((SMALL, "IMG_0042.HEIC"), "no image at 'IMG_0042.HEIC'"),
+        ((SMALL, "missing.jpg"), "no image at 'missing.jpg'"),
+    ],
+)
+def test_a_missing_image_or_quotation_mark_is_no_question(
+    run: Run, arguments: tuple[object, ...], message: str
+) -> None:
+    assert failed(run("run", *arguments, "-m", "tiny"), message)
+
+
+def test_without_an_image_the_language_model_answers_alone(run: Run, pair: Pair, model: Model) -> None:
+    options = ("-m", pair("a", "F32"), "--json", *GREEDY)
+    shown = json.loads(run("run", "-p", "Why?", *options).stdout)
+    assert shown["answer"] == model.ask([], "Why?", temperature=0.0, max_tokens=12)
+    assert (shown["stats"]["images"], shown["stats"]["image_tokens"]) == (0, 0)
+    (answer,) = json.loads(run("run", "--ask", "Why?", *options).stdout)["answers"]
+    assert answer["answer"] == shown["answer"]
 
 
 def test_errors_are_one_line_that_says_what_to_do(run: Run, pair: Pair, tmp_path: Path) -> None:
@@ -194,7 +229,18 @@ def test_errors_are_one_line_that_says_what_to_do(run: Run, pair: Pair, tmp_path
     assert failed(run("run", "text.png", "-m", folder), "text.png is not an image")
 
 
-@pytest.mark.parametrize("arguments", [["run"], ["plan"], ["run", "x", "--no-such"], ["run", "x", "--top-k", "many"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run"],
+        ["run", "--system", "x"],
+        ["plan"],
+        ["plan", "9x9", "--detail", "huge"],
+        ["plan", "9x9", "--resample", "x"],
+        ["run", "x", "--no-such"],
+        ["run", "x", "--top-k", "many"],
+    ],
+)
 def test_wrong_usage_exits_with_two(run: Run, arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.returncode == 2
@@ -208,15 +254,15 @@ def test_ctrl_c_ends_a_run_at_once(pair: Pair) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.read(1)
-    began = time.monotonic()
+    start = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
     assert errors == b"", errors.decode()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - start < 5
 
 
-def test_a_reader_that_leaves_is_no_traceback(pair: Pair) -> None:
+def test_a_reader_that_leaves_causes_no_traceback(pair: Pair) -> None:
     command = (
         f"{sys.executable} -m lfm2vl_edge run {SMALL} go -m {pair('a', 'F32')} -n 3000 --temperature 0 | head -c 1"
     )
@@ -242,7 +288,7 @@ def test_plan_of_a_size(run: Run) -> None:
     }
 
 
-def test_plan_follows_the_model_and_the_options_and_says_so(run: Run, pair: Pair) -> None:
+def test_plan_names_the_source_of_its_settings(run: Run, pair: Pair) -> None:
     assert "the documented defaults (no model given)" in run("plan", "720x720").stdout.decode()
     shown = run("plan", "720x720", "-m", pair("b", "F16"), "--no-thumbnail").stdout.decode()
     assert "from the model's file mmproj-checkpoint-F16.gguf; changed: use_thumbnail" in shown
@@ -252,26 +298,28 @@ def test_plan_follows_the_model_and_the_options_and_says_so(run: Run, pair: Pair
     assert json.loads(run("plan", "900x600", "--no-splitting", "--json").stdout)["views"][0]["kind"] == "single"
 
 
-def test_plan_equals_what_a_run_pays(run: Run, pair: Pair) -> None:
+def test_plan_equals_the_statistics_of_a_run(run: Run, pair: Pair) -> None:
     folder = pair("c", "F16")
-    planned = json.loads(run("plan", PHOTO, "-m", folder, "--json").stdout)
-    paid = json.loads(run("run", PHOTO, "-m", folder, "--json", *GREEDY).stdout)["stats"]
-    assert planned["image_tokens"] == paid["image_tokens"]
-    assert len(planned["views"]) == paid["views"]
+    planned = json.loads(run("plan", LARGE, "-m", folder, "--json").stdout)
+    stats = json.loads(run("run", LARGE, "-m", folder, "--json", *GREEDY).stdout)["stats"]
+    assert planned["image_tokens"] == stats["image_tokens"]
+    assert len(planned["views"]) == stats["views"]
 
 
 def test_plan_draws_the_grid(run: Run, tmp_path: Path) -> None:
-    assert run("plan", PHOTO, "--draw", "grid.png").returncode == 0
-    drawn, photo = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (tmp_path / "grid.png", PHOTO))
-    assert drawn.shape == photo.shape
-    height, width = photo.shape[:2]
-    changed = (drawn != photo).any(axis=2)
+    assert run("plan", LARGE, "--draw", "grid.png").returncode == 0
+    after, before = (
+        np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (tmp_path / "grid.png", LARGE)
+    )
+    assert after.shape == before.shape
+    height, width = before.shape[:2]
+    changed = (after != before).any(axis=2)
     for row in range(3):
         assert changed[row * height // 3 + 1].mean() > 0.9  # a line along the top of every row of tiles
     for col in range(2):
         assert changed[:, col * width // 2 + 1].mean() > 0.9
     assert changed.mean() < 0.3
-    assert failed(run("plan", PHOTO, "--draw", "grid.png"), "grid.png is there already; .*--force")
+    assert failed(run("plan", LARGE, "--draw", "grid.png"), "grid.png exists already; .*--force")
     assert run("plan", SMALL, "--draw", "grid.png", "--force").returncode == 0
     assert failed(run("plan", "10x10", "--draw", "x.png"), "not a size")
     assert failed(run("plan", SMALL, "--draw", "grid.png/x.png"), "cannot write grid.png/x.png")
@@ -316,7 +364,7 @@ def test_convert_quantizes_and_reports(run: Run, tmp_path: Path) -> None:
     table = result.stderr.decode()
     assert "checkpoint-Q4_0.gguf" in table
     assert table.count("total") == 2
-    assert failed(run("convert", checkpoint, "--tensor-type", "x", "--force"), "no PATTERN=TYPE")
+    assert failed(run("convert", checkpoint, "--tensor-type", "x", "--force"), "not a valid PATTERN=TYPE")
 
 
 def test_quantize_makes_what_convert_makes(run: Run, tmp_path: Path, pair: Pair) -> None:
@@ -343,8 +391,10 @@ def test_quantize_takes_one_file_and_refuses_wrong_ones(run: Run, tmp_path: Path
     assert failed(run("quantize", made, "--mmproj-quant", "Q4_0"), "quantized already.*--requantize")
     assert run("quantize", made, "--mmproj-quant", "Q4_0", "--requantize").returncode == 0
     assert failed(run("quantize", made, "--mmproj-quant", "Q8_0", "--requantize", "--force"), "is Q8_0 already")
-    assert failed(run("quantize", mmproj, "--mmproj-quant", "F16", "--tensor-type", "ffn=F32"), "to be F16 throughout")
-    assert failed(run("quantize", mmproj, "--mmproj-quant", "Q8_0", "--tensor-type", "x=F32"), "x=F32 fits no matrix")
+    assert failed(run("quantize", mmproj, "--mmproj-quant", "F16", "--tensor-type", "ffn=F32"), "becomes all F16")
+    assert failed(
+        run("quantize", mmproj, "--mmproj-quant", "Q8_0", "--tensor-type", "x=F32"), "x=F32 matches no matrix"
+    )
     assert failed(run("quantize", tmp_path / "nothing.gguf"), "no model .*nothing.gguf.: there is no such file")
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    assert failed(run("quantize", tmp_path / "x.gguf"), "no whole GGUF file")
+    assert failed(run("quantize", tmp_path / "x.gguf"), "x.gguf is truncated or corrupt")
