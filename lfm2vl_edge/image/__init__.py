@@ -1,1 +1,4 @@
-"""Turns anything that is an image into tiles, and draws plans and boxes over images; imports planning and below."""
+"""Loads anything that is an image, resizes it to tiles, and draws plans and boxes over it.
+
+Imports only planning, host, config and errors.
+"""
