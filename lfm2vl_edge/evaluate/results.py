@@ -1,4 +1,4 @@
-"""Many results in a few values: shares that are right, boxes, tokens, seconds; for each group and for all."""
+"""Results of an evaluation and their summary: shares that are right, boxes, tokens, seconds; by group and for all."""
 
 from __future__ import annotations
 
@@ -14,103 +14,118 @@ from lfm2vl_edge.generate import FinishReason
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What the model said to a row, or why it could not."""
+    """The model's answer to a row, or why there is none.
+
+    Attributes:
+        answer: the whole text; None if it failed.
+        seconds: from opening the images to the end of the answer.
+        finish_reason: why the answer ended; None if it failed.
+        image_tokens: image tokens of the prompt.
+        completion_tokens: sampled tokens.
+        encoded_views: views that were encoded for this answer; 0 if an earlier row had the same images.
+        error: why it failed: an image that cannot be read, a prompt that does not fit.
+    """
 
     answer: str | None
-    """The whole text; None if there is none."""
     seconds: float
-    """From opening the images to the end of the answer."""
     finish_reason: FinishReason | None = None
-    """Why the answer ended; None if there is none."""
     image_tokens: int = 0
-    """Image tokens of the prompt."""
     completion_tokens: int = 0
-    """Tokens drawn."""
     encoded_views: int = 0
-    """Views that were encoded for this answer; 0 if the images were known from an earlier row."""
     error: str | None = None
-    """Why there is no answer: an image that cannot be read, a prompt that does not fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """A row, the model's reply, and what it is worth."""
+    """A row, the model's reply, and its score.
+
+    Attributes:
+        row: the question.
+        reply: the answer.
+        score: whether it is right; a row without an answer is wrong.
+        resumed: whether the reply was read from the results of an earlier run.
+    """
 
     row: Row
-    """What was asked."""
     reply: Reply
-    """What was said."""
     score: Score
-    """Whether that is right; a row without an answer is wrong."""
     resumed: bool = False
-    """Whether the reply was read from the results of an earlier run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoxTally:
-    """Figures of the rows that ask for boxes. Rows whose true list is empty are counted apart too."""
+    """Boxes of several rows. Rows whose true list is empty are also counted separately.
+
+    Attributes:
+        rows: rows that ask for boxes, at least one.
+        valid: share of them with an answer that is JSON of the right form.
+        mean_iou: mean IoU of all of them, including those with nothing to find.
+        empty: rows with nothing to find.
+        empty_right: those of them with an empty list as answer: their IoU is 1, that of the others 0.
+        mean_iou_with_boxes: mean IoU of the rows with something to find; None if there are none.
+    """
 
     rows: int
-    """Rows that ask for boxes, at least one."""
     valid: float
-    """Share of them with an answer that is JSON of the right form."""
     mean_iou: float
-    """Mean IoU of all of them, those with nothing to find included."""
     empty: int
-    """Those of them with nothing to find."""
     empty_right: int
-    """Those of these that were answered with an empty list: each of them has the IoU 1, every other one 0."""
     mean_iou_with_boxes: float | None
-    """Mean IoU of the rows that have something to find; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
-    """Figures of some rows."""
+    """Several rows in a few values.
+
+    Attributes:
+        rows: number of rows, at least one.
+        failed: rows without an answer; they count as wrong.
+        exact: share that is right character by character, 0 to 1.
+        normalised: share that is right after normalising, 0 to 1; called the accuracy.
+        boxes: of the rows that ask for boxes; None if there are none.
+        mean_image_tokens: image tokens of a prompt, over the rows with an answer.
+        mean_completion_tokens: tokens of an answer, over the same rows.
+        median_seconds: of a question with its images, over the same rows.
+        total_seconds: of all questions, also those of an earlier run.
+    """
 
     rows: int
-    """How many they are, at least one."""
     failed: int
-    """Those of them without an answer; they count as wrong."""
     exact: float
-    """Share that is right to the character, 0 to 1."""
     normalised: float
-    """Share that is right after normalising, 0 to 1; what is called the accuracy."""
     boxes: BoxTally | None
-    """Of the rows that ask for boxes; None if none does."""
     mean_image_tokens: float
-    """Image tokens of a prompt, over the rows with an answer."""
     mean_completion_tokens: float
-    """Tokens of an answer."""
     median_seconds: float
-    """Of a question, images included, over the rows with an answer."""
     total_seconds: float
-    """Of all questions, in this run or in an earlier one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Figures of an evaluation."""
+    """The summary of an evaluation.
+
+    Attributes:
+        total: of all rows.
+        groups: by group, in the order of their first rows; None has the rows without one. Empty without groups.
+        failures: name of a row without an answer -> why.
+        resumed: rows whose reply is from an earlier run.
+    """
 
     total: Tally
-    """Of all rows."""
     groups: dict[str | None, Tally]
-    """By group, in the order of their first rows; None has the rows without one. Empty if no row has a group."""
     failures: dict[str, str]
-    """Name of a row without an answer -> why."""
     resumed: int
-    """Rows whose reply is of an earlier run."""
 
 
 def summarise(results: Iterable[Result]) -> Summary:
-    """Return the values of results.
+    """Return the summary of results.
 
     Raises:
         DataError: there are none.
     """
     listed = list(results)
     if not listed:
-        raise DataError("there are no results to sum up; ask at least one row")
+        raise DataError("there are no results to summarise; ask at least one row")
     groups: dict[str | None, list[Result]] = {}
     for result in listed:
         groups.setdefault(result.row.group, []).append(result)

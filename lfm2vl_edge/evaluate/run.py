@@ -1,4 +1,4 @@
-"""Rows go to a model one after the other, and come back as results."""
+"""Asks a model every row, one after the other, and stores the results in a file from which a later run can resume."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
-from lfm2vl_edge.config import Options
+from lfm2vl_edge.config import GREEDY, AskOptions, Options
 from lfm2vl_edge.errors import AnswerError, DataError, ImageError, PromptError
 from lfm2vl_edge.evaluate.results import Reply, Result
 from lfm2vl_edge.evaluate.rows import Row
@@ -24,207 +23,22 @@ from lfm2vl_edge.image.tiles import PreprocessedImage
 from lfm2vl_edge.model import Model
 from lfm2vl_edge.prompt.messages import user_message
 
-_START: Final = b'{"eval": 1, '
-"""How every line begins; the number is that of the format."""
-_NAMES: Final[Mapping[str, str]] = {
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+MAX_TOKENS: Final = 128
+"""Limit of an answer unless another one is given: three or four boxes fit, and an endless answer ends early."""
+_START: Final = b'{"eval": 2, '
+"""The first bytes of every line; the number is the version of the format."""
+_SHARED: Final[Mapping[str, str]] = {
     "model": "another model",
     "engine": "another build of llama.cpp or on another processor",
     "settings": "other settings",
 }
+"""Fingerprints that all results of a run share -> what a file was made with if one differs."""
 _DIGITS: Final = 16
-"""Of the hexadecimal digits of a SHA-256: enough to notice a change, short enough to read."""
-_REMEDY: Final = "give another file (--out), or begin it anew (--restart)"
-
-
-class _Entry(NamedTuple):
-    """A line of the file."""
-
-    name: str
-    reply: Reply
-    marks: dict[str, str]
-
-
-def marks_of(model: Model, options: Options, max_pixels: int) -> dict[str, str]:
-    """Return the marks that all results of a run share. The model's files are read for it.
-
-    Raises:
-        StateError: the model was not opened from files.
-        ModelNotFound: its files were replaced since it was opened.
-    """
-    identity = model.fingerprint()
-    return {
-        "model": identity.model[:_DIGITS],
-        "engine": identity.engine[:_DIGITS],
-        "settings": _digest(identity.settings, asdict(options), max_pixels),
-    }
-
-
-class Journal:
-    """A file of results. Use it in a `with` block, or call `close`."""
-
-    def __init__(self, path: Path, marks: Mapping[str, str], *, restart: bool = False) -> None:
-        """Open a file of results, or begin one; a last line that was not written to its end is dropped.
-
-        Args:
-            path: the file.
-            marks: see `marks_of`.
-            restart: forget the results that are there.
-
-        Raises:
-            DataError: the file cannot be written, holds something else, or was made with other marks.
-        """
-        self._path = path
-        self._marks = dict(marks)
-        self._images: dict[Path, str] = {}
-        try:
-            with path.open("ab+") as file:  # makes it if needed, and never empties a file that is something else
-                file.seek(0)
-                data = file.read()
-                _check_kind(path, data)
-                end = 0 if restart else data.rfind(b"\n") + 1
-                self._known = {entry.name: entry for entry in _entries(path, data[:end])}
-                self._check_marks()
-                file.truncate(end)
-            self._file = path.open("ab", buffering=0)
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-            raise _unwritable(path, error) from error
-
-    def _check_marks(self) -> None:
-        for entry in self._known.values():
-            for name, words in _NAMES.items():
-                if entry.marks.get(name) != self._marks[name]:
-                    raise DataError(f"{self._path} was made with {words}; {_REMEDY}")
-
-    def reply(self, row: Row) -> Reply | None:
-        """Return what an earlier run got for a row; None if it is to be asked.
-
-        A row that had no answer is asked again once it, or its image, is another one.
-
-        Raises:
-            DataError: the row was answered, and has changed since.
-        """
-        entry = self._known.get(row.name)
-        if entry is None:
-            return None
-        if entry.marks.get("row") == self._mark(row):
-            return entry.reply
-        if entry.reply.answer is None:
-            return None
-        raise DataError(f"row {row.name!r} or its picture is not what {self._path} has an answer to; {_REMEDY}")
-
-    def add(self, result: Result) -> None:
-        """Append a result; it is with the system when this returns.
-
-        Raises:
-            DataError: the file cannot be written.
-        """
-        line = _START + json.dumps(_as_dict(result), ensure_ascii=False)[1:-1].encode() + b", "
-        line += b'"marks": ' + json.dumps({"row": self._mark(result.row), **self._marks}).encode() + b"}\n"
-        try:
-            self._write(line)
-        except OSError as error:
-            raise _unwritable(self._path, error) from error
-
-    def _write(self, line: bytes) -> None:
-        rest = memoryview(line)
-        while rest:
-            rest = rest[self._file.write(rest) :]
-
-    def _mark(self, row: Row) -> str:
-        for path in row.images:
-            if path not in self._images:
-                self._images[path] = _content(path)
-        images = [self._images[path] for path in row.images]
-        return _digest(row.name, images, row.question, row.answers, row.group)
-
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        self._file.close()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _unwritable(path: Path, error: Exception) -> DataError:
-    why = getattr(error, "strerror", None) or error
-    return DataError(f"cannot write {path}: {why}; give a file that can be written (--out)")
-
-
-def _check_kind(path: Path, data: bytes) -> None:
-    """Make sure that nothing but results is ever cut off or forgotten."""
-    ends = data[: len(_START)], data[data.rfind(b"\n") + 1 :][: len(_START)]
-    if not all(_START.startswith(piece) for piece in ends):
-        raise DataError(f"{path} holds something else than results of eval; give another file (--out)")
-
-
-def _entries(path: Path, data: bytes) -> list[_Entry]:
-    """Return the results of whole lines; of a row that was asked again, the later one counts."""
-    return [_entry(path, number, line) for number, line in enumerate(data.splitlines(), 1)]
-
-
-def _entry(path: Path, number: int, line: bytes) -> _Entry:
-    if not line.startswith(_START):
-        raise DataError(f"{path}, line {number} is no result of eval; give another file (--out)")
-    try:
-        value = json.loads(line)
-        reply = Reply(**{field.name: value[field.name] for field in fields(Reply)})
-        entry = _Entry(name=value["id"], reply=reply, marks=value["marks"])
-    except (ValueError, KeyError, RecursionError):
-        entry = None
-    if entry is None or not _is_sound(entry):
-        raise DataError(f"{path}, line {number} is damaged; remove that line, and its row is asked again")
-    return entry
-
-
-def _is_sound(entry: _Entry) -> bool:
-    """Tell whether every field has its type: anything may have been written into the file since."""
-    reply = entry.reply
-    counts = reply.image_tokens, reply.completion_tokens, reply.encoded_views
-    return (
-        isinstance(entry.name, str)
-        and isinstance(entry.marks, dict)
-        and all(isinstance(text, str | None) for text in (reply.answer, reply.error))
-        and (reply.answer is None) == (reply.error is not None)
-        and reply.finish_reason in ("stop", "length", None)
-        and all(type(count) is int and count >= 0 for count in counts)
-        and type(reply.seconds) in (int, float)
-        and 0 <= reply.seconds < float("inf")
-    )
-
-
-def _as_dict(result: Result) -> dict[str, Any]:
-    """Return a result for people and other programs; when it is read again, only the reply is, and scored anew."""
-    boxes = result.score.boxes
-    found: dict[str, Any] = {"exact": result.score.exact, "normalised": result.score.normalised}
-    if boxes is not None:
-        found |= {"iou": boxes.iou, "valid_json": boxes.is_valid}
-    reply = asdict(result.reply) | {"seconds": round(result.reply.seconds, 4)}
-    return {"id": result.row.name, "group": result.row.group, **found, **reply}
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:_DIGITS]
-
-
-def _content(path: Path) -> str:
-    """Return the digest of an image's bytes, or what is in the way; asking will say so of the row."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        return os.strerror(error.errno or 0)
-
-
-GREEDY: Final[Mapping[str, Any]] = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 128}
-"""The options unless others are given: the likeliest token, so that every run gives the same answers, and no penalty,
-which would punish an answer for the words of its question. An answer that can be compared is short; 128 tokens hold
-three or four boxes, and end early what has gone astray."""
-
-_Look: TypeAlias = Callable[[tuple[Path, ...]], list[PreprocessedImage]]
+"""Hexadecimal digits of a SHA-256 that are stored: enough to notice a change, short enough to read."""
+_REMEDY: Final = "give another file (--out), or start over (--restart)"
 
 
 def evaluate(
@@ -234,63 +48,227 @@ def evaluate(
     out: str | os.PathLike[str] | None = None,
     restart: bool = False,
     max_pixels: int = MAX_PIXELS,
-    **options: Any,
+    **options: Unpack[AskOptions],
 ) -> Iterator[Result]:
     """Ask a model every row, and yield the results in the order of the rows.
 
-    Rows of one image that follow each other cost its encoding once. An image that cannot be decoded, a prompt
-    that does not fit, or an answer that is not of the form that was asked for, makes a result with an error, and the
-    next row is asked.
+    Consecutive rows with the same images encode them once. An image that cannot be decoded, a prompt that does not
+    fit, or an answer that does not match its schema makes a result with an error, and the next row is asked. The most
+    likely token is always sampled unless the options say otherwise, so every run gives the same answers.
 
     Args:
         model: an opened model.
         rows: see `read_rows`.
-        out: a file that every result is appended to at once. Where it has results already, with the same model,
-            engine and settings, those rows are not asked again.
-        restart: forget what the file has.
+        out: a file to which every result is appended at once. Rows that already have a result there, with the same
+            model, engine and settings, are not asked again.
+        restart: discard the results in the file.
         max_pixels: the largest image that is decoded, width x height.
-        **options: fields of `Options` that replace those of `GREEDY`.
+        **options: fields of `Options`; defaults are `GREEDY` and `MAX_TOKENS`.
 
     Raises:
         ConfigError: an option is unknown or out of range.
-        DataError: the file cannot be written, or has results of something else.
-        StateError: there is to be a file, but the model was not opened from files.
+        DataError: the file cannot be written, or its results belong to something else.
+        StateError: there is a file, but the model was not opened from files.
         EngineError: a native call failed, the model is busy, or the answer was cancelled.
     """
-    chosen = Options.of(**{**GREEDY, **options})
-    look = functools.lru_cache(maxsize=1)(functools.partial(_look, model, max_pixels))
+    chosen: AskOptions = {**GREEDY, "max_tokens": MAX_TOKENS, **options}
+    shared = Options.of(**chosen)
+
+    @functools.lru_cache(maxsize=1)
+    def preprocess(images: tuple[Path, ...]) -> list[PreprocessedImage]:
+        return [model.preprocess(load_image(path, max_pixels=max_pixels)) for path in images]
+
     with ExitStack() as stack:
         journal = None
         known: list[Reply | None] = [None] * len(rows)
         if out is not None:
-            marks = marks_of(model, chosen, max_pixels)
-            journal = stack.enter_context(Journal(Path(out), marks, restart=restart))
-            known = [journal.reply(row) for row in rows]  # all of them before the first question is paid for
+            fingerprints = shared_fingerprints(model, shared, max_pixels)
+            journal = stack.enter_context(closing(Journal(Path(out), fingerprints, restart=restart)))
+            known = [journal.reply(row) for row in rows]  # check all of them before the first question is asked
         for row, earlier in zip(rows, known, strict=True):
-            reply = _ask(model, row, look, chosen) if earlier is None else earlier
-            result = Result(row=row, reply=reply, score=score(reply.answer, row.answers), resumed=earlier is not None)
+            reply = _ask(model, row, preprocess, chosen) if earlier is None else earlier
+            scored = score(reply.answer, row.answers, model.config.boxes)
+            result = Result(row=row, reply=reply, score=scored, resumed=earlier is not None)
             if journal is not None and earlier is None:
                 journal.add(result)
             yield result
 
 
-def _look(model: Model, max_pixels: int, images: tuple[Path, ...]) -> list[PreprocessedImage]:
-    return [model.preprocess(load_image(path, max_pixels=max_pixels)) for path in images]
-
-
-def _ask(model: Model, row: Row, look: _Look, options: Options) -> Reply:
-    begin = time.perf_counter()
+def _ask(
+    model: Model, row: Row, preprocess: Callable[[tuple[Path, ...]], list[PreprocessedImage]], options: AskOptions
+) -> Reply:
+    start = time.perf_counter()
     try:
-        message = user_message(look(row.images), row.question)
-        chunks = list(model.chat([message], **asdict(options)))
-    except (AnswerError, ImageError, PromptError) as error:  # of this row alone
-        return Reply(answer=None, seconds=time.perf_counter() - begin, error=str(error))
-    stats = chunks[-1].stats
+        turn = model.turn([user_message(preprocess(row.images), row.question)], **options)
+    except (AnswerError, ImageError, PromptError) as error:  # of this row only
+        return Reply(answer=None, seconds=time.perf_counter() - start, error=str(error))
+    stats = turn.stats
     return Reply(
-        answer="".join(chunk.text for chunk in chunks),
-        seconds=time.perf_counter() - begin,
-        finish_reason=chunks[-1].finish_reason,
+        answer=turn.text,
+        seconds=time.perf_counter() - start,
+        finish_reason=turn.finish_reason,
         image_tokens=stats.image_tokens if stats else 0,
         completion_tokens=stats.completion_tokens if stats else 0,
         encoded_views=stats.encoded_views if stats else 0,
     )
+
+
+def shared_fingerprints(model: Model, options: Options, max_pixels: int) -> dict[str, str]:
+    """Return the fingerprints that all results of a run share. The model's files are read for them.
+
+    Raises:
+        StateError: the model was not opened from files.
+        ModelNotFound: its files were replaced since it was opened.
+    """
+    fingerprint = model.fingerprint()
+    return {
+        "model": fingerprint.model[:_DIGITS],
+        "engine": fingerprint.engine[:_DIGITS],
+        "settings": _digest(fingerprint.settings, asdict(options), max_pixels),
+    }
+
+
+class Journal:
+    """A file of results: JSON lines, appended one by one."""
+
+    def __init__(self, path: Path, fingerprints: Mapping[str, str], *, restart: bool = False) -> None:
+        """Open or create a file of results; an incomplete last line is removed.
+
+        Args:
+            path: the file.
+            fingerprints: see `shared_fingerprints`.
+            restart: discard the results in it.
+
+        Raises:
+            DataError: the file cannot be written, is not a file of results, or has other fingerprints.
+        """
+        self._path = path
+        self._shared = dict(fingerprints)
+        self._images: dict[Path, str] = {}
+        try:
+            with path.open("ab+") as file:  # creates it if needed, and never truncates a file of something else
+                file.seek(0)
+                data = file.read()
+                _check_kind(path, data)
+                end = 0 if restart else data.rfind(b"\n") + 1
+                lines = data[:end].splitlines()
+                # If a row was asked again, its later line counts.
+                self._known = dict(_read_line(path, number, line) for number, line in enumerate(lines, 1))
+                self._check_shared()
+                file.truncate(end)
+            self._file = path.open("ab", buffering=0)
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+            raise _unwritable(path, error) from error
+
+    def _check_shared(self) -> None:
+        for _, fingerprints in self._known.values():
+            for name, phrase in _SHARED.items():
+                if fingerprints.get(name) != self._shared[name]:
+                    raise DataError(f"{self._path} was made with {phrase}; {_REMEDY}")
+
+    def reply(self, row: Row) -> Reply | None:
+        """Return the reply of an earlier run to a row; None if it must be asked.
+
+        A row without an answer is asked again if it or its image has changed.
+
+        Raises:
+            DataError: the row was answered, and has changed since.
+        """
+        known = self._known.get(row.name)
+        if known is None:
+            return None
+        reply, fingerprints = known
+        if fingerprints.get("row") == self._fingerprint(row):
+            return reply
+        if reply.answer is None:
+            return None
+        raise DataError(f"row {row.name!r} or its image has changed since {self._path} was written; {_REMEDY}")
+
+    def add(self, result: Result) -> None:
+        """Append a result; when this returns, the system has it.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        fingerprints = {"row": self._fingerprint(result.row), **self._shared}
+        content = {**_as_dict(result), "fingerprints": fingerprints}
+        rest = memoryview(_START + json.dumps(content, ensure_ascii=False)[1:].encode() + b"\n")
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+
+    def _fingerprint(self, row: Row) -> str:
+        for path in row.images:
+            if path not in self._images:
+                self._images[path] = _content_digest(path)
+        images = [self._images[path] for path in row.images]
+        return _digest(row.name, images, row.question, row.answers, row.group)
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._file.close()
+
+
+def _unwritable(path: Path, error: Exception) -> DataError:
+    why = getattr(error, "strerror", None) or error
+    return DataError(f"cannot write {path}: {why}; give a file that can be written (--out)")
+
+
+def _check_kind(path: Path, data: bytes) -> None:
+    """Check that a file has nothing but results, which may be truncated or discarded."""
+    ends = data[: len(_START)], data[data.rfind(b"\n") + 1 :][: len(_START)]
+    if not all(_START.startswith(piece) for piece in ends):
+        raise DataError(f"{path} has something else than results of this version of eval; give another file (--out)")
+
+
+def _read_line(path: Path, number: int, line: bytes) -> tuple[str, tuple[Reply, dict[str, str]]]:
+    """Return the name of a row, its reply and its fingerprints."""
+    if not line.startswith(_START):
+        raise DataError(f"{path}, line {number} is not a result of eval; give another file (--out)")
+    try:
+        value = json.loads(line)
+        reply = Reply(**{field.name: value[field.name] for field in fields(Reply)})
+        name, fingerprints = value["id"], value["fingerprints"]
+        is_sound = isinstance(name, str) and isinstance(fingerprints, dict) and _is_sound(reply)
+    except (ValueError, KeyError, RecursionError):
+        is_sound = False
+    if not is_sound:
+        raise DataError(f"{path}, line {number} is corrupt; remove that line, and its row is asked again")
+    return name, (reply, fingerprints)
+
+
+def _is_sound(reply: Reply) -> bool:
+    """Return whether every field has its type: the file may have been changed since."""
+    counts = reply.image_tokens, reply.completion_tokens, reply.encoded_views
+    return (
+        all(isinstance(text, str | None) for text in (reply.answer, reply.error))
+        and (reply.answer is None) == (reply.error is not None)
+        and reply.finish_reason in ("stop", "length", None)
+        and all(type(count) is int and count >= 0 for count in counts)
+        and type(reply.seconds) in (int, float)
+        and 0 <= reply.seconds < float("inf")
+    )
+
+
+def _as_dict(result: Result) -> dict[str, Any]:
+    """Return a result for people and other programs; a later run reads only the reply, and scores it again."""
+    boxes = result.score.boxes
+    scored: dict[str, Any] = {"exact": result.score.exact, "normalised": result.score.normalised}
+    if boxes is not None:
+        scored |= {"iou": boxes.iou, "valid_json": boxes.is_valid}
+    reply = asdict(result.reply) | {"seconds": round(result.reply.seconds, 4)}
+    return {"id": result.row.name, "group": result.row.group, **scored, **reply}
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:_DIGITS]
+
+
+def _content_digest(path: Path) -> str:
+    """Return the digest of an image's bytes, or why it cannot be read; asking the row will report that."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return os.strerror(error.errno or 0)

@@ -1,4 +1,4 @@
-"""Evaluating: accuracies of scripted answers, resuming, and every kind of bad data and bad results."""
+"""Evaluation: accuracies of scripted answers, resuming, and every kind of bad data and bad results."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ def test_accuracies_of_scripted_answers(data: Path) -> None:
     assert {sampling.repetition_penalty for sampling in engine.sampled} == {1}
 
 
-def test_each_picture_is_encoded_once(data: Path) -> None:
+def test_each_image_is_encoded_once(data: Path) -> None:
     results, engine = run(data)
     assert [one.reply.encoded_views for one in results] == [1, 0, 0, 1, 0, 0, 0, 0]
     assert engine.encoded == 2
 
 
-def test_options_are_those_of_a_model(data: Path) -> None:
+def test_options_reach_the_model(data: Path) -> None:
     results, engine = run(data, temperature=0.7, max_tokens=2)
     assert {sampling.temperature for sampling in engine.sampled} == {0.7}
     assert results[0].reply.answer == "Re"
@@ -134,8 +134,8 @@ def test_results_are_appended_at_once_and_never_asked_again(data: Path) -> None:
     with pytest.raises(EngineError):
         next(answers)
     before = out.read_bytes()
-    for torn in (b"", before.splitlines(keepends=True)[0][:-1], b"{", b'{"eval": 1, "id": "li'):
-        out.write_bytes(before + torn)
+    for truncated in (b"", before.splitlines(keepends=True)[0][:-1], b"{", b'{"eval": 2, "id": "li'):
+        out.write_bytes(before + truncated)
         resumed, engine = run(data, out=out)
         assert engine.asked == [row["question"] for row in ROWS[3:]]
         assert [one.resumed for one in resumed] == [True] * 3 + [False] * 5
@@ -151,7 +151,7 @@ def test_results_are_appended_at_once_and_never_asked_again(data: Path) -> None:
     assert [line.get("iou") for line in lines] == [None] * 4 + [0.5, 1, 0, 0]
 
 
-def test_rows_may_be_added_moved_and_left_out(data: Path) -> None:
+def test_rows_may_be_added_moved_and_removed(data: Path) -> None:
     out = data.parent / "out.jsonl"
     named = [{**row, "id": f"row {index}"} for index, row in enumerate(ROWS)]
     run(write(data.parent, named[2:5]), out=out)
@@ -166,7 +166,7 @@ def changed_row(data: Path) -> dict[str, Any]:
     return {}
 
 
-def changed_picture(data: Path) -> dict[str, Any]:
+def changed_image(data: Path) -> dict[str, Any]:
     Image.new("RGB", (64, 64)).save(data.parent / "b.png")
     return {}
 
@@ -174,14 +174,16 @@ def changed_picture(data: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed_row, "row 'line 1' or its picture is not what .*out.jsonl has"),
-        (changed_picture, "row 'pair' or its picture"),
+        (changed_row, "row 'line 1' or its image has changed since .*out.jsonl was written"),
+        (changed_image, "row 'pair' or its image"),
         (lambda data: {"max_tokens": 3}, "made with other settings"),
         (lambda data: {"temperature": 0.1}, "made with other settings"),
         (lambda data: {"max_pixels": 10_000}, "made with other settings"),
     ],
 )
-def test_what_has_changed_is_never_mixed(data: Path, change: Callable[[Path], dict[str, Any]], message: str) -> None:
+def test_changed_data_or_settings_are_never_mixed(
+    data: Path, change: Callable[[Path], dict[str, Any]], message: str
+) -> None:
     out = data.parent / "out.jsonl"
     run(data, out=out)
     before = out.read_bytes()
@@ -194,19 +196,19 @@ def test_what_has_changed_is_never_mixed(data: Path, change: Callable[[Path], di
     assert len(out.read_bytes().splitlines()) == 8
 
 
-def test_another_model_is_never_mixed_in(data: Path) -> None:
+def test_results_of_another_model_are_never_mixed(data: Path) -> None:
     out = data.parent / "out.jsonl"
     run(data, out=out)
     model, _ = scripted(data.parent, ANSWERS, weights=b"others")
     with pytest.raises(DataError, match="made with another model; .*--restart"):
         next(evaluate(model, read_rows(data), out=out))
-    nameless = Model(model.engine, model.config)
+    from_memory = Model(model.engine, model.config)
     with pytest.raises(StateError, match="not opened from files"):
-        next(evaluate(nameless, read_rows(data), out=out))
-    assert next(evaluate(nameless, read_rows(data))).score.normalised
+        next(evaluate(from_memory, read_rows(data), out=out))
+    assert next(evaluate(from_memory, read_rows(data))).score.normalised
 
 
-def test_a_row_without_an_answer_is_asked_again_when_its_picture_was_mended(data: Path) -> None:
+def test_a_failed_row_is_asked_again_after_its_image_was_repaired(data: Path) -> None:
     out = data.parent / "out.jsonl"
     whole = (data.parent / "a.png").read_bytes()
     (data.parent / "a.png").write_bytes(whole[:50])
@@ -215,17 +217,24 @@ def test_a_row_without_an_answer_is_asked_again_when_its_picture_was_mended(data
     _, engine = run(data, out=out)
     assert engine.asked == []  # nothing has changed
     (data.parent / "a.png").write_bytes(whole)
-    mended, engine = run(data, out=out)
+    repaired, engine = run(data, out=out)
     assert len(engine.asked) == 4
-    assert summarise(mended).total.failed == 0
+    assert summarise(repaired).total.failed == 0
     again, engine = run(data, out=out)
     assert engine.asked == []
-    assert [one.score for one in again] == [one.score for one in mended]
+    assert [one.score for one in again] == [one.score for one in repaired]
 
 
-def test_a_file_of_something_else_is_left_alone(data: Path) -> None:
+def test_a_file_of_something_else_is_not_changed(data: Path) -> None:
     model, _ = scripted(data.parent, ANSWERS)
-    for content in (data.read_bytes(), b"one line without an end", b"\n", b'{"eval": 2, "id": 1}\n', b"\0" * 20):
+    for content in (
+        data.read_bytes(),
+        b"one line without an end",
+        b"\n",
+        b'{"eval": 1, "id": 1}\n',
+        b'{"eval": 3, "id": 1}\n',
+        b"\0" * 20,
+    ):
         other = data.parent / "other.txt"
         other.write_bytes(content)
         for restart in (False, True):
@@ -243,24 +252,24 @@ def test_a_file_of_something_else_is_left_alone(data: Path) -> None:
         lambda line: line[:40],
         lambda line: line.replace('"answer": "Red."', '"answer": 5'),
         lambda line: line.replace('"answer": "Red."', '"answer": null'),
-        lambda line: line.replace('"marks": {', '"marks": 5, "x": {'),
+        lambda line: line.replace('"fingerprints": {', '"fingerprints": 5, "x": {'),
         lambda line: line.replace('"finish_reason": "stop"', '"finish_reason": "other"'),
         lambda line: line.replace('"completion_tokens": 4', '"completion_tokens": -4'),
         lambda line: line.replace('"seconds": ', '"seconds": 1e999, "x": '),
         lambda line: line.replace('"image_tokens": 4, ', ""),
         lambda line: line.replace('"id": "line 1"', '"id": ' + "[" * 10_000),
-        lambda line: '{"eval": 1, ' + "\udcff",
+        lambda line: '{"eval": 2, ' + "\udcff",
         lambda line: "other",
     ],
 )
-def test_a_damaged_line_is_named_and_nothing_is_lost(data: Path, change: Callable[[str], str]) -> None:
+def test_a_corrupt_line_is_named_and_nothing_is_lost(data: Path, change: Callable[[str], str]) -> None:
     out = data.parent / "out.jsonl"
     run(data, out=out)
     first, *rest = out.read_text().splitlines()
     assert change(first) != first
     out.write_text("\n".join([rest[0], change(first), *rest[1:], ""]), errors="surrogateescape")
     before = out.read_bytes()
-    with pytest.raises(DataError, match="out.jsonl, line 2 is (damaged; remove that line|no result of eval)"):
+    with pytest.raises(DataError, match="out.jsonl, line 2 is (corrupt; remove that line|not a result of eval)"):
         run(data, out=out)
     assert out.read_bytes() == before
     run(data, out=out, restart=True)
@@ -272,41 +281,41 @@ GOOD = '{"image": "a.png", "question": "q", "answer": "a"}'
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "it is no JSON"),
+        ("{", "it is not valid JSON"),
         ("5", "it is a number, not a JSON object"),
         ("[]", "it is a list"),
-        ('"text"', "it is a text"),
+        ('"text"', "it is a string"),
         ("null", "it is null"),
         ("[" * 20_000, "nested too deeply"),
-        (GOOD.replace("image", "picture"), "'image' is missing"),
+        (GOOD.replace("image", "img"), "'image' is missing"),
         (GOOD.replace("question", "prompt"), "'question' is missing"),
         (GOOD.replace("answer", "anwser"), "'answer' is missing"),
-        (GOOD.replace('"a.png"', "5"), "'image' is a number, not a text"),
+        (GOOD.replace('"a.png"', "5"), "'image' is a number, not a string"),
         (GOOD.replace('"a.png"', "[]"), "'image' is a list that is empty"),
         (GOOD.replace('"a.png"', '["a.png", 5]'), "'image' is a list that"),
-        (GOOD.replace('"q"', "null"), "'question' is null, not a text"),
+        (GOOD.replace('"q"', "null"), "'question' is null, not a string"),
         (GOOD.replace('"q"', '" "'), "'question' is empty"),
         (GOOD.replace('"q"', '["q"]'), "'question' is a list"),
-        (GOOD.replace('"a"', "3"), "'answer' is a number, not a text; put it between quotation marks"),
+        (GOOD.replace('"a"', "3"), "'answer' is a number, not a string; put it between quotation marks"),
         (GOOD.replace('"a"', "true"), "'answer' is true or false"),
         (GOOD.replace('"a"', "{}"), "'answer' is an object"),
         (GOOD.replace('"a"', "[[]]"), "'answer' is a list that"),
         (GOOD.replace('"a"', '"\\ud800"'), "'answer' has half of a surrogate pair"),
-        (GOOD.replace('"a"', r'"[{\"label\": \"x\", \"bbox\": [0, 0, 50, 50]}]"'), "is no box"),
+        (GOOD.replace('"a"', r'"[{\"label\": \"x\", \"bbox\": [0, 0, 50, 50]}]"'), "is not a valid box"),
         (GOOD.replace("}", ', "group": 5}'), "'group' is a number"),
-        (GOOD.replace("}", ', "id": 1.5}'), "'id' is a number; give a text or a whole number"),
+        (GOOD.replace("}", ', "id": 1.5}'), "'id' is a number; give a string or an integer"),
         (GOOD.replace("}", ', "id": true}'), "'id' is true or false"),
-        (GOOD.replace("}", ', "id": ""}'), "'id' is a text"),
+        (GOOD.replace("}", ', "id": ""}'), "'id' is a string"),
         (GOOD.replace("}", ', "id": "line 1"}'), "id 'line 1' is taken by line 1"),
-        (GOOD.replace("a.png", "no.png"), "no picture at '.*no.png'"),
-        (GOOD.replace("a.png", "."), "is no file; give the path of one picture"),
-        (GOOD.replace("a.png", ""), "is no file"),
-        (GOOD.replace("a.png", "x" * 5000), "no p"),
-        (GOOD.replace("a.png", "a\\u0000b"), "no p"),
+        (GOOD.replace("a.png", "no.png"), "no image at '.*no.png'"),
+        (GOOD.replace("a.png", "."), "is not a file; give the path of one image"),
+        (GOOD.replace("a.png", ""), "is not a file"),
+        (GOOD.replace("a.png", "x" * 5000), "(not the path of an|no) image"),
+        (GOOD.replace("a.png", "a\\u0000b"), "(not the path of an|no) image"),
         (GOOD + "x" * 1_000_000, "more than 1000000 bytes"),
         ("\ufeff" + GOOD, "byte order mark"),
-        (b"\xff\xfe{\0}\0", "byte 1 is no UTF-8"),
-        (GOOD.replace('"q"', '"\u00e9"').encode("latin-1"), "is no UTF-8"),
+        (b"\xff\xfe{\0}\0", "byte 1 is not valid UTF-8"),
+        (GOOD.replace('"q"', '"\u00e9"').encode("latin-1"), "is not valid UTF-8"),
     ],
 )
 def test_bad_data_names_the_line_and_the_remedy(data: Path, line: str | bytes, message: str) -> None:
@@ -343,6 +352,6 @@ def test_good_data_of_every_form(data: Path) -> None:
 def test_an_answer_that_breaks_the_schema_is_a_failure_of_its_row(data: Path) -> None:
     results, _ = run(data, schema={"type": "integer", "minimum": 0})
     failures = {result.row.question: result.reply.error for result in results if result.reply.error}
-    assert "is no JSON" in failures["colour?"]
+    assert "is not valid JSON" in failures["colour?"]
     assert "number?" not in failures
     assert results[1].score.exact

@@ -1,4 +1,4 @@
-"""Scoring: worked by hand, and compared with counting pixels."""
+"""Scores: worked out by hand, and compared with counted pixels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lfm2vl_edge import DataError
-from lfm2vl_edge.evaluate import Box, iou, mean_iou, normalised, score
-from lfm2vl_edge.evaluate.score import found_boxes, true_boxes
+from lfm2vl_edge.config import FRACTION_BOXES, THOUSAND_BOXES, BoxFormat
+from lfm2vl_edge.evaluate import iou, mean_iou, normalised, score
+from lfm2vl_edge.evaluate.score import LabelledBox, found_boxes, true_boxes
 
 GRID = 8
 
@@ -47,7 +48,7 @@ def test_normalised_by_hand(text: str, expected: str) -> None:
 
 
 @given(st.text(alphabet=st.sampled_from("aAnthe \t.,!?\"'-5%“”İß"), max_size=12) | st.text(max_size=12))
-def test_what_is_normalised_stays_and_blanks_and_case_never_matter(text: str) -> None:
+def test_normalising_twice_changes_nothing_and_blanks_and_case_never_matter(text: str) -> None:
     once = normalised(text)
     assert normalised(once) == once
     assert normalised(f"  {text}\n") == once
@@ -65,7 +66,7 @@ def test_what_is_normalised_stays_and_blanks_and_case_never_matter(text: str) ->
         ("", [""], True, True),
         ("?", ["!"], False, False),
         ("[1, 2]", ["[1, 2]"], True, True),
-        ("1, 2", ["[1, 2]"], False, False),  # what is JSON is compared as it is
+        ("1, 2", ["[1, 2]"], False, False),  # JSON is compared as it is
         ('{"A": 1}', ['{"a": 1}'], False, False),
         ("Three.", ["3", "three"], False, True),
         (None, [""], False, False),
@@ -77,7 +78,7 @@ def test_exact_and_normalised_by_hand(answer: str | None, accepted: list[str], e
 
 
 def area_of_pixels(one: Any, other: Any) -> float:
-    """The slow truth: count the squares of a grid."""
+    """The naive version: count the squares of a grid."""
     inside = [
         [x1 <= x < x2 and y1 <= y < y2 for x in range(GRID) for y in range(GRID)] for x1, y1, x2, y2 in (one, other)
     ]
@@ -104,7 +105,7 @@ unit = st.floats(0, 1, allow_subnormal=False)
 
 @example((0, 0, 1e-200, 1e-200), (0, 0, 1e-200, 1e-200))
 @given(*[st.tuples(unit, unit, unit, unit)] * 2)
-def test_iou_lies_between_0_and_1(one: Any, other: Any) -> None:
+def test_iou_is_between_0_and_1(one: Any, other: Any) -> None:
     one, other = ((min(x, u), min(y, v), max(x, u), max(y, v)) for x, y, u, v in (one, other))
     assert 0 <= iou(one, other) <= 1
     assert iou(one, other) == iou(other, one)
@@ -112,24 +113,23 @@ def test_iou_lies_between_0_and_1(one: Any, other: Any) -> None:
     assert iou(one, one) == (1 if area > 0 else 0)
 
 
-def box(label: str, x1: float, x2: float) -> Box:
-    """A box of the image's whole height, so that overlaps are those of lengths."""
-    return Box(label=label, corners=(x1, 0, x2, 1))
+def box(label: str, x1: float, x2: float) -> LabelledBox:
+    """Return a box as high as the image, so that areas are lengths."""
+    return label, (x1, 0, x2, 1)
 
 
 def test_boxes_are_matched_by_label_and_the_best_overlap_first() -> None:
     truth = [box("cat", 0.0, 0.4), box("cat", 0.5, 0.9)]
     assert mean_iou(truth, truth) == 1
     assert mean_iou(truth[::-1], truth) == 1
-    assert mean_iou(truth[:1], truth) == 0.5  # the other one is left over and counts 0
+    assert mean_iou(truth[:1], truth) == 0.5  # the other one has no match and counts 0
     assert mean_iou([box("dog", 0.0, 0.4), truth[1]], truth) == 0.5
-    assert mean_iou([*truth, box("cat", 0, 1), box("dog", 0, 1)], truth) == 1  # left over in the answer: no cost
-    assert mean_iou([truth[0], truth[0]], truth) == 0.5  # one answer matches one thing
+    assert mean_iou([*truth, box("cat", 0, 1), box("dog", 0, 1)], truth) == 1  # unmatched in the answer: no cost
+    assert mean_iou([truth[0], truth[0]], truth) == 0.5  # one box of the answer matches one true box
     assert mean_iou([], truth) == 0
     assert mean_iou([], []) == 1
     assert mean_iou(truth, []) == 0
-    # Greedy: the pair with 0.8 is taken first, though 0.5 and 0.6 would be more together.
-    # The best pair, 0.9, is taken first; 0.6 and 2/3 would be more together than 0.9 and 0.2.
+    # Greedy: the best pair, 0.9, is matched first, though 0.6 and 2/3 would be more in total than 0.9 and 0.2.
     truth, found = [box("cat", 0, 1), box("cat", 0.4, 1)], [box("cat", 0.1, 1), box("cat", 0, 0.6)]
     assert mean_iou(found, truth) == pytest.approx((0.9 + 0.2) / 2)
     assert mean_iou(found[::-1], truth[::-1]) == pytest.approx((0.9 + 0.2) / 2)
@@ -147,7 +147,7 @@ TRUTH = boxes_text(("cat", [0, 0, 0.5, 1]))
     [
         (TRUTH, [TRUTH], True, False, 1.0),
         (boxes_text(("cat", [0, 0, 0.25, 1])), [TRUTH], True, False, 0.5),
-        (boxes_text(("cat", [-7, -0.5, 0.5, 9])), [TRUTH], True, False, 1.0),  # cut off at the edges
+        (boxes_text(("cat", [-7, -0.5, 0.5, 9])), [TRUTH], True, False, 1.0),  # moved to the edges
         (boxes_text(("cat", [0.5, 1, 0, 0])), [TRUTH], True, False, 0.0),
         ("[]", [TRUTH], True, False, 0.0),
         ("[]", ["[]"], True, True, 1.0),
@@ -180,6 +180,27 @@ def test_boxes_of_an_answer(
     assert found.iou == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("answer", "boxes", "valid", "expected"),
+    [
+        ('[{"label": "cat", "bbox_2d": [0, 0, 500, 1000]}]', THOUSAND_BOXES, True, 1.0),
+        ('[{"image_id": 0, "bbox_2d": [0, 0, 250, 1000], "label": "cat"}]', THOUSAND_BOXES, True, 0.5),
+        ('[{"label": "cat", "bbox_2d": [-5, 0, 500, 1010]}]', THOUSAND_BOXES, True, 1.0),
+        ('[{"label": "cat", "bbox": [0, 0, 500, 1000]}]', THOUSAND_BOXES, True, 1.0),  # either key, as detect reads it
+        ('[{"label": "cat", "bbox_2d": [0, 0, 0.5, 1]}]', FRACTION_BOXES, True, 1.0),
+        ('[{"label": "cat", "bbox_2d": [0, 0, ' + "9" * 400 + ", 1000]}]", THOUSAND_BOXES, True, 0.5),
+        ('[{"label": "cat", "bbox_2d": [0, 0, "500", 1000]}]', THOUSAND_BOXES, False, 0.0),
+        ('[{"label": "cat", "point": [0, 0, 500, 1000]}]', THOUSAND_BOXES, False, 0.0),
+    ],
+)
+def test_boxes_are_read_in_the_format_of_the_model(
+    answer: str, boxes: BoxFormat, valid: bool, expected: float
+) -> None:
+    found = score(answer, [TRUTH], boxes).boxes
+    assert found is not None
+    assert (found.is_valid, found.iou) == (valid, expected)
+
+
 def test_only_lists_of_boxes_are_scored_as_boxes() -> None:
     assert score(TRUTH, [TRUTH, "a cat"]).boxes is None
     assert true_boxes("[1, 2]") is None
@@ -192,17 +213,17 @@ def test_only_lists_of_boxes_are_scored_as_boxes() -> None:
     "bbox", [[0, 0, 640, 480], [0.5, 0, 0.4, 1], [0, 0, 0, 1], [0, 0, 1], [-0.1, 0, 1, 1], ["0", 0, 1, 1], "0 0 1 1"]
 )
 def test_true_boxes_must_be_fractions(bbox: Any) -> None:
-    with pytest.raises(DataError, match="is no box; .* fractions"):
+    with pytest.raises(DataError, match="is not a valid box; .* fractions"):
         true_boxes(boxes_text(("cat", bbox)))
-    with pytest.raises(DataError, match="is no box"):
+    with pytest.raises(DataError, match="is not a valid box"):
         true_boxes('[{"label": null, "bbox": [0, 0, 1, 1]}]')
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), corners), max_size=5), st.lists(corners, max_size=5))
-def test_mean_iou_lies_between_0_and_1_and_more_boxes_never_lose(some: Any, more: Any) -> None:
-    truth = [Box(label=label, corners=place) for label, place in some]
-    found = [Box(label="a", corners=place) for place in more]
+def test_mean_iou_is_between_0_and_1_and_at_most_that_of_the_best_boxes(some: Any, more: Any) -> None:
+    truth: list[LabelledBox] = list(some)
+    found: list[LabelledBox] = [("a", place) for place in more]
     assert 0 <= mean_iou(found, truth) <= 1
     if truth:
-        best = [max((iou(one.corners, b.corners) for b in found if b.label == one.label), default=0) for one in truth]
+        best = [max((iou(one[1], b[1]) for b in found if b[0] == one[0]), default=0) for one in truth]
         assert mean_iou(found, truth) <= sum(best) / len(truth) + 1e-9
