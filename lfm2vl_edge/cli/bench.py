@@ -26,9 +26,9 @@ def bench(
 
     with reporting():
         warnings_to_stderr()
-        located = chosen_model(model)
-        options = model.open_options(located.mmproj)
-        opening = decide(located.model, options)
+        resolved = chosen_model(model)
+        options = model.open_options(resolved.mmproj)
+        opening = decide(resolved, options)
         rows = measure(opening, options, runs, report=lambda line: None if quiet else typer.echo(line, err=True))
         pair, threads = opening.pair, opening.n_threads
         if as_json:

@@ -1,4 +1,4 @@
-"""`lfm2vl-edge doctor`: whether everything is well here, and what to do where it is not."""
+"""`lfm2vl-edge doctor`: whether this installation works, and how to repair it if not."""
 
 from __future__ import annotations
 
@@ -14,42 +14,44 @@ from lfm2vl_edge.cli._loading import megabytes
 from lfm2vl_edge.cli._output import EXIT_FAILED, reporting
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.diagnose.doctor import EngineFacts, Facts, Finding, Folder, Machine, ModelState, Report
+    from lfm2vl_edge.diagnose.doctor import Facts, Finding
+    from lfm2vl_edge.diagnose.facts import EngineFacts, Folder, Machine, ModelState
 
 _PROFILES = {
     "present": "measured here",
     "stale": "measured elsewhere",
-    "damaged": "its measurement is damaged",
+    "damaged": "its device profile is damaged",
     "none": "not measured here (tune)",
 }
 
 
 def doctor(as_json: opt.Json = False) -> None:
-    """Check packages, llama.cpp, processor, memory, heat, folders and models; say what to do about each problem.
+    """Check packages, llama.cpp, processor, memory, heat, folders and models; show a remedy for each problem.
 
-    Exit code 0 if nothing is broken, else 1. Nothing is changed, and no network is asked.
+    Exit code 0 if nothing is broken, else 1. Nothing is changed, and no network is used.
     """
-    from lfm2vl_edge.diagnose.doctor import examine
+    from lfm2vl_edge.diagnose.doctor import examine, judge
 
     with reporting():
-        report = examine()
-        typer.echo(json.dumps(_as_dict(report), ensure_ascii=False) if as_json else "\n".join(_lines(report)))
-        if not report.is_well:
+        facts = examine()
+        findings = judge(facts)
+        works = all(one.level != "broken" for one in findings)
+        if as_json:
+            found = {"ok": works, "findings": [asdict(one) for one in findings], **asdict(facts)}
+            typer.echo(json.dumps(found, ensure_ascii=False))
+        else:
+            typer.echo("\n".join(_lines(facts, findings)))
+        if not works:
             raise typer.Exit(EXIT_FAILED)
 
 
-def _as_dict(report: Report) -> dict[str, object]:
-    findings = [asdict(one) for one in report.findings]
-    return {"ok": report.is_well, "findings": findings, **asdict(report.facts)}
-
-
-def _lines(report: Report) -> Iterator[str]:
-    for topic, texts in _topics(report.facts):
+def _lines(facts: Facts, findings: Sequence[Finding]) -> Iterator[str]:
+    for topic, texts in _topics(facts):
         yield from (f"{'' if index else topic:<10} {text}" for index, text in enumerate(texts))
     yield ""
-    yield from (line for one in report.findings for line in _finding(one))
-    if not report.findings:
-        yield "all is well"
+    yield from (line for one in findings for line in _finding(one))
+    if not findings:
+        yield "no problems found"
 
 
 def _finding(one: Finding) -> Sequence[str]:
@@ -70,12 +72,13 @@ def _engine(engine: EngineFacts) -> list[str]:
     gpus = ", ".join(engine.gpus) or ("none found" if engine.uses_gpu else "built for none")
     return [
         f"{engine.build or 'llama.cpp, version unknown'}, on {', '.join(engine.backends)}; GPU: {gpus}",
-        f"uses {', '.join(engine.features) or 'nothing that it tells of'}",
+        f"uses {', '.join(engine.features) or 'no features that it reports'}",
+        f"encodes images by {'libmtmd' if engine.encoder_failure else 'a ggml graph'}",
     ]
 
 
 def _machine(machine: Machine) -> list[str]:
-    features = "unknown" if machine.features is None else ", ".join(machine.features) or "none of interest"
+    features = "unknown" if machine.features is None else ", ".join(machine.features) or "none that matter here"
     heat = "unknown" if machine.temperature is None else f"{machine.temperature:.0f} degrees Celsius"
     throttled = "unknown" if machine.throttled is None else f"0x{machine.throttled:x}" if machine.throttled else "no"
     return [

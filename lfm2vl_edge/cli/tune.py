@@ -1,9 +1,9 @@
-"""`lfm2vl-edge tune`: what this machine takes for a model, measured once and used by later runs."""
+"""`lfm2vl-edge tune`: measures a model on this machine, once, for later runs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +15,8 @@ from lfm2vl_edge.cli._loading import chosen_model
 from lfm2vl_edge.cli._output import reporting, warnings_to_stderr
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.diagnose.tune import Tuning
+    from lfm2vl_edge.diagnose.tune import Measurement
+    from lfm2vl_edge.planning.device import Profile
 
 
 @opt.takes_groups
@@ -28,36 +29,35 @@ def tune(
     """Measure this machine once, for plan, budgets, threads and the choice of an mmproj: lfm2vl-edge tune -m MODEL."""
     from lfm2vl_edge.diagnose.tune import Timer
     from lfm2vl_edge.diagnose.tune import tune as measure
-    from lfm2vl_edge.planning.device import save_profile
+    from lfm2vl_edge.planning.device import profile_key, save_profile
+
+    def report(line: str) -> None:
+        if not quiet:
+            typer.echo(f"measuring {line}", err=True)
 
     with reporting():
         warnings_to_stderr()
-        located = chosen_model(model)
-        wishes = model.open_options(located.mmproj)
-
-        def report(line: str) -> None:
-            if not quiet:
-                typer.echo(f"measuring {line}", err=True)
-
-        tuning = measure(located.model, wishes, Timer(runs=runs), report)
-        path = save_profile(tuning.profile, tuning.place)
+        resolved = chosen_model(model)
+        options = model.open_options(resolved.mmproj)
+        profile, measurements = measure(resolved.model, options, Timer(runs=runs), report)
+        path = save_profile(profile, profile_key(resolved.model, options.n_gpu_layers, options.device))
         if as_json:
-            trials = [asdict(trial) for trial in tuning.trials]
-            typer.echo(json.dumps({"profile": asdict(tuning.profile), "path": str(path), "trials": trials}))
+            trials = [asdict(one) for one in measurements]
+            typer.echo(json.dumps({"profile": asdict(profile), "path": str(path), "trials": trials}))
         else:
-            typer.echo("\n".join(_lines(tuning, path)))
+            typer.echo("\n".join(_lines(profile, measurements, path)))
 
 
-def _lines(tuning: Tuning, path: Path) -> Iterator[str]:
+def _lines(profile: Profile, measurements: Sequence[Measurement], path: Path) -> Iterator[str]:
     """Yield a table: one line per number of threads and type of mmproj file, seconds by image tokens of a view."""
-    sizes = sorted(next(iter(tuning.profile.encode.values())))
+    sizes = sorted(next(iter(profile.encode.values())))
     heads = "  ".join(f"{f'{tokens} tokens':>11}" for tokens in sizes)
     yield f"threads  mmproj  {heads}  prefill      decode"
-    for trial in tuning.trials:
-        for kind, points in trial.encode.items():
+    for one in measurements:
+        for kind, points in one.encode.items():
             seconds = "  ".join(f"{f'{points[tokens]:.3g} s':>11}" for tokens in sizes)
-            speeds = f"{f'{trial.prefill_speed:.0f}/s':<11}  {trial.decode_speed:.1f}/s"
-            yield f"{trial.threads:>7}  {kind:<6}  {seconds}  {speeds}"
+            speeds = f"{f'{one.prefill_speed:.0f}/s':<11}  {one.decode_speed:.1f}/s"
+            yield f"{one.threads:>7}  {kind:<6}  {seconds}  {speeds}"
     yield ""
-    plural = "s" if tuning.profile.threads > 1 else ""
-    yield f"fastest: {tuning.profile.threads} thread{plural}, mmproj {tuning.profile.mmproj}; kept in {path}"
+    plural = "s" if profile.threads > 1 else ""
+    yield f"fastest: {profile.threads} thread{plural}, mmproj {profile.mmproj}; stored in {path}"

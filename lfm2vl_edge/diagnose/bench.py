@@ -20,7 +20,7 @@ from typing import Any, Final, TypeAlias
 
 from PIL import Image
 
-from lfm2vl_edge.config import DEFAULT_PROMPT, GREEDY, AskOptions
+from lfm2vl_edge.config import DEFAULT_PROMPT, GREEDY, SamplingOptions
 from lfm2vl_edge.errors import EngineError
 from lfm2vl_edge.generate import Turn
 from lfm2vl_edge.host import CACHE_VARIABLE
@@ -303,7 +303,7 @@ def _measure_questions(model: Model, image: Path) -> tuple[Values, Stats]:
 
 
 def _ask(model: Model, messages: Sequence[Message]) -> tuple[Turn, Stats]:
-    options: AskOptions = {**GREEDY, "max_tokens": COMPLETION_TOKENS}
+    options: SamplingOptions = {**GREEDY, "max_tokens": COMPLETION_TOKENS}
     turn = model.turn(messages, **options)
     if turn.stats is None:
         raise EngineError("an answer has no statistics; report this as a bug")

@@ -1,4 +1,4 @@
-"""What is known about the machine, the installed llama.cpp, the folders and the models. What is not told is None."""
+"""Facts about this installation: machine, folders, models and the installed llama.cpp; what is unknown is None."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from typing import Any, Final, Literal
 
 from lfm2vl_edge.errors import EdgeError
 from lfm2vl_edge.host import available_cpus, cache_folder, cpu_name, data_folder, installed_memory, physical_cores
-from lfm2vl_edge.models import names as resolve_model
+from lfm2vl_edge.models import names
 from lfm2vl_edge.models.manifest import ManifestEntry, read_manifest
 from lfm2vl_edge.models.names import Pair
 from lfm2vl_edge.models.registry import BUILT_IN, display_name
 from lfm2vl_edge.opening import OpenOptions, decide
 from lfm2vl_edge.planning.device import ProfileState, profile_key, profile_state
 
+# The machine
+
 _READ_BYTES: Final = 1 << 20
-"""Of any file; /proc/cpuinfo has a few kilobytes for each processor."""
+"""Bytes read of a system file; /proc/cpuinfo has a few kilobytes for each processor."""
 _FEATURES: Final[Mapping[str, str]] = {
     "avx": "AVX",
     "avx2": "AVX2",
@@ -39,17 +41,17 @@ _FEATURES: Final[Mapping[str, str]] = {
     "asimddp": "DOTPROD",
     "i8mm": "MATMUL_INT8",
 }
-"""Linux's name of what makes models faster -> llama.cpp's."""
+"""Linux's name of a processor feature that makes models faster -> llama.cpp's name."""
 _TEMPERATURES: Final = range(-50_000, 200_001)
-"""Thousandths of a degree Celsius that a sensor may show; anything else is a sensor that does not work."""
+"""Thousandths of a degree Celsius that a working sensor may show."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """The machine at hand."""
+    """The machine."""
 
     board: str | None
-    """What its maker calls it, such as Raspberry Pi 5 Model B Rev 1.0."""
+    """The maker's name, such as Raspberry Pi 5 Model B Rev 1.0."""
     cpu: str
     """The processor."""
     cores: int
@@ -57,26 +59,26 @@ class Machine:
     threads: int
     """Logical processors that this process may use."""
     features: tuple[str, ...] | None
-    """What the processor has of what makes models faster, in llama.cpp's words."""
+    """Processor features that make models faster, by llama.cpp's names."""
     memory_bytes: int | None
-    """The machine's memory, or its container's."""
+    """Memory of the machine or of its container."""
     available_bytes: int | None
-    """What of it is free, or can be freed at once."""
+    """Memory that is free or can be freed at once."""
     temperature: float | None
     """Of the hottest sensor, degrees Celsius."""
     throttled: int | None
-    """The firmware's bits of a Raspberry Pi: 0-3 what is wrong now, 16-19 what was since it was started."""
+    """Firmware bits of a Raspberry Pi: 0-3 current problems, 16-19 problems since it was started."""
 
 
 def read_machine(root: Path = Path("/")) -> Machine:
-    """Return what the system tells of the machine.
+    """Return what the system reports about the machine.
 
     Args:
-        root: where `proc` and `sys` lie.
+        root: the folder of `proc` and `sys`.
     """
     cpuinfo, topology = root / "proc/cpuinfo", root / "sys/devices/system/cpu"
     memory = _memory(root / "proc/meminfo")
-    limit = _number(root / "sys/fs/cgroup/memory.max")
+    limit = _integer(root / "sys/fs/cgroup/memory.max")
     limit = limit if limit is not None and limit > 0 else None
     return Machine(
         board=_board(root),
@@ -92,7 +94,7 @@ def read_machine(root: Path = Path("/")) -> Machine:
 
 
 def _text(path: Path) -> str:
-    """Return the start of a file, nothing where it cannot be read."""
+    """Return the start of a file; an empty string if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(_READ_BYTES).decode("utf-8", "replace")
@@ -100,7 +102,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _number(path: Path) -> int | None:
+def _integer(path: Path) -> int | None:
     found = re.fullmatch(r"(-?\d{1,18})\s*", _text(path))
     return int(found[1]) if found else None
 
@@ -110,7 +112,7 @@ def _least(*values: int | None) -> int | None:
 
 
 def _board(root: Path) -> str | None:
-    """Return the board's name; it ends with a zero byte, and nothing of it may steer a terminal."""
+    """Return the board's name without its final zero byte and without control characters."""
     text = "".join(filter(str.isprintable, _text(root / "proc/device-tree/model")))
     return text.strip()[:100] or None
 
@@ -130,27 +132,29 @@ def _memory(meminfo: Path) -> dict[str, int]:
 
 
 def _temperature(thermal: Path) -> float | None:
-    values = [_number(path) for path in _below(thermal, "thermal_zone*/temp")]
+    values = [_integer(path) for path in _glob(thermal, "thermal_zone*/temp")]
     return max((value / 1000 for value in values if value is not None and value in _TEMPERATURES), default=None)
 
 
 def _throttled(platform: Path) -> int | None:
-    """Return the bits that the firmware of a Raspberry Pi gives, in hexadecimal digits."""
-    for path in _below(platform, "soc*/*/get_throttled"):
+    """Return the firmware bits of a Raspberry Pi, which it writes in hexadecimal digits."""
+    for path in _glob(platform, "soc*/*/get_throttled"):
         if found := re.fullmatch(r"(?:0x)?([0-9a-fA-F]{1,8})\s*", _text(path)):
             return int(found[1], 16)
     return None
 
 
-def _below(folder: Path, pattern: str) -> Iterator[Path]:
+def _glob(folder: Path, pattern: str) -> Iterator[Path]:
     try:
         yield from sorted(folder.glob(pattern))
-    except OSError:  # a folder that must not be read
+    except OSError:  # the folder cannot be read
         return
 
 
+# The folders
+
 _PURPOSES: Final = {"cache": "LFM2VL_CACHE", "data": "LFM2VL_DATA", "models": "HF_HOME"}
-"""What a folder is for -> the environment variable that moves it."""
+"""Purpose of a folder -> the environment variable that moves it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,47 +162,25 @@ class Folder:
     """A folder that this program writes to."""
 
     purpose: str
-    """`cache`: embeddings and device profiles; `data`: the list of models; `models`: the cache of huggingface_hub."""
+    """`cache`: embeddings and device profiles; `data`: the manifest; `models`: the hub cache of huggingface_hub."""
     variable: str
     """The environment variable that moves it."""
     path: str
-    """Where it is, or will be when something is written."""
+    """Its path; it need not exist yet."""
     bytes: int | None
-    """What it holds; None if it cannot be read."""
+    """Size of its files; None if it cannot be read."""
     writable: bool
     """Whether this process may write there."""
     free: int | None
     """Free bytes of its disk."""
 
 
-Source = Literal["variable", "pulled", "built-in"]
-"""`variable`: LFM2VL_MODEL names it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelState:
-    """A model that is here, or should be."""
-
-    name: str
-    """As -m takes it."""
-    source: Source
-    """Why it is looked at."""
-    files: tuple[str, ...]
-    """Its language file and its mmproj, as far as they are known."""
-    error: str | None
-    """Why it cannot run."""
-    memory_bytes: int | None
-    """What it takes at most while it answers about an image, a guess."""
-    profile: ProfileState | None
-    """What `tune` measured of it on this machine."""
-
-
 def read_folders() -> list[Folder]:
-    """Return the folders, whether or not they are there yet."""
+    """Return the folders, whether or not they exist yet."""
     from lfm2vl_edge.models.hub import hub_cache
 
     paths = [cache_folder(), data_folder()]
-    with suppress(ImportError):  # without huggingface_hub, of which the versions tell
+    with suppress(ImportError):  # huggingface_hub is missing, which the versions show
         paths.append(hub_cache())
     return [_folder(purpose, path) for purpose, path in zip(_PURPOSES, paths)]  # noqa: B905  # the last may be missing
 
@@ -220,11 +202,11 @@ def _folder(purpose: str, path: Path) -> Folder:
 
 
 def _size(folder: Path) -> int | None:
-    """Return the bytes of all files below a folder; a link counts nothing, so that no file counts twice."""
+    """Return the bytes of all files below a folder; links are not followed, so no file counts twice."""
     failed: list[OSError] = []
     total = 0
-    for parent, _, names in os.walk(folder, onerror=failed.append):
-        for name in names:
+    for parent, _, files in os.walk(folder, onerror=failed.append):
+        for name in files:
             try:
                 total += (Path(parent) / name).lstat().st_size
             except OSError as error:
@@ -232,142 +214,171 @@ def _size(folder: Path) -> int | None:
     return None if any(not isinstance(error, FileNotFoundError) for error in failed) else total
 
 
+# The models
+
+Source = Literal["variable", "downloaded", "built-in"]
+"""`variable`: LFM2VL_MODEL names it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelState:
+    """A model that is here, or should be."""
+
+    name: str
+    """As -m takes it."""
+    source: Source
+    """Why it is listed."""
+    files: tuple[str, ...]
+    """Its language file and its mmproj file, as far as they are known."""
+    error: str | None
+    """Why it cannot run."""
+    memory_bytes: int | None
+    """Guess of the most memory that an answer about an image takes."""
+    profile: ProfileState | None
+    """Whether `tune` measured it on this machine."""
+
+
 def read_models() -> tuple[list[ModelState], str | None]:
-    """Return the models that are here, what LFM2VL_MODEL names first, and what is wrong with the list of them."""
+    """Return the models that are here, that of LFM2VL_MODEL first, and what is wrong with the manifest."""
     try:
-        pulled, error = read_manifest(), None
+        entries, error = read_manifest(), None
     except EdgeError as caught:
-        pulled, error = [], str(caught)
-    return [*_named(), *(_pulled(one) for one in reversed(pulled) if one.is_pair), *_built_in()], error
+        entries, error = [], str(caught)
+    downloaded = [_downloaded(entry) for entry in reversed(entries) if entry.is_pair]
+    return [*_from_variable(), *downloaded, *_built_in()], error
 
 
-def _named() -> Iterator[ModelState]:
-    """Yield what LFM2VL_MODEL names, where it names something beside the built-in model."""
-    name = os.environ.get(resolve_model.MODEL_VARIABLE, "")
+def _from_variable() -> Iterator[ModelState]:
+    name = os.environ.get(names.MODEL_VARIABLE, "")
     if name and name.lower() != BUILT_IN:
-        yield _located(name, "variable")
+        yield _resolved(name, "variable")
 
 
 def _built_in() -> Iterator[ModelState]:
-    if any(resolve_model.TINY.glob("*.gguf")):
-        yield _located(BUILT_IN, "built-in")
+    if any(names.TINY.glob("*.gguf")):
+        yield _resolved(BUILT_IN, "built-in")
 
 
-def _located(name: str, source: Source) -> ModelState:
+def _resolved(name: str, source: Source) -> ModelState:
     try:
-        pair = resolve_model.resolve_model(name).pair
+        pair = names.resolve_model(name).pair
     except EdgeError as error:
         return ModelState(name=name, source=source, files=(), error=str(error), memory_bytes=None, profile=None)
-    return examine(name, source, pair)
+    return examine_pair(name, source, pair)
 
 
-def _pulled(one: ManifestEntry) -> ModelState:
-    pair = Pair(model=one.files[0].path, mmproj=one.files[1].path)
-    incomplete = [file.path for file in one.files if not file.is_there]
-    return examine(display_name(one.repo, one.quant), "pulled", pair, incomplete)
+def _downloaded(entry: ManifestEntry) -> ModelState:
+    pair = Pair(model=entry.files[0].path, mmproj=entry.files[1].path)
+    incomplete = [file.path for file in entry.files if not file.exists]
+    return examine_pair(display_name(entry.repo, entry.quant), "downloaded", pair, incomplete)
 
 
-def examine(name: str, source: Source, pair: Pair, incomplete: Sequence[Path] = ()) -> ModelState:
+def examine_pair(name: str, source: Source, pair: Pair, incomplete: Sequence[Path] = ()) -> ModelState:
     """Return whether a pair can run, from the metadata of its files; no weights are read.
 
     Args:
         name: as -m takes it.
-        source: why it is looked at.
+        source: why it is listed.
         pair: its files.
-        incomplete: those that are known to be missing or of another size than they should be.
+        incomplete: those that are missing or have another size than the manifest states.
     """
     memory: int | None = None
     profile: ProfileState | None = None
-    error = f"{incomplete[0]} is missing or not whole" if incomplete else None
+    error = f"{incomplete[0]} is missing or incomplete" if incomplete else None
     if error is None:
         try:
             opening = decide(pair.model, OpenOptions(mmproj=pair.mmproj), use_profile=False)
             memory, profile = int(opening.costs.memory_bytes), profile_state(profile_key(pair.model))
-        except (EdgeError, ArithmeticError, LookupError, TypeError, ValueError) as caught:  # a file may hold anything
+        except (EdgeError, ArithmeticError, LookupError, TypeError, ValueError) as caught:  # files may hold anything
             error = str(caught) or type(caught).__name__
     files = str(pair.model), str(pair.mmproj)
     return ModelState(name=name, source=source, files=files, error=error, memory_bytes=memory, profile=profile)
 
 
+# The engine
+
 _SECONDS: Final = 120
-"""A Raspberry Pi loads Python and llama.cpp within 5 s from a slow card; more than this is no waiting any more."""
-_FEATURE: Final = re.compile(r"(\w+) = 1\b")
+"""Time limit for loading llama.cpp; a Raspberry Pi with a slow card takes 5 s."""
+_ENABLED: Final = re.compile(r"(\w+) = 1\b")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
-    """What llama.cpp says of itself."""
+    """The installed llama.cpp."""
 
     error: str | None = None
     """Why it cannot be loaded; then nothing else is known."""
     build: str | None = None
-    """Version and commit of ggml, if the library tells them."""
+    """Version and commit of ggml, if the library has them."""
     features: tuple[str, ...] = ()
-    """What it was built to use of a processor and the machine, in its own words, such as AVX2 or DOTPROD."""
+    """Features of processor and machine that it was built to use, by its own names, such as AVX2 or DOTPROD."""
     backends: tuple[str, ...] = ()
-    """Where it can compute: CPU, and such as CUDA, Vulkan or Metal where it was built for them."""
+    """What it can compute on: CPU, and such as CUDA, Vulkan or Metal if it was built for them."""
     gpus: tuple[str, ...] = ()
     """GPUs that it finds, as `--device` takes them."""
     uses_gpu: bool = False
     """Whether it was built to put layers on a GPU."""
+    encoder_failure: str | None = None
+    """Why images are encoded by libmtmd, which is slower; None if they are not."""
 
 
-def ask_engine() -> EngineFacts:
-    """Load llama.cpp in another process and return what it tells; never an error."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; from lfm2vl_edge.diagnose.facts import tell; tell()"
-    command = [sys.executable, "-c", code]
+def read_engine() -> EngineFacts:
+    """Return the facts that another process reads from llama.cpp; a failure is one of the facts."""
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from lfm2vl_edge.diagnose.facts import print_engine; print_engine()"
+    )
     try:
         child = subprocess.run(  # noqa: S603  # our own interpreter and code
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=False
+            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         return EngineFacts(error=f"it did not load within {_SECONDS} s")
     except OSError as error:
         return EngineFacts(error=f"no process can be started: {error.strerror or error}")
-    return read_told(child.returncode, child.stdout, child.stderr)
+    return parse_engine(child.returncode, child.stdout, child.stderr)
 
 
-def read_told(code: int, told: bytes, complaint: bytes) -> EngineFacts:
-    """Return what the other process told on stdout, or why it did not.
+def parse_engine(code: int, output: bytes, log: bytes) -> EngineFacts:
+    """Return the facts that the other process printed, or why it failed.
 
     Args:
-        code: its exit code, below 0 a signal.
-        told: its stdout, of which the last line counts.
-        complaint: its stderr.
+        code: its exit code; below 0 a signal.
+        output: its stdout; the last line counts.
+        log: its stderr.
     """
     if code != 0:
-        return EngineFacts(error=_reason(code, complaint.decode("utf-8", "replace")))
+        return EngineFacts(error=_failure(code, log.decode("utf-8", "replace")))
     try:
-        found: dict[str, Any] = json.loads(told.splitlines()[-1])
-        features, backends, gpus = (tuple(map(str, found[name])) for name in ("features", "backends", "gpus"))
-        return EngineFacts(
-            build=found["build"], features=features, backends=backends, gpus=gpus, uses_gpu=bool(found["uses_gpu"])
-        )
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        return EngineFacts(error=f"it told something that cannot be read ({error!s:.80})")
+        found: dict[str, Any] = json.loads(output.splitlines()[-1])
+        lists: dict[str, Any] = {name: tuple(map(str, found.pop(name))) for name in ("features", "backends", "gpus")}
+        return EngineFacts(**lists, **found)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        return EngineFacts(error=f"its process printed something that cannot be read ({error!s:.80})")
 
 
-def _reason(code: int, complaint: str) -> str:
+def _failure(code: int, log: str) -> str:
     if code < 0:
-        names = {one.value: one.name for one in signal.Signals}
-        name = names.get(-code, f"signal {-code}")
+        by_number = {one.value: one.name for one in signal.Signals}
+        name = by_number.get(-code, f"signal {-code}")
         hint = ", as a build for another processor does" if name == "SIGILL" else ""
         return f"loading it ends the process with {name}{hint}"
-    lines = [line.strip() for line in complaint.splitlines() if line.strip()]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     return f"{lines[-1]:.300}" if lines else f"its process ended with code {code}"
 
 
-def tell() -> None:
-    """Print what llama.cpp says of itself, as JSON: the child's side of `ask_engine`."""
+def print_engine() -> None:
+    """Print the facts about llama.cpp as JSON; `read_engine` runs this in another process."""
     from lfm2vl_edge.engine.devices import backends, build, gpus
+    from lfm2vl_edge.engine.encoder.graph import graph_failure
     from lfm2vl_edge.engine.ffi import llama
 
     llama.llama_backend_init()
     facts = EngineFacts(
         build=build(),
-        features=tuple(_FEATURE.findall(llama.llama_print_system_info().decode("utf-8", "replace"))),
+        features=tuple(_ENABLED.findall(llama.llama_print_system_info().decode("utf-8", "replace"))),
         backends=tuple(backends()),
-        gpus=tuple(gpu.name for gpu in gpus()),
+        gpus=tuple(gpus()),
         uses_gpu=bool(llama.llama_supports_gpu_offload()),
+        encoder_failure=graph_failure(),
     )
     sys.stdout.write(f"{json.dumps(asdict(facts))}\n")

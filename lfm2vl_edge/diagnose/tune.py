@@ -12,28 +12,26 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
-from lfm2vl_edge.config import ImageConfig, Sampling
+from lfm2vl_edge.config import GREEDY, ImageConfig, Options, Sampling
 from lfm2vl_edge.engine import Engine, Floats
 from lfm2vl_edge.errors import ConfigError
 from lfm2vl_edge.host import available_cpus, thread_counts
 from lfm2vl_edge.image.load import Pixels
+from lfm2vl_edge.image.synthetic import sample_image
 from lfm2vl_edge.models.names import find_model, is_exact, mmproj_type, mmprojs_beside
 from lfm2vl_edge.opening import Opening, OpenOptions, check_count, decide, load
-from lfm2vl_edge.planning.device import Profile, ProfileKey, profile_key
+from lfm2vl_edge.planning.device import Profile
 from lfm2vl_edge.stats import peak_memory
 
 RUNS: Final = 3
 """Repetitions of each measurement; the median counts."""
 _COMPLETION_TOKENS: Final = 32
-"""Length of the answer that is measured, and of the one that decides which number of threads is best."""
-_GREEDY: Final = Sampling(temperature=0.0, repetition_penalty=1.0)
+"""Length of the answer that is measured, and of the one in `Measurement.seconds`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What was measured with one number of threads."""
+    """The measurements with one number of threads."""
 
     threads: int
     """Threads that computed."""
@@ -46,32 +44,20 @@ class Measurement:
 
     @property
     def fastest(self) -> str:
-        """The type of mmproj file that encodes the largest view fastest, of those that may be chosen for speed."""
+        """The type of mmproj file that encodes the largest view fastest, of those that are exact enough to choose."""
         exact = [kind for kind in self.encode if is_exact(kind)]
         return min(exact or self.encode, key=lambda kind: self.encode[kind][max(self.encode[kind])])
 
     @property
     def seconds(self) -> float:
-        """Of a usual request: the largest view encoded and read, and a short answer."""
+        """Time of a typical request: the largest view is encoded and decoded, and a short answer is sampled."""
         points = self.encode[self.fastest]
         return points[max(points)] + max(points) / self.prefill_speed + _COMPLETION_TOKENS / self.decode_speed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tuning:
-    """All that was measured, and what follows from it."""
-
-    place: ProfileKey
-    """What the profile belongs to."""
-    trials: tuple[Measurement, ...]
-    """One per number of threads."""
-    profile: Profile
-    """The best one's values."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Timer:
-    """How engines are opened and time is told; a test has its own."""
+    """How engines are opened and timed; a test has its own."""
 
     load: Callable[[Opening, OpenOptions], Engine] = load
     """Returns the engine of an opening."""
@@ -81,44 +67,48 @@ class Timer:
     """Repetitions of each measurement."""
 
     def median(self, action: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> float:
-        """Return the median of the seconds that an action takes, after one that does not count."""
+        """Return the median of the seconds that an action takes, after one that is not counted."""
         prepare()
         action()
         seconds = []
         for _ in range(self.runs):
             prepare()
-            begin = self.clock()
+            start = self.clock()
             action()
-            seconds.append(max(self.clock() - begin, 1e-9))  # a clock may stand still
+            seconds.append(max(self.clock() - start, 1e-9))  # a coarse clock may not advance
         return statistics.median(seconds)
 
 
-def tune(path: Path, wishes: OpenOptions, gauge: Timer, report: Callable[[str], None] = lambda _: None) -> Tuning:
-    """Measure a model with every mmproj file beside it, or with the one that was wished for.
+def tune(
+    path: Path, options: OpenOptions, timer: Timer, report: Callable[[str], None] = lambda _: None
+) -> tuple[Profile, list[Measurement]]:
+    """Measure a model with every mmproj file beside it, or with the one in the options.
 
     Args:
-        path: the language GGUF, or the folder that holds it.
-        options: `mmproj`, `n_threads` and the GPU are honoured; without `n_threads`, all counts worth trying are.
-        gauge: how to measure.
-        report: told what is measured now.
+        path: the language GGUF, or its folder.
+        options: `mmproj`, `n_threads` and the GPU are honoured; without `n_threads`, `host.thread_counts` are tried.
+        timer: how to measure.
+        report: called with a line before each number of threads.
+
+    Returns:
+        The device profile of the fastest number of threads, and the measurements of each number.
 
     Raises:
         ModelNotFound: a file is missing.
         ConfigError: the files do not fit together, or there are fewer processors than threads.
         EngineError: a native call failed.
     """
-    check_count("runs", gauge.runs)
-    if wishes.n_threads and wishes.n_threads > len(available_cpus()):
-        raise ConfigError(f"n_threads is {wishes.n_threads}; this process may use {len(available_cpus())} processors")
+    check_count("runs", timer.runs)
+    if options.n_threads and options.n_threads > len(available_cpus()):
+        raise ConfigError(f"n_threads is {options.n_threads}; this process may use {len(available_cpus())} processors")
     model = find_model(path)
-    files = [Path(wishes.mmproj)] if wishes.mmproj else mmprojs_beside(model)
-    counts = [wishes.n_threads] if wishes.n_threads else thread_counts()
-    trials = []
-    for threads in counts:
+    files = [Path(options.mmproj)] if options.mmproj else mmprojs_beside(model)
+    measurements = []
+    for threads in [options.n_threads] if options.n_threads else thread_counts():
         report(f"{threads} thread{'s' if threads > 1 else ''}: {', '.join(map(mmproj_type, files))}")
-        trials.append(_trial(model, files, replace(wishes, n_threads=threads), gauge))
-    best = min(trials, key=lambda trial: trial.seconds)
-    memory = peak_memory() or decide(model, wishes, use_profile=False).costs.memory_bytes
+        measurements.append(_measure(model, files, replace(options, n_threads=threads), timer))
+    best = min(measurements, key=lambda one: one.seconds)
+    memory = peak_memory() or decide(model, options, use_profile=False).costs.memory_bytes
     profile = Profile(
         threads=best.threads,
         mmproj=best.fastest,
@@ -128,68 +118,69 @@ def tune(path: Path, wishes: OpenOptions, gauge: Timer, report: Callable[[str], 
         memory_bytes=int(memory),
         measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
-    place = profile_key(model, wishes.n_gpu_layers, wishes.device)
-    return Tuning(place=place, trials=tuple(trials), profile=profile)
+    return profile, measurements
 
 
-def _trial(model: Path, files: Sequence[Path], wishes: OpenOptions, gauge: Timer) -> Measurement:
+def _measure(model: Path, files: Sequence[Path], options: OpenOptions, timer: Timer) -> Measurement:
     """Measure each file's encoder, and the language tower once: it does not depend on them."""
     encode: dict[str, dict[int, float]] = {}
     speeds = 0.0, 0.0
     for file in files:
-        own = replace(wishes, mmproj=file)
+        own = replace(options, mmproj=file)
         opening = decide(model, own, use_profile=False)
-        engine = gauge.load(opening, own)
+        engine = timer.load(opening, own)
         try:
-            views = drawn_views(opening.config.image)
-            encode[mmproj_type(file)] = encode_seconds(engine, views, gauge)
+            views = sample_views(opening.config.image)
+            encode[mmproj_type(file)] = encode_seconds(engine, views, timer)
             if file == files[0]:
                 largest = max(views)
-                speeds = language_speeds(engine, engine.encode(views[largest], largest), gauge)
+                speeds = language_speeds(engine, engine.encode(views[largest], largest), timer)
         finally:
             engine.close()
-    return Measurement(threads=wishes.n_threads or 1, encode=encode, prefill_speed=speeds[0], decode_speed=speeds[1])
+    return Measurement(threads=options.n_threads or 1, encode=encode, prefill_speed=speeds[0], decode_speed=speeds[1])
 
 
-def encode_seconds(engine: Engine, views: Mapping[int, Pixels], gauge: Timer) -> dict[int, float]:
-    """Return seconds of views by their image tokens."""
+def sample_views(config: ImageConfig) -> dict[int, Pixels]:
+    """Return a tile and a view of half its sides, by image tokens: uint8 `[side, side, 3]`, the same in every run."""
+    tile = config.tile_size // config.token_side
     return {
-        n_tokens: gauge.median(functools.partial(engine.encode, pixels, n_tokens))
+        side**2: sample_image(side * config.token_side, side * config.token_side) for side in (tile // 2 or 1, tile)
+    }
+
+
+def encode_seconds(engine: Engine, views: Mapping[int, Pixels], timer: Timer) -> dict[int, float]:
+    """Return the seconds to encode each view, by its image tokens."""
+    return {
+        n_tokens: timer.median(functools.partial(engine.encode, pixels, n_tokens))
         for n_tokens, pixels in views.items()
     }
 
 
-def drawn_views(config: ImageConfig) -> dict[int, Pixels]:
-    """Return a tile and a view of half its sides, by image tokens: uint8 `[side, side, 3]`, always the same."""
-    noise = np.random.default_rng(0)
-    sides = {config.tile_size, max(1, config.tile_size // config.token_side // 2) * config.token_side}
-    return {
-        (side // config.token_side) ** 2: noise.integers(0, 256, (side, side, 3), dtype=np.uint8)
-        for side in sorted(sides)
-    }
-
-
-def language_speeds(engine: Engine, embeddings: Floats, gauge: Timer) -> tuple[float, float]:
+def language_speeds(engine: Engine, embeddings: Floats, timer: Timer) -> tuple[float, float]:
     """Return tokens per second of prefill and of decoding.
 
     Args:
         engine: the language tower.
         embeddings: float32 `[n, n_embd]` of a view.
-        gauge: how to measure.
+        timer: how to measure.
     """
     n_tokens = len(embeddings)
+    sampling = Options.of(**GREEDY).sampling(Sampling())
 
     def reserve() -> None:
         engine.reserve(n_tokens + _COMPLETION_TOKENS + 1)
 
-    def read() -> None:
-        reserve()
+    def prefill() -> None:
         engine.decode_embeddings(embeddings)
 
+    def prepare_answer() -> None:
+        reserve()
+        prefill()
+
     def answer() -> None:
-        for _ in islice(engine.sample(_GREEDY, 0, ()), _COMPLETION_TOKENS + 1):
+        for _ in islice(engine.sample(sampling, 0, ()), _COMPLETION_TOKENS + 1):
             pass
 
-    prefill = gauge.median(lambda: engine.decode_embeddings(embeddings), reserve)
-    decode = gauge.median(answer, read)
-    return n_tokens / prefill, _COMPLETION_TOKENS / decode
+    prefill_seconds = timer.median(prefill, reserve)
+    decode_seconds = timer.median(answer, prepare_answer)
+    return n_tokens / prefill_seconds, _COMPLETION_TOKENS / decode_seconds

@@ -1,4 +1,4 @@
-"""doctor: what it reads of machines that are not there, what it makes of it, and what it prints."""
+"""doctor: what it reads on simulated machines, what it concludes, and what it prints."""
 
 from __future__ import annotations
 
@@ -14,14 +14,23 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from lfm2vl_edge import host as hardware
+from lfm2vl_edge import host
 from lfm2vl_edge.cli import app
 from lfm2vl_edge.diagnose import doctor as doctor_module
-from lfm2vl_edge.diagnose.doctor import EngineFacts, Facts, Finding, Folder, ModelState, examine, judge
-from lfm2vl_edge.diagnose.facts import Machine, ask_engine, read_folders, read_machine, read_models, read_told
-from lfm2vl_edge.engine import devices as gpu
-from lfm2vl_edge.engine import ffi
-from lfm2vl_edge.models import names as resolve_model
+from lfm2vl_edge.diagnose.doctor import Facts, Finding, examine, judge
+from lfm2vl_edge.diagnose.facts import (
+    EngineFacts,
+    Folder,
+    Machine,
+    ModelState,
+    parse_engine,
+    read_engine,
+    read_folders,
+    read_machine,
+    read_models,
+)
+from lfm2vl_edge.engine import devices, ffi
+from lfm2vl_edge.models import names
 from lfm2vl_edge.models.manifest import ManifestEntry, ManifestFile, write_manifest
 from lfm2vl_edge.planning.device import Profile, profile_key, profile_state, save_profile
 from tests.conftest import Pair
@@ -52,7 +61,7 @@ def root_of(folder: Path, **files: str | bytes) -> Path:
 @pytest.fixture
 def pi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    monkeypatch.setattr(hardware.sys, "platform", "linux")  # type: ignore[attr-defined]
+    monkeypatch.setattr(host.sys, "platform", "linux")  # type: ignore[attr-defined]
     return root_of(tmp_path / "root", **PI)
 
 
@@ -68,12 +77,14 @@ def test_a_raspberry_pi_is_read(pi: Path) -> None:
     assert (read_machine(pi).memory_bytes, read_machine(pi).available_bytes) == (10**9, 10**9)
 
 
-def test_a_machine_that_tells_nothing_is_unknown_and_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware.sys, "platform", "darwin")  # type: ignore[attr-defined]
+def test_a_machine_without_system_files_is_unknown_and_not_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host.sys, "platform", "darwin")  # type: ignore[attr-defined]
     machine = read_machine(tmp_path / "nothing")
     assert (machine.board, machine.features, machine.temperature, machine.throttled) == (None,) * 4
     assert machine.available_bytes is None
-    assert machine.memory_bytes == hardware.total_memory(tmp_path / "nothing")
+    assert machine.memory_bytes == host.total_memory(tmp_path / "nothing")
     assert machine.cpu
 
 
@@ -89,7 +100,7 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("content", GARBAGE, ids=range(len(GARBAGE)))
-def test_garbage_is_unknown_and_no_error(pi: Path, content: bytes) -> None:
+def test_garbage_is_unknown_and_not_an_error(pi: Path, content: bytes) -> None:
     root_of(pi, **dict.fromkeys(PI, content), **{"sys/fs/cgroup/memory.max": content})
     machine = read_machine(pi)
     assert (machine.temperature, machine.available_bytes, machine.features) == (None, None, None)
@@ -114,7 +125,9 @@ MACHINE = Machine(
     throttled=0,
 )
 FOLDER = Folder(purpose="models", variable="HF_HOME", path="/x", bytes=0, writable=True, free=10**12)
-MODEL = ModelState(name="own", source="pulled", files=("a", "b"), error=None, memory_bytes=10**9, profile="present")
+MODEL = ModelState(
+    name="own", source="downloaded", files=("a", "b"), error=None, memory_bytes=10**9, profile="present"
+)
 FACTS = Facts(
     versions={"python": "3.11", "llama-cpp-python": "0.3.36"},
     engine=ENGINE,
@@ -151,6 +164,12 @@ def model(**changes: Any) -> Facts:
             "does not use the processor's MATMUL_INT8,",
             "GGML_NATIVE=on",
         ),
+        (
+            replace(FACTS, engine=replace(ENGINE, encoder_failure="a wrong product")),
+            "note",
+            "encoded by libmtmd, which is slower: a wrong product",
+            "pip install",
+        ),
         (machine(temperature=85.0), "note", "85 degrees Celsius", "cool it"),
         (machine(throttled=0x1), "note", "the voltage is too low, now", "power supply"),
         (machine(throttled=0x50000), "note", "the voltage is too low, or was", "power supply"),
@@ -167,10 +186,10 @@ def model(**changes: Any) -> Facts:
             replace(FACTS, models_error="models.json is damaged"),
             "broken",
             "models.json is damaged",
-            "remove that list",
+            "remove that file",
         ),
-        (replace(FACTS, models=()), "note", "no model is here", "lfm2vl-edge pull lfm2.5-vl-450m"),
-        (model(source="built-in"), "note", "no model is here but the built-in one", "lfm2vl-edge pull"),
+        (replace(FACTS, models=()), "note", "there is no model", "lfm2vl-edge pull lfm2.5-vl-450m"),
+        (model(source="built-in"), "note", "there is no model but the built-in one", "lfm2vl-edge pull"),
         (model(error="it has no width"), "broken", "own: it has no width", "lfm2vl-edge pull own"),
         (model(error="x", source="variable", files=()), "broken", "own: x", "LFM2VL_MODEL"),
         (model(error="own is not here"), "broken", "own is not here", "lfm2vl-edge pull own"),
@@ -189,7 +208,7 @@ def test_every_problem_has_its_remedy(facts: Facts, level: str, problem: str, re
     assert len(found) == (2 if facts.machine.throttled == 0x50000 else 1)
 
 
-def test_what_is_well_or_unknown_is_no_finding() -> None:
+def test_good_or_unknown_values_are_not_findings() -> None:
     assert judge(FACTS) == []
     unknown = dict.fromkeys(("features", "memory_bytes", "available_bytes", "temperature", "throttled"))
     assert judge(machine(**unknown)) == []
@@ -198,15 +217,15 @@ def test_what_is_well_or_unknown_is_no_finding() -> None:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folders of its own, no model, and an engine that need not be asked."""
+    """Folders of its own, no model, and an engine whose facts are known."""
     from huggingface_hub import constants
 
     for name in ("cache", "data"):
         monkeypatch.setenv(f"LFM2VL_{name.upper()}", str(tmp_path / name))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.delenv("LFM2VL_MODEL", raising=False)
-    monkeypatch.setattr(resolve_model, "TINY", tmp_path / "tiny")
-    monkeypatch.setattr(doctor_module, "ask_engine", lambda: ENGINE)
+    monkeypatch.setattr(names, "TINY", tmp_path / "tiny")
+    monkeypatch.setattr(doctor_module, "read_engine", lambda: ENGINE)
     return tmp_path
 
 
@@ -233,7 +252,7 @@ def files(home: Path, pair: Pair) -> tuple[Path, Path]:
 def test_a_pair_that_fits_together(files: tuple[Path, Path]) -> None:
     remember(*files)
     (found,), error = read_models()
-    assert (found.name, found.source, found.error, error) == ("owner/pair:F16", "pulled", None, None)
+    assert (found.name, found.source, found.error, error) == ("owner/pair:F16", "downloaded", None, None)
     assert found.files == tuple(map(str, files))
     assert found.memory_bytes is not None
     assert found.memory_bytes > sum(path.stat().st_size for path in files)
@@ -241,7 +260,7 @@ def test_a_pair_that_fits_together(files: tuple[Path, Path]) -> None:
 
 
 def narrow(path: Path) -> None:
-    """Let an mmproj project to another width."""
+    """Change the output width in the metadata of an mmproj file."""
     data = bytearray(path.read_bytes())
     at = data.index(b"clip.vision.projection_dim") + len(b"clip.vision.projection_dim") + 4
     data[at : at + 4] = (8).to_bytes(4, "little")
@@ -252,19 +271,18 @@ def narrow(path: Path) -> None:
     ("spoil", "sizes", "problem"),
     [
         (narrow, (0, 0), "does not belong to .*projects to width 8"),
-        (lambda path: path.write_bytes(b"GGUF"), (0, 0), "no whole GGUF file"),
-        (lambda path: path.write_bytes(os.urandom(5000)), (0, 0), "does not begin with GGUF"),
-        (lambda path: None, (0, 1), "mmproj-checkpoint-F16.gguf is missing or not whole"),
+        (lambda path: path.write_bytes(b"GGUF"), (0, 0), "is truncated or corrupt: it ends in the middle"),
+        (lambda path: path.write_bytes(os.urandom(5000)), (0, 0), "does not start with GGUF"),
+        (lambda path: None, (0, 1), "mmproj-checkpoint-F16.gguf is missing or incomplete"),
     ],
 )
-def test_a_pair_that_cannot_run_says_why(
+def test_why_a_pair_cannot_run(
     files: tuple[Path, Path], spoil: Callable[[Path], None], sizes: tuple[int, ...], problem: str
 ) -> None:
     spoil(files[1])
     remember(*files, sizes=sizes)
-    report = examine()
-    assert not report.is_well
-    (found,) = (one for one in report.findings if one.topic == "models")
+    (found,) = (one for one in judge(examine()) if one.topic == "models")
+    assert found.level == "broken"
     assert re.search(problem, found.problem)
     assert found.remedy == "lfm2vl-edge pull owner/pair:F16, or lfm2vl-edge rm owner/pair:F16"
 
@@ -277,7 +295,7 @@ def test_the_model_of_the_variable_and_a_damaged_list(home: Path, monkeypatch: p
     (home / "data").mkdir()
     (home / "data" / "models.json").write_text("{")
     _, error = read_models()
-    assert "the list of pulled models, is damaged" in (error or "")
+    assert "models.json is damaged" in (error or "")
 
 
 PROFILE = Profile(
@@ -304,7 +322,7 @@ def test_a_profile_is_present_stale_or_damaged(files: tuple[Path, Path]) -> None
     assert profile_state(place) == "damaged"
 
 
-def test_folders_are_measured_and_not_made(home: Path) -> None:
+def test_folders_are_measured_and_not_created(home: Path) -> None:
     (home / "cache" / "views").mkdir(parents=True)
     (home / "cache" / "views" / "x").write_bytes(b"12345")
     (home / "cache" / "link").symlink_to(home / "cache" / "views" / "x")
@@ -322,7 +340,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["doctor", *arguments])
 
 
-def test_the_command_says_what_is_and_what_to_do(home: Path, files: tuple[Path, Path]) -> None:
+def test_the_command_shows_facts_and_remedies(home: Path, files: tuple[Path, Path]) -> None:
     remember(*files)
     (home / "data").chmod(0o700)
     result = run()
@@ -344,19 +362,21 @@ def test_json_is_one_object_with_stable_keys(home: Path, files: tuple[Path, Path
     shown = json.loads(result.stdout)
     assert list(shown) == ["ok", "findings", "versions", "engine", "machine", "folders", "models", "models_error"]
     assert shown["ok"] is (result.exit_code == 0)
-    assert list(shown["engine"]) == ["error", "build", "features", "backends", "gpus", "uses_gpu"]
+    assert list(shown["engine"]) == ["error", "build", "features", "backends", "gpus", "uses_gpu", "encoder_failure"]
     assert list(shown["machine"]) == list(Machine.__slots__)
     assert list(shown["models"][0]) == ["name", "source", "files", "error", "memory_bytes", "profile"]
     assert [one["purpose"] for one in shown["folders"]] == ["cache", "data", "models"]
     assert list(Finding.__slots__) == ["level", "topic", "problem", "remedy"]
 
 
-def test_an_engine_that_cannot_be_imported_is_told_with_its_cure(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_cannot_be_imported_is_shown_with_its_remedy(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = home / "broken"
     fails = "raise ImportError('libllama.so: no such file')\n"
     root_of(broken, **{"llama_cpp/__init__.py": "", "llama_cpp/llama_cpp.py": fails})
     monkeypatch.syspath_prepend(str(broken))
-    monkeypatch.setattr(doctor_module, "ask_engine", ask_engine)
+    monkeypatch.setattr(doctor_module, "read_engine", read_engine)
     result = run()
     assert result.exit_code == 1
     assert "broken     llama.cpp does not load: ImportError: libllama.so: no such file" in result.stdout
@@ -364,21 +384,21 @@ def test_an_engine_that_cannot_be_imported_is_told_with_its_cure(home: Path, mon
     assert "Traceback" not in result.output
 
 
-def test_the_engine_is_what_it_says_itself() -> None:
-    found = ask_engine()
+def test_the_engine_facts_are_those_of_the_library() -> None:
+    found = read_engine()
     assert found.error is None
     system = ffi.llama.llama_print_system_info().decode()
     assert found.features
     assert all(f"{name} = 1" in system for name in found.features)
     assert system.count(" = 1 ") == len(found.features)
     assert "CPU" in found.backends
-    assert list(found.gpus) == [one.name for one in gpu.gpus()]
+    assert list(found.gpus) == list(devices.gpus())
     assert found.build is not None
     assert found.build.startswith("ggml ")
 
 
 @pytest.mark.parametrize(
-    ("code", "told", "complaint", "expected"),
+    ("code", "output", "log", "expected"),
     [
         (-4, b"", b"", "with SIGILL, as a build for another processor does"),
         (-11, b"{}", b"", "with SIGSEGV"),
@@ -390,7 +410,9 @@ def test_the_engine_is_what_it_says_itself() -> None:
         (0, b'{"features": 3}', b"", "cannot be read"),
     ],
 )
-def test_an_engine_that_dies_or_babbles_is_an_error(code: int, told: bytes, complaint: bytes, expected: str) -> None:
-    error = read_told(code, told, complaint).error
+def test_an_engine_that_crashes_or_prints_garbage_is_an_error(
+    code: int, output: bytes, log: bytes, expected: str
+) -> None:
+    error = parse_engine(code, output, log).error
     assert error is not None
     assert expected in error

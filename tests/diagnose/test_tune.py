@@ -1,4 +1,4 @@
-"""Tune: what it makes of values, with an engine and a clock whose values are known beforehand."""
+"""Tune, with an engine and a clock whose values are known in advance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENCODE = {"F16": 0.002, "BF16": 0.001, "Q4_0": 0.0005}
 
 
 class Clock:
-    """Time that passes only when somebody works."""
+    """A clock that advances only while an engine works."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -33,11 +33,11 @@ class Clock:
 
 
 class SlowEngine:
-    """Every call takes its time on the clock; a second thread halves that of the encoder, a third does harm."""
+    """Every call advances the clock; a second thread halves the encoder's time, a third triples it."""
 
     def __init__(self, clock: Clock, kind: str, threads: int) -> None:
         self.clock, self.kind, self.threads = clock, kind, threads
-        self.room, self.closed, self.calls = 0, False, 0
+        self.room, self.closed, self.n_encoded = 0, False, 0
         self.share = {1: 1.0, 2: 0.5}.get(threads, 3.0)
 
     @property
@@ -46,8 +46,8 @@ class SlowEngine:
 
     def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
         assert pixels.shape[0] * pixels.shape[1] == n_tokens * 32 * 32
-        self.calls += 1
-        odd = 10.0 if self.calls % 4 == 2 else 1.0  # one run in three is disturbed: a median does not mind
+        self.n_encoded += 1
+        odd = 10.0 if self.n_encoded % 4 == 2 else 1.0  # one run in three is disturbed; the median is not
         self.clock.now += ENCODE[self.kind] * n_tokens * self.share * odd
         return np.zeros((n_tokens, 4), np.float32)
 
@@ -108,25 +108,24 @@ def folder(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return model
 
 
-def gauge(engines: list[SlowEngine]) -> Timer:
+def timer(engines: list[SlowEngine]) -> Timer:
     clock = Clock()
 
-    def load(opening: Opening, wishes: OpenOptions) -> SlowEngine:
+    def load(opening: Opening, options: OpenOptions) -> SlowEngine:
         engines.append(SlowEngine(clock, mmproj_type(opening.pair.mmproj), opening.n_threads))
         return engines[-1]
 
     return Timer(load=load, clock=clock, runs=3)
 
 
-def test_tune_finds_the_fastest_and_its_figures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tune_finds_the_fastest_and_its_values(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lfm2vl_edge.diagnose.tune.thread_counts", lambda: [1, 2, 3])
     monkeypatch.setattr("lfm2vl_edge.planning.device.available_cpus", lambda: set(range(8)))
     engines: list[SlowEngine] = []
-    told: list[str] = []
-    tuning = tune(folder, OpenOptions(), gauge(engines), told.append)
-    assert told == ["1 thread: BF16, F16, Q4_0", "2 threads: BF16, F16, Q4_0", "3 threads: BF16, F16, Q4_0"]
-    assert [trial.threads for trial in tuning.trials] == [1, 2, 3]
-    profile = tuning.profile
+    lines: list[str] = []
+    profile, measurements = tune(folder, OpenOptions(), timer(engines), lines.append)
+    assert lines == ["1 thread: BF16, F16, Q4_0", "2 threads: BF16, F16, Q4_0", "3 threads: BF16, F16, Q4_0"]
+    assert [one.threads for one in measurements] == [1, 2, 3]
     assert (profile.threads, profile.mmproj) == (2, "BF16")  # Q4_0 is faster, but too far from exact to be chosen
     for kind, points in profile.encode.items():
         assert points == pytest.approx({64: 64 * ENCODE[kind] / 2, 256: 256 * ENCODE[kind] / 2})
@@ -137,18 +136,18 @@ def test_tune_finds_the_fastest_and_its_figures(folder: Path, monkeypatch: pytes
     assert all(engine.closed for engine in engines)
 
 
-def test_tune_measures_only_what_was_asked_for(folder: Path) -> None:
+def test_tune_measures_only_the_given_mmproj_and_threads(folder: Path) -> None:
     engines: list[SlowEngine] = []
-    wishes = OpenOptions(mmproj=folder / "mmproj-checkpoint-F16.gguf", n_threads=1)
-    tuning = tune(folder, wishes, gauge(engines))
+    options = OpenOptions(mmproj=folder / "mmproj-checkpoint-F16.gguf", n_threads=1)
+    profile, _ = tune(folder, options, timer(engines))
     assert [(engine.kind, engine.threads) for engine in engines] == [("F16", 1)]
-    assert set(tuning.profile.encode) == {"F16"}
+    assert set(profile.encode) == {"F16"}
     with pytest.raises(ModelNotFound):
-        tune(folder / "nothing", OpenOptions(), gauge(engines))
+        tune(folder / "nothing", OpenOptions(), timer(engines))
     with pytest.raises(ConfigError, match="runs is 0"):
         tune(folder, OpenOptions(), Timer(runs=0))
     with pytest.raises(ConfigError, match="n_threads is 9999; this process may use"):
-        tune(folder, OpenOptions(n_threads=9999), gauge(engines))
+        tune(folder, OpenOptions(n_threads=9999), timer(engines))
 
 
 def test_tune_closes_an_engine_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,11 +158,11 @@ def test_tune_closes_an_engine_that_fails(folder: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(SlowEngine, "encode", fails)
     with pytest.raises(EngineError, match="no"):
-        tune(folder, OpenOptions(n_threads=1), gauge(engines))
+        tune(folder, OpenOptions(n_threads=1), timer(engines))
     assert [engine.closed for engine in engines] == [True]
 
 
-def test_an_inexact_type_is_the_fastest_only_where_it_is_alone() -> None:
+def test_an_inexact_type_is_the_fastest_only_if_it_is_the_only_one() -> None:
     speeds: dict[str, Any] = {"threads": 1, "prefill_speed": 1.0, "decode_speed": 1.0}
     assert Measurement(encode={"Q4_0": {256: 1.0}, "F16": {256: 9.0}}, **speeds).fastest == "F16"
     assert Measurement(encode={"Q4_0": {256: 1.0}}, **speeds).fastest == "Q4_0"
