@@ -1,4 +1,4 @@
-"""Panels of stacked bars over common labels, drawn with Pillow alone."""
+"""Panels of stacked bars over common labels, rendered with Pillow alone."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _LEFT, _RIGHT, _ABOVE, _BELOW = 110, 30, 100, 80
 _TEXT: Final[Colour] = (40, 40, 40)
 _GRID: Final[Colour] = (218, 218, 218)
 _SIZE: Final = 19
-"""Height of the type, pixels."""
+"""Height of the text, pixels."""
 _TICKS: Final = 6
-"""About so many on a value axis."""
+"""Approximate number of ticks on a value axis."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +28,8 @@ class Series:
     """One part of every bar."""
 
     name: str
-    """For the legend."""
+    """Text of the legend."""
     colour: Colour
-    """Of its parts."""
     values: Sequence[float]
     """One for each bar, 0 or more."""
 
@@ -40,13 +39,12 @@ class Bars:
     """A panel."""
 
     title: str
-    """Above it."""
     unit: str
-    """Of the value axis."""
+    """Unit of the value axis."""
     series: Sequence[Series]
-    """From the foot of the bars to their head."""
+    """From bottom to top."""
     form: str
-    """How the sum of a bar is written, such as `.2f`."""
+    """Format of the sum above a bar, such as `.2f`."""
 
     @property
     def sums(self) -> list[float]:
@@ -65,12 +63,12 @@ def ticks(most: float) -> list[float]:
 def draw_chart(panels: Sequence[Bars], labels: Sequence[str]) -> Image.Image:
     """Return an image of the panels, one below the other."""
     height = _ABOVE + _PANEL + _BELOW
-    picture = Image.new("RGB", (_WIDTH, height * len(panels)), "white")
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (_WIDTH, height * len(panels)), "white")
+    canvas = ImageDraw.Draw(image)
     font = ImageFont.load_default(_SIZE)
     for number, panel in enumerate(panels):
         _draw_panel(canvas, panel, labels, number * height + _ABOVE, font)
-    return picture
+    return image
 
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -79,23 +77,25 @@ _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 def _draw_panel(canvas: ImageDraw.ImageDraw, panel: Bars, labels: Sequence[str], top: int, font: _Font) -> None:
     marks = ticks(max(panel.sums) * 1.05)  # room for the sum above the highest bar
     scale = _PANEL / (marks[-1] or 1.0)
-    foot = top + _PANEL
+    bottom = top + _PANEL
     canvas.text((_LEFT, top - 84), panel.title, fill=_TEXT, font=font)
     _draw_legend(canvas, panel, top - 48, font)
     canvas.text((14, top - 48), panel.unit, fill=_TEXT, font=font)
     for mark in marks:
-        y = foot - mark * scale
+        y = bottom - mark * scale
         canvas.line((_LEFT, y, _WIDTH - _RIGHT, y), fill=_GRID)
         canvas.text(
             (_LEFT - 12, y), f"{mark:,.4g}" if mark < 1000 else f"{mark:,.0f}", fill=_TEXT, font=font, anchor="rm"
         )
     for number, (left, right) in enumerate(_places(len(labels))):
-        _draw_bar(canvas, panel, number, (left, right, foot, scale), font)
+        _draw_bar(canvas, panel, number, (left, right, bottom, scale), font)
         middle = (left + right) / 2
-        canvas.line((middle, foot, middle, foot + 6), fill=_TEXT)
-        canvas.multiline_text((middle, foot + 14), labels[number], fill=_TEXT, font=font, anchor="ma", align="center")
-    canvas.line((_LEFT, top, _LEFT, foot), fill=_TEXT, width=2)
-    canvas.line((_LEFT, foot, _WIDTH - _RIGHT, foot), fill=_TEXT, width=2)
+        canvas.line((middle, bottom, middle, bottom + 6), fill=_TEXT)
+        canvas.multiline_text(
+            (middle, bottom + 14), labels[number], fill=_TEXT, font=font, anchor="ma", align="center"
+        )
+    canvas.line((_LEFT, top, _LEFT, bottom), fill=_TEXT, width=2)
+    canvas.line((_LEFT, bottom, _WIDTH - _RIGHT, bottom), fill=_TEXT, width=2)
 
 
 def _places(count: int) -> Iterator[tuple[float, float]]:
@@ -108,16 +108,16 @@ def _places(count: int) -> Iterator[tuple[float, float]]:
 def _draw_bar(
     canvas: ImageDraw.ImageDraw, panel: Bars, number: int, place: tuple[float, float, float, float], font: _Font
 ) -> None:
-    """Draw a bar between left and right, from its foot upwards; the scale is pixels per unit."""
-    left, right, foot, scale = place
+    """Draw a bar; `place` is its left, right and bottom, and pixels per unit."""
+    left, right, bottom, scale = place
     below = 0.0
     for part in panel.series:
         above = below + part.values[number]
         if above > below:
-            canvas.rectangle((left, foot - above * scale, right, foot - below * scale), fill=part.colour)
+            canvas.rectangle((left, bottom - above * scale, right, bottom - below * scale), fill=part.colour)
         below = above
     text = format(below, panel.form)
-    canvas.text(((left + right) / 2, foot - below * scale - 6), text, fill=_TEXT, font=font, anchor="ms")
+    canvas.text(((left + right) / 2, bottom - below * scale - 6), text, fill=_TEXT, font=font, anchor="ms")
 
 
 def _draw_legend(canvas: ImageDraw.ImageDraw, panel: Bars, top: int, font: _Font) -> None:

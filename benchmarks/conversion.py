@@ -1,10 +1,10 @@
-"""Time and peak memory of checkpoint -> Q4_0 + F16, side by side with llama.cpp's three commands if it is there.
+"""Time and peak memory of checkpoint -> Q4_0 + F16, and optionally of llama.cpp's three commands for the same.
 
     python -m benchmarks.make_checkpoint scratch/random-450m
     python -m benchmarks.conversion scratch/random-450m --llama-cpp SOURCES --quantizer path/to/llama-quantize
 
-The sides take turns; medians are printed. Peak memory is the largest sum over a side's processes that run at a time,
-sampled from /proc; pages of mapped files count.
+Both sides take turns; medians are printed. Peak memory is the largest sum over the running processes of a side,
+sampled from /proc; pages of mapped files are included.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def resident(process: int) -> int:
 
 
 def measure(commands: list[list[str]]) -> tuple[float, int]:
-    """Return the seconds that the commands take together, and the most bytes that one of them held."""
-    began, peak = time.monotonic(), 0
+    """Return the seconds that the commands take together, and the largest resident size of one of them, bytes."""
+    start, peak = time.monotonic(), 0
     for command in commands:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while process.poll() is None:
@@ -46,23 +46,23 @@ def measure(commands: list[list[str]]) -> tuple[float, int]:
                 time.sleep(_INTERVAL)
         if process.returncode:
             raise SystemExit(f"{command[:4]} failed with code {process.returncode}")
-    return time.monotonic() - began, peak
+    return time.monotonic() - start, peak
 
 
 def ours(checkpoint: Path, out: Path) -> list[list[str]]:
-    """Return our command."""
+    """Return the command of lfm2vl-edge."""
     convert = [sys.executable, "-m", "lfm2vl_edge", "convert", str(checkpoint), "-o", str(out)]
     return [[*convert, "--quant", "Q4_0", "--mmproj-quant", "F16", "--force"]]
 
 
-def theirs(checkpoint: Path, llama_cpp: Path, quantizer: Path, out: Path) -> list[list[str]]:
-    """Return llama.cpp's commands."""
+def baseline(checkpoint: Path, llama_cpp: Path, quantizer: Path, out: Path) -> list[list[str]]:
+    """Return the commands of llama.cpp."""
     convert = [sys.executable, "-c", CONVERTER, str(llama_cpp), str(checkpoint), "--outtype"]
-    source, made = str(out / "source.gguf"), str(out / "q4.gguf")
+    source, target = str(out / "source.gguf"), str(out / "q4.gguf")
     return [
         [*convert, "bf16", "--outfile", source],
         [*convert, "f16", "--outfile", str(out / "mmproj.gguf"), "--mmproj"],
-        [str(quantizer), source, made, "Q4_0"],
+        [str(quantizer), source, target, "Q4_0"],
     ]
 
 
@@ -72,11 +72,11 @@ def main(
     quantizer: Annotated[Path | None, typer.Option(help="Its llama-quantize.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 3,
 ) -> None:
-    """Measure our side, and llama.cpp's in turns with it if both of its parts are given."""
+    """Measure lfm2vl-edge, and llama.cpp in turns with it if both of its options are given."""
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         commands = {"lfm2vl-edge": ours(checkpoint, Path(folder))}
         if llama_cpp is not None and quantizer is not None:
-            commands["llama.cpp"] = theirs(checkpoint, llama_cpp, quantizer, Path(folder))
+            commands["llama.cpp"] = baseline(checkpoint, llama_cpp, quantizer, Path(folder))
         found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
         for _ in range(rounds):
             for name, parts in commands.items():

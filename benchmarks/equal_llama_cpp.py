@@ -2,8 +2,8 @@
 
     python -m benchmarks.equal_llama_cpp path/to/llama.cpp path/to/llama-quantize --listing out.json
 
-Without CHECKPOINT it makes a small random one whose widths divide by 256, so that every type is used without
-fallbacks. Exit code 1 says that something differs.
+Without CHECKPOINT it makes a small random one whose widths are multiples of 256, so that every type is used without
+fallbacks. Exit code 1 means that something differs.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from lfm2vl_edge.engine.quantize import quantize_file
 from tests.convert.listing import describe
 
 SOURCE: Final = "BF16"
-"""The type that both sides quantize from: that of the published checkpoints."""
+"""The type of the source files on both sides: that of the published checkpoints."""
 CONVERTER: Final = """
 import runpy, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
 import conversion.base
-conversion.base.TextModel.get_vocab_base_pre = lambda *_: "lfm2"  # it knows real vocabularies only, by hash
+conversion.base.TextModel.get_vocab_base_pre = lambda *_: "lfm2"  # it recognises published vocabularies only, by hash
 sys.argv[:] = [sys.argv[1] + "/convert_hf_to_gguf.py", *sys.argv[2:]]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def make_tiny(out: Path) -> None:
-    """Write the checkpoint that the stored listing is of."""
+    """Write the checkpoint of the stored listing."""
     shape = replace(SHAPES["small"], vision=(256, 512, 4, 3), feed_forward_stated=768, feed_forward=512)
     make(out, shape, seed=4, tokenizer=DEFAULT_TOKENIZER)
 
 
-def theirs(llama_cpp: Path, quantizer: Path, checkpoint: Path, folder: Path) -> dict[str, Any]:
-    """Return what llama.cpp makes: file name without the checkpoint's name -> tensors."""
+def baseline(llama_cpp: Path, quantizer: Path, checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """Return the files that llama.cpp writes: file name without the checkpoint's name -> tensors."""
     found = {}
     for kinds, prefix, more in ((LANGUAGE_TYPES, "", []), (ENCODER_TYPES, "mmproj-", ["--mmproj"])):
         source = folder / f"{prefix}{SOURCE}.gguf"
@@ -63,7 +63,7 @@ def theirs(llama_cpp: Path, quantizer: Path, checkpoint: Path, folder: Path) -> 
 
 
 def ours(checkpoint: Path, folder: Path, kinds: tuple[str, ...], name: str) -> dict[str, Any]:
-    """Return what this converter makes of one file of each type, the encoder in its published shape."""
+    """Return the files that this converter writes, one of each type, with the encoder in its published shape."""
     found = {}
     for kind in kinds:
         quant, mmproj_quant = ("F16", kind) if name else (kind, "F16")
@@ -83,8 +83,8 @@ def ours(checkpoint: Path, folder: Path, kinds: tuple[str, ...], name: str) -> d
 def main(
     llama_cpp: Annotated[Path, typer.Argument(help="llama.cpp's source folder.")],
     quantizer: Annotated[Path, typer.Argument(help="Its llama-quantize, of the version that the runtime uses.")],
-    checkpoint: Annotated[Path | None, typer.Argument(help="In a layout that llama.cpp's converter accepts.")] = None,
-    listing: Annotated[Path | None, typer.Option(help="Write what llama.cpp makes, with hashes, as JSON.")] = None,
+    checkpoint: Annotated[Path | None, typer.Argument(help="In a layout that llama.cpp's converter supports.")] = None,
+    listing: Annotated[Path | None, typer.Option(help="Write llama.cpp's tensors, with hashes, as JSON.")] = None,
 ) -> None:
     """Compare with llama.cpp's own converter and llama-quantize."""
     with tempfile.TemporaryDirectory() as name:
@@ -92,7 +92,7 @@ def main(
         if checkpoint is None:
             checkpoint = folder / "tiny"
             make_tiny(checkpoint)
-        expected = theirs(llama_cpp, quantizer, checkpoint, folder)
+        expected = baseline(llama_cpp, quantizer, checkpoint, folder)
         found = ours(checkpoint, folder, LANGUAGE_TYPES, "") | ours(checkpoint, folder, ENCODER_TYPES, "mmproj-")
     if listing:
         listing.write_text(json.dumps({"files": expected}, separators=(",", ":")) + "\n", encoding="utf-8")

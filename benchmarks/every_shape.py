@@ -1,8 +1,8 @@
-"""Every published shape with random weights: made, converted, loaded by llama.cpp, and asked about an image.
+"""Makes every published shape with random weights, converts it, opens it and asks it about an image.
 
     python -m benchmarks.every_shape scratch/shapes --layers 3
 
-All layers of all six take 27 GB and half an hour; with `--layers` each tower has at most so many. A shape that was
+All layers of all six shapes take 27 GB and half an hour; `--layers` limits the layers of each tower. A shape that was
 converted already is not made again.
 """
 
@@ -20,10 +20,11 @@ from lfm2vl_convert import convert_checkpoint
 from lfm2vl_edge import Model
 from lfm2vl_edge.engine.quantize import quantize_file
 from lfm2vl_edge.image.synthetic import sample_image
+from lfm2vl_edge.opening import OpenOptions, decide
 
 
 def convert(name: str, folder: Path, layers: int | None) -> Path:
-    """Return the folder of the pair of a shape, made now if it is not there."""
+    """Return the folder of the pair of a shape, which is made if it does not exist."""
     pair, checkpoint = folder / "pairs" / name, folder / name
     if not any(pair.glob("*.gguf")):
         make(checkpoint, SHAPES[name], layers=layers, tokenizer=DEFAULT_TOKENIZER)
@@ -33,18 +34,18 @@ def convert(name: str, folder: Path, layers: int | None) -> Path:
 
 
 def line(name: str, pair: Path) -> str:
-    """Open a pair, ask it, and return a row of the table."""
+    """Ask a pair about an image, and return a row of the table."""
     with Model.open(pair) as model:
         *_, last = model.stream(sample_image(512, 512), max_tokens=4)
         tokens = last.stats.image_tokens if last.stats else 0
-        width, encoder = model.config.n_embd, model.config.shape
+        width, encoder = model.config.n_embd, decide(pair, OpenOptions()).shape
     megabytes = " + ".join(f"{path.stat().st_size / 1e6:.0f}" for path in sorted(pair.glob("*.gguf")))
     return f"| {name} | {megabytes} | {width} | {encoder.width}, {encoder.n_layers} layers | {tokens} |"
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Where checkpoints and pairs go.")],
-    layers: Annotated[int | None, typer.Option(min=3, help="At most so many layers in each tower.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder for checkpoints and pairs.")],
+    layers: Annotated[int | None, typer.Option(min=3, help="Maximum number of layers in each tower.")] = None,
 ) -> None:
     """Print a row for each shape."""
     print("| shape | MB, Q4_0 + F16 | width | encoder | image tokens of 512x512 |")

@@ -1,9 +1,9 @@
-"""Make a checkpoint of a published shape with random weights: for benchmarks and tests, its answers are nonsense.
+"""Make a checkpoint of a published shape with random weights, for benchmarks and tests; its answers are nonsense.
 
     python -m benchmarks.make_checkpoint scratch/random-450m --shape lfm2.5-vl-450m
 
 The files have the published layout (names, shapes, bfloat16, shards, configs); the same seed gives the same bytes.
-The tokenizer is borrowed from another checkpoint, so the ids of its special tokens go into the configs.
+The tokenizer is copied from another checkpoint, and the ids of its special tokens are written to the configs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHARD_BYTES: Final = 2 * 10**9
 CHUNK_VALUES: Final = 2**22
 """Random values that are in memory at once, 16 MB as float32."""
 MATRIX_STD: Final = 0.02
-"""As the models are initialised; with norms of 1 the activations stay near 1 in every layer."""
+"""As in the initialisation of the models; with norms of 1 the activations stay near 1 in every layer."""
 KERNEL_STD: Final = 0.5  # the short convolutions sum only 3 values, not a thousand
 PATCH: Final = 16
 POSITIONS: Final = 256
@@ -194,7 +194,7 @@ def generation_config(ids: dict[str, int]) -> dict[str, Any]:
 
 
 def values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Iterator[NDArray[Any]]:
-    """Yield a tensor's values as bfloat16, some rows at a time: norms are the identity, the rest is random."""
+    """Yield a tensor's values as bfloat16, some rows at a time: norms have weight 1 and bias 0, the rest is random."""
     if "norm" in name:
         yield np.full(shape, 1.0 if name.endswith(".weight") else 0.0, ml_dtypes.bfloat16)
         return
@@ -210,10 +210,10 @@ def write_shard(path: Path, part: list[tuple[str, tuple[int, ...]]], seed: int) 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in part:
-        begin, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the values start at a multiple of 8
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in part:
@@ -262,10 +262,10 @@ def make(out: Path, shape: CostShape, *, seed: int = 0, layers: int | None = Non
     """Write a checkpoint of the given shape with random weights.
 
     Args:
-        out: folder for it; made if needed.
-        shape: which of the published models to imitate.
+        out: its folder, which is created if needed.
+        shape: the shape of a published model.
         seed: same seed, same bytes.
-        layers: at most so many layers in each tower; None for all.
+        layers: maximum number of layers in each tower; None for all.
         tokenizer: checkpoint whose tokenizer and chat template are copied.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -281,7 +281,7 @@ def make(out: Path, shape: CostShape, *, seed: int = 0, layers: int | None = Non
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")],
     shape: Annotated[str, typer.Option(help=f"Which model to imitate: {', '.join(SHAPES)}.")] = "lfm2.5-vl-450m",
-    layers: Annotated[int | None, typer.Option(min=1, help="At most so many layers in each tower.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Maximum number of layers in each tower.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
     tokenizer: Annotated[Path, typer.Option(help="Checkpoint to take the tokenizer from.")] = DEFAULT_TOKENIZER,
 ) -> None:

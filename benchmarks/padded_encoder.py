@@ -1,9 +1,9 @@
-"""Size, error and encoding time of a so400m-shaped encoder, padded and as published, side by side.
+"""Size, error and encoding time of a so400m-shaped encoder, padded and as published.
 
     python -m benchmarks.padded_encoder scratch/padded
 
 The encoder is that of the 3B models (27 layers, width 1152, feed-forward width 4304) with random weights; a language
-tower of two layers stands beside it, because a pair is what is opened. All files take turns on the same images.
+tower of two layers completes the pair. All files take turns on the same images.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KEYS: Final = tuple((quant, pad) for quant in TYPES for pad in (False, True))
 
 
 def convert_all(folder: Path) -> dict[Key, Path]:
-    """Write the checkpoint and a pair for each key, unless they are there; return the pairs' folders."""
+    """Write the checkpoint and a pair for each key, unless they exist; return the folders of the pairs."""
     checkpoint = folder / "so400m"
     if not (checkpoint / "model.safetensors").exists():
         shape = replace(SHAPES["lfm2.5-vl-3b"], layers=2, attention=(1,))
@@ -48,13 +48,13 @@ def convert_all(folder: Path) -> dict[Key, Path]:
 
 def encode(model: Model, pixels: NDArray[np.uint8]) -> tuple[float, NDArray[np.float32]]:
     """Return the seconds of encoding one view, and its embeddings."""
-    begin = time.perf_counter()
+    start = time.perf_counter()
     embeddings = model.embed_image(pixels)
-    return time.perf_counter() - begin, embeddings
+    return time.perf_counter() - start, embeddings
 
 
 def measure(pairs: Mapping[Key, Path], rounds: int) -> dict[Key, tuple[float, float]]:
-    """Return for each key the median seconds of a view and the mean relative distance from the plain F32 file."""
+    """Return median seconds of a view and mean relative distance from the plain F32 file, by key."""
     rng = np.random.default_rng(0)
     seconds: dict[Key, list[float]] = {key: [] for key in pairs}
     errors: dict[Key, list[float]] = {key: [] for key in pairs}
@@ -66,15 +66,15 @@ def measure(pairs: Mapping[Key, Path], rounds: int) -> dict[Key, tuple[float, fl
             for key, model in models.items():
                 spent, embeddings = encode(model, pixels)
                 truth = embeddings if key == ("F32", False) else truth
-                if number:  # the first image opens the encoder
+                if number:  # the first image is a warm-up
                     seconds[key].append(spent)
                     errors[key].append(float(np.linalg.norm(embeddings - truth) / np.linalg.norm(truth)))
     return {key: (statistics.median(seconds[key]), statistics.fmean(errors[key])) for key in pairs}
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Where checkpoint and pairs go; 6 GB.")],
-    rounds: Annotated[int, typer.Option(min=1, help="Pictures that each file encodes.")] = 5,
+    folder: Annotated[Path, typer.Argument(help="Folder for checkpoint and pairs; 6 GB.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Images that each file encodes.")] = 5,
 ) -> None:
     """Print the table."""
     pairs = convert_all(folder)

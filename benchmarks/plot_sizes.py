@@ -1,10 +1,10 @@
-"""What an image costs by its size: seconds until it is read, and image tokens, measured and drawn as a chart.
+"""The cost of an image by its size: seconds until the first token, and image tokens, measured and plotted.
 
     python -m benchmarks.plot_sizes measure MODEL.gguf --mmproj MMPROJ.gguf -o docs/sizes.json
     python -m benchmarks.plot_sizes draw docs/sizes.json -o docs/sizes.png
 
-Every run of a size sees other pixels, so that nothing is known beforehand; sizes take turns, because a shared machine
-drifts. The chart is drawn from what was kept, and can be drawn again.
+Every run of a size has other pixels, so that no cache helps; sizes take turns, because the speed of a shared machine
+drifts. The chart is plotted from the stored measurements.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ SIZES: Final = (
 """Height and width, by area."""
 PROMPT: Final = "Describe this image."
 _BRIGHTEST: Final = 200
-"""Pixels of a drawing are darkened to this at most, so that each run can lift them by its number."""
+"""Pixels are limited to this value, so that each run can add its number to them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """What images of one size cost."""
+    """The cost of images of one size."""
 
     width: int
     """Pixels."""
@@ -52,11 +52,11 @@ class Point:
     image_tokens: int
     """Of all views."""
     preprocess: list[float]
-    """Seconds of each run to open, resize and cut the file."""
+    """Seconds of each run to load, resize and tile the image."""
     encode: list[float]
     """Seconds of each run to encode all views."""
     prefill: list[float]
-    """Seconds of each run to read the prompt."""
+    """Seconds of each run to decode the prompt."""
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -65,17 +65,17 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def measure(
     model: Annotated[Path, typer.Argument(help="Language GGUF, or its folder.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the figures are kept, JSON.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File for the measurements, JSON.")],
     mmproj: Annotated[Path | None, typer.Option(help="Vision GGUF.")] = None,
-    runs: Annotated[int, typer.Option(min=1, max=50, help="Of each size.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, max=50, help="Repetitions of each size.")] = 3,
     threads: Annotated[int | None, typer.Option(help="Threads that compute.")] = None,
 ) -> None:
-    """Ask about images of each size and keep what each run took."""
+    """Ask about images of each size and store the measurements of each run."""
     stats: defaultdict[tuple[int, int], list[Stats]] = defaultdict(list)
     opening = decide(model, OpenOptions(mmproj=mmproj, n_threads=threads))
     pair, n_threads = opening.pair, opening.n_threads
     with Model.open(pair.model, mmproj=pair.mmproj, n_threads=n_threads, state_bytes=0) as opened:
-        ask(opened, SIZES[0], runs)  # what only a first answer costs
+        ask(opened, SIZES[0], runs)  # a warm-up
         for number in range(runs):
             for size in SIZES:
                 stats[size].append(ask(opened, size, number))
@@ -83,19 +83,19 @@ def measure(
                     f"run {number + 1}: {size[1]}x{size[0]}: {stats[size][-1].first_token_seconds:.2f} s", flush=True
                 )
     points = [asdict(point_of(size, runs_of_it)) for size, runs_of_it in stats.items()]
-    kept = {"model": pair.model.name, "mmproj": pair.mmproj.name, "threads": n_threads, "points": points}
-    write_whole(out, [f"{json.dumps(kept, indent=1)}\n".encode()])
+    content = {"model": pair.model.name, "mmproj": pair.mmproj.name, "threads": n_threads, "points": points}
+    write_whole(out, [f"{json.dumps(content, indent=1)}\n".encode()])
 
 
 def ask(model: Model, size: tuple[int, int], number: int) -> Stats:
-    """Return what one token about a JPEG of a size (height, width) costs; the number makes its pixels other ones."""
+    """Return the statistics of one token about a JPEG of a size (height, width); the number changes its pixels."""
     pixels = np.minimum(sample_image(*size), _BRIGHTEST) + np.uint8(number)
     with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
         Image.fromarray(pixels).save(file, quality=90)
         file.flush()
         *_, last = model.stream(file.name, PROMPT, temperature=0.0, max_tokens=1)
     if last.stats is None:
-        raise SystemExit("an answer ended without its figures")
+        raise SystemExit("an answer has no statistics")
     return last.stats
 
 
@@ -114,11 +114,11 @@ def point_of(size: tuple[int, int], runs: Sequence[Stats]) -> Point:
 
 @app.command()
 def draw(
-    kept: Annotated[Path, typer.Argument(help="What `measure` kept.")],
+    measurements: Annotated[Path, typer.Argument(help="The file that `measure` wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The chart, PNG.")],
 ) -> None:
-    """Draw the medians."""
-    facts = json.loads(kept.read_text())
+    """Plot the medians."""
+    facts = json.loads(measurements.read_text())
     points = [Point(**point) for point in facts["points"]]
     title = f"{facts['model']}, {facts['mmproj']}, threads: {facts['threads']}"
     draw_chart([seconds_bars(points, title), token_bars(points)], labels(points)).save(out, optimize=True)
@@ -134,7 +134,7 @@ def seconds_bars(points: Sequence[Point], title: str) -> Bars:
     names = {"preprocess": f"preprocess (at most {share:.1%} of encode)", "encode": "encode", "prefill": "prefill"}
     colours = {"preprocess": (226, 120, 30), "encode": (52, 101, 164), "prefill": (120, 170, 90)}
     series = [Series(name=names[name], colour=colours[name], values=parts[name]) for name in parts]
-    return Bars(title=f"Seconds until a picture is read ({title})", unit="seconds", series=series, form=".2f")
+    return Bars(title=f"Seconds until an image is decoded ({title})", unit="seconds", series=series, form=".2f")
 
 
 def token_bars(points: Sequence[Point]) -> Bars:
@@ -145,7 +145,7 @@ def token_bars(points: Sequence[Point]) -> Bars:
 
 
 def labels(points: Sequence[Point]) -> list[str]:
-    """Return what stands below the bars."""
+    """Return the texts below the bars."""
     return [f"{p.width}x{p.height}\n{p.views} view{'s' if p.views > 1 else ''}" for p in points]
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostShape:
-    """What distinguishes the published models."""
+    """The sizes in which the published models differ."""
 
     hidden: int
     attention: tuple[int, ...]
@@ -60,7 +60,7 @@ _TINY: Final[dict[str, Any]] = _SMALL | {
     "feed_forward": 1024,
     "vision": (192, 384, 3, 3),
 }
-"""Of no published model: it is made, converted and asked in seconds."""
+"""Not the shape of a published model: it is made, converted and asked in seconds."""
 _OLD: Final[dict[str, Any]] = {"projector": 2560, "layer_norm": True, "newer": False}
 _NEW: Final[dict[str, Any]] = {"projector": 2048, "layer_norm": False, "newer": True}
 SHAPES: Final = {

@@ -1,10 +1,10 @@
-"""Run the commands of a Markdown page and put what they print below them.
+"""Run the commands of a Markdown page and write their output below them.
 
     python -m benchmarks.transcript docs/quickstart.md
 
-A command is a line of an indented block that begins with `$ `; what follows it up to the next command or the end of
-the block is what it printed, stdout and stderr as a terminal shows them. Commands run in the repository's root, one
-after the other, with the environment's programs first on the path. Exit codes other than 0 are told.
+A command is a line of an indented block that starts with `$ `; the lines up to the next command or the end of the
+block are its output, stdout and stderr as on a terminal. Commands run in the repository's root, one after the other,
+with the environment's programs first on the path. Exit codes other than 0 are shown.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ ROOT: Final = Path(__file__).parents[1]
 _SECONDS: Final = 300
 
 
-def renewed(page: str) -> Iterator[str]:
-    """Yield the lines of a page with the outputs of its commands in place of the old ones."""
+def updated(page: str) -> Iterator[str]:
+    """Yield the lines of a page, with the current output of its commands."""
     in_output = False
     for line in page.splitlines():
         if line.startswith(PROMPT):
             yield line
-            yield from (f"{INDENT}{printed}".rstrip() for printed in output_of(line.removeprefix(PROMPT)))
+            yield from (f"{INDENT}{output}".rstrip() for output in output_of(line.removeprefix(PROMPT)))
             in_output = True
         elif not in_output or (line and not line.startswith(INDENT)):
             if in_output:
@@ -40,7 +40,7 @@ def renewed(page: str) -> Iterator[str]:
 
 
 def output_of(command: str) -> list[str]:
-    """Return the lines that a command prints.
+    """Return the lines of a command's output.
 
     Raises:
         SystemExit: it takes longer than five minutes.
@@ -66,8 +66,8 @@ def output_of(command: str) -> list[str]:
 
 
 def main(page: Annotated[Path, typer.Argument(help="Markdown file, rewritten.")]) -> None:
-    """Renew a page."""
-    page.write_text("\n".join(renewed(page.read_text(encoding="utf-8"))) + "\n", encoding="utf-8")
+    """Update the output on a page."""
+    page.write_text("\n".join(updated(page.read_text(encoding="utf-8"))) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
