@@ -1,4 +1,4 @@
-"""`lfm2vl-edge eval`: questions whose answers are known, and how many come out right."""
+"""`lfm2vl-edge eval`: the share of right answers to questions whose answers are known."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._answers import printable
 from lfm2vl_edge.cli._loading import opening
 from lfm2vl_edge.cli._output import EXIT_FAILED, Interrupt, at_once, progress_bar, reporting
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.evaluate import Result, Row, Summary, Tally
+    from lfm2vl_edge.evaluate import Result, Summary, Tally
 
 _SHOWN_FAILURES = 5
 _ROUNDING = 1e-9
-"""Percent; 29 of 100 rows are 29 %, though 100 times 0.29 is a little less in floats."""
+"""Percent; 29 of 100 rows are 29 %, but 100 times 0.29 is a little less in floats."""
 _BOX_TITLES = ("  IoU", "valid JSON")
 
 _Out = Annotated[
     Path | None,
     typer.Option(
-        "--out", metavar="FILE.jsonl", help="Append each result; the same command goes on from there if interrupted."
+        "--out", metavar="FILE.jsonl", help="Append each result; the same command resumes after an interruption."
     ),
 ]
 _MinAccuracy = Annotated[
@@ -50,7 +51,7 @@ def evaluate(
     answer: opt.ComparedOptions,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask only the first rows.")] = None,
     out: _Out = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget the results in --out and begin anew.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard the results in --out and start over.")] = False,
     min_accuracy: _MinAccuracy = None,
     cache: opt.Cache = None,
     as_json: opt.Json = False,
@@ -58,24 +59,23 @@ def evaluate(
 ) -> None:
     """Ask questions with known answers and count what is right: lfm2vl-edge eval data.jsonl -m MODEL.
 
-    Exact: the answer is an accepted one, to the character.
+    Exact: the answer is an accepted one, character by character.
     Normalised: it is one after Unicode NFKC, in lower case, with single spaces,
     without punctuation around it and articles before it.
-    Accepted answers that are lists of boxes are compared by IoU too.
+    If the accepted answers are lists of boxes, the IoU is computed too.
     """
     from lfm2vl_edge.evaluate import evaluate as ask_all
     from lfm2vl_edge.evaluate import read_rows, summarise
 
     if restart and out is None:
-        raise typer.BadParameter("it needs --out, whose results are to be forgotten", param_hint="--restart")
+        raise typer.BadParameter("it needs --out, the file whose results are discarded", param_hint="--restart")
     with reporting(), at_once() as interrupt:
         rows = read_rows(data)[:limit]
         with opening(model, image, 0, remember=True, cache=cache) as when_open:
             opened = when_open()
             interrupt.cancel = opened.cancel
-            kept = _kept(out, restart)
             results = ask_all(opened, rows, out=out, restart=restart, max_pixels=image.max_pixels, **answer.values())
-            summary = summarise(_collected(results, rows, interrupt, kept, quiet))
+            summary = summarise(_collect(results, len(rows), interrupt, _how_to_resume(out, restart), quiet))
             name = opened.config.name
         typer.echo(_as_json(summary, name, data) if as_json else "\n".join(_lines(summary)))
     accuracy = 100 * summary.total.normalised
@@ -84,19 +84,19 @@ def evaluate(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _collected(
-    results: Iterator[Result], rows: Sequence[Row], interrupt: Interrupt, kept: str, quiet: bool
+def _collect(
+    results: Iterator[Result], n_rows: int, interrupt: Interrupt, how_to_resume: str, quiet: bool
 ) -> list[Result]:
-    """Return all results; a bar is moved meanwhile, and Ctrl-C tells how far they came and what is `kept`."""
+    """Return all results, with a progress bar; after Ctrl-C, report the progress and how to resume."""
     done: list[Result] = []
     with ExitStack() as stack:
-        move = stack.enter_context(progress_bar("asking", quiet=quiet, total=len(rows)))
+        move = stack.enter_context(progress_bar("asking", quiet=quiet, total=n_rows))
 
-        def farewell() -> None:
-            stack.close()  # takes the bar away, also where the main thread hangs in a native call
-            typer.echo(f"interrupted after {len(done)} of {len(rows)} rows; {kept}", err=True)
+        def report_progress() -> None:
+            stack.close()  # removes the bar, also if the main thread hangs in a native call
+            typer.echo(f"interrupted after {len(done)} of {n_rows} rows; {how_to_resume}", err=True)
 
-        interrupt.on_stop = farewell
+        interrupt.on_stop = report_progress
         right = 0
         for result in results:
             done.append(result)
@@ -106,31 +106,30 @@ def _collected(
     return done
 
 
-def _kept(out: Path | None, restart: bool) -> str:
-    """Say what an interrupted run leaves, and how to go on."""
+def _how_to_resume(out: Path | None, restart: bool) -> str:
     if out is None:
-        return "nothing was kept; with --out FILE.jsonl the next run can go on"
-    return f"the same command{' without --restart' if restart else ''} goes on from there"
+        return "no results were stored; with --out FILE.jsonl the next run can resume"
+    return f"the same command{' without --restart' if restart else ''} resumes there"
 
 
 def _as_json(summary: Summary, model: str, data: Path) -> str:
-    """Return one object: the values of all rows, with a list of the groups' and one of the failures."""
-    shown: dict[str, Any] = {"model": model, "data": str(data), **_figures(summary.total)}
-    shown["groups"] = [{"group": name, **_figures(tally)} for name, tally in summary.groups.items()]
+    """Return one object: the summary of all rows, with lists of the groups and of the failures."""
+    shown: dict[str, Any] = {"model": model, "data": str(data), **_rounded(summary.total)}
+    shown["groups"] = [{"group": name, **_rounded(tally)} for name, tally in summary.groups.items()]
     shown["failures"] = [{"id": name, "error": error} for name, error in summary.failures.items()]
     shown["resumed"] = summary.resumed
     return json.dumps(shown, ensure_ascii=False)
 
 
-def _figures(tally: Tally) -> dict[str, Any]:
-    """Return the values by name, seconds to the tenth of a millisecond."""
+def _rounded(tally: Tally) -> dict[str, Any]:
+    """Return the fields by name, seconds rounded to a tenth of a millisecond."""
     seconds = {name: round(getattr(tally, name), 4) for name in ("median_seconds", "total_seconds")}
     return asdict(tally) | seconds
 
 
 def _lines(summary: Summary) -> Iterator[str]:
-    """Yield the values for people: a table, and what a table cannot say."""
-    names = [*("(none)" if name is None else _printable(name) for name in summary.groups), "all"]
+    """Yield the lines of the table, and of the notes below it."""
+    names = [*("(none)" if name is None else printable(name) for name in summary.groups), "all"]
     tallies = [*summary.groups.values(), summary.total]
     yield from _table(names, tallies)
     boxes = summary.total.boxes
@@ -143,7 +142,7 @@ def _lines(summary: Summary) -> Iterator[str]:
     if summary.failures:
         yield f"failed: {len(summary.failures)} of {summary.total.rows} rows have no answer and count as wrong"
         for name, error in list(summary.failures.items())[:_SHOWN_FAILURES]:
-            yield f"  {_printable(name)}: {_printable(error)}"
+            yield f"  {printable(name)}: {printable(error)}"
     if summary.resumed:
         yield f"resumed: {summary.resumed} of {summary.total.rows} rows were answered by an earlier run"
 
@@ -158,7 +157,7 @@ def _table(names: Sequence[str], tallies: Sequence[Tally]) -> Iterator[str]:
 
 
 def _cells(tally: Tally) -> dict[str, str]:
-    """Return what stands in a line of the table, by title; a title is at least as wide as its column."""
+    """Return the cells of a line of the table by title; a title is at least as wide as its column."""
     boxes = tally.boxes
     return {
         "  rows": str(tally.rows),
@@ -171,8 +170,3 @@ def _cells(tally: Tally) -> dict[str, str]:
         "median s": f"{tally.median_seconds:.3f}",
         " total s": f"{tally.total_seconds:.1f}",
     }
-
-
-def _printable(text: str) -> str:
-    """Return a text from a file so that it cannot command a terminal."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -1,4 +1,4 @@
-"""`eval` and `verify --data` as people use them: what is shown, exit codes, kill -9 and Ctrl-C."""
+"""`eval` and `verify --data` on the command line: output, exit codes, kill -9 and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +21,25 @@ from typer.testing import CliRunner, Result
 from lfm2vl_edge import Model
 from lfm2vl_edge.cli import app
 from lfm2vl_edge.cli import eval as command
-from lfm2vl_edge.evaluate import GREEDY, normalised
-from lfm2vl_edge.evaluate import run as asking
-from tests.conftest import PICTURES, Pair
+from lfm2vl_edge.evaluate import normalised
+from lfm2vl_edge.evaluate import run as evaluate_run
+from tests.conftest import IMAGES, Pair
 from tests.evaluate.test_evaluate import ANSWERS, ROWS, data, write
 from tests.evaluate.test_verify import small_pictures
 from tests.fake_engine import FakeEngine, scripted
 
 __all__ = ["data", "small_pictures"]
-SMALL = str(PICTURES / "small.png")
+SMALL = str(IMAGES / "small.png")
 QUESTIONS = [{"image": SMALL, "question": f"What is number {n}?", "answer": str(n)} for n in range(500)]
 N_KILLED = 100
 
 
 @pytest.fixture
 def engine(data: Path, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    """The engine of the model that `eval` opens in this process, whatever it is told."""
+    """The engine of the model that `eval` opens in this process, with any arguments."""
     model, engine = scripted(data.parent, ANSWERS)
-    monkeypatch.setattr(
-        command, "open_model", lambda *given, **more: Model(engine, model.config, source=model._source)
-    )
+    opened = Model(engine, model.config, files=model._files)
+    monkeypatch.setattr(command, "opening", lambda *_, **__: nullcontext(lambda: opened))
     return engine
 
 
@@ -48,7 +47,7 @@ def asked(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["eval", *map(str, arguments)])
 
 
-def test_the_table_and_the_object_have_the_same_figures(data: Path, engine: FakeEngine) -> None:
+def test_the_table_and_the_object_have_the_same_values(data: Path, engine: FakeEngine) -> None:
     table = asked(data)
     assert (table.exit_code, table.stderr) == (0, "")
     lines = [line.split() for line in table.stdout.splitlines()]
@@ -74,7 +73,7 @@ def test_data_without_groups_and_boxes_has_a_plain_table(data: Path, engine: Fak
     assert "IoU" not in shown
 
 
-def test_failed_rows_and_resumed_rows_are_told(data: Path, engine: FakeEngine) -> None:
+def test_failed_rows_and_resumed_rows_are_shown(data: Path, engine: FakeEngine) -> None:
     (data.parent / "a.png").write_bytes(b"nothing")
     write(data.parent, [{**ROWS[0], "group": "\x1b[2J"}, *ROWS[1:]])
     out = data.parent / "out.jsonl"
@@ -101,10 +100,10 @@ def test_the_exit_code_follows_the_accuracy_only_if_asked(data: Path, engine: Fa
     assert asked(data, "--min-accuracy", 29.1).exit_code == 1
 
 
-def test_what_is_said_after_ctrl_c() -> None:
-    assert command._kept(Path("x"), restart=False) == "the same command goes on from there"
-    assert command._kept(Path("x"), restart=True) == "the same command without --restart goes on from there"
-    assert "nothing was kept; with --out" in command._kept(None, restart=False)
+def test_how_to_resume_after_ctrl_c() -> None:
+    assert command._how_to_resume(Path("x"), restart=False) == "the same command resumes there"
+    assert command._how_to_resume(Path("x"), restart=True) == "the same command without --restart resumes there"
+    assert "no results were stored; with --out" in command._how_to_resume(None, restart=False)
 
 
 def test_options_reach_the_model(data: Path, engine: FakeEngine) -> None:
@@ -140,37 +139,37 @@ def wait_for_lines(path: Path, count: int) -> None:
         time.sleep(0.01)
 
 
-def test_a_killed_run_is_gone_on_from(pair: Pair, tmp_path: Path, opened: Callable[[str, str], Model]) -> None:
+def test_a_killed_run_is_resumed(pair: Pair, tmp_path: Path, opened: Callable[[str, str], Model]) -> None:
     line, out = command_line(tmp_path, pair("a", "F16")), tmp_path / "out.jsonl"
     line += ["--limit", str(N_KILLED)]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_lines(out, 2)
     process.kill()
     process.wait()
-    kept = out.read_bytes()
-    kept = kept[: kept.rfind(b"\n") + 1]
-    n_kept = kept.count(b"\n")
-    assert 2 <= n_kept < N_KILLED
-    out.write_bytes(kept + b'{"eval": 1, "id": "line')  # as if it had been killed while writing
+    stored = out.read_bytes()
+    stored = stored[: stored.rfind(b"\n") + 1]
+    n_stored = stored.count(b"\n")
+    assert 2 <= n_stored < N_KILLED
+    out.write_bytes(stored + b'{"eval": 2, "id": "line')  # as if it had been killed while writing
     shown = json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
-    assert (shown["rows"], shown["resumed"]) == (N_KILLED, n_kept)
+    assert (shown["rows"], shown["resumed"]) == (N_KILLED, n_stored)
     lines = [json.loads(one) for one in out.read_bytes().splitlines()]
-    assert out.read_bytes().startswith(kept)
+    assert out.read_bytes().startswith(stored)
     assert [one["id"] for one in lines] == [f"line {n}" for n in range(1, N_KILLED + 1)]
-    assert [one["encoded_views"] for one in lines] == [int(n in (0, n_kept)) for n in range(N_KILLED)]
+    assert [one["encoded_views"] for one in lines] == [int(n in (0, n_stored)) for n in range(N_KILLED)]
     greedy: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 12}
-    for n in (0, n_kept - 1, n_kept, N_KILLED - 1):
+    for n in (0, n_stored - 1, n_stored, N_KILLED - 1):
         assert lines[n]["answer"] == opened("a", "F16").ask(SMALL, QUESTIONS[n]["question"], **greedy)
 
 
 def read_terminal(terminal: int, pieces: list[bytes]) -> None:
-    """Read until the program at the other end is gone: a terminal that nobody reads would stop it."""
+    """Read until the program at the other end has ended: a terminal that is not read would stop it."""
     with suppress(OSError):
         while piece := os.read(terminal, 4096):
             pieces.append(piece)
 
 
-def test_ctrl_c_says_how_far_it_got_and_how_to_go_on(pair: Pair, tmp_path: Path) -> None:
+def test_ctrl_c_reports_progress_and_how_to_resume(pair: Pair, tmp_path: Path) -> None:
     line, out = command_line(tmp_path, pair("a", "F16")), tmp_path / "out.jsonl"
     terminal, other_end = pty.openpty()
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=other_end, env=os.environ | {"TERM": "xterm"})
@@ -186,36 +185,36 @@ def test_ctrl_c_says_how_far_it_got_and_how_to_go_on(pair: Pair, tmp_path: Path)
     shown = b"".join(pieces).decode()
     assert (process.returncode, answer) == (130, b"")
     done = out.read_bytes().count(b"\n")
-    assert f"interrupted after {done} of 500 rows; the same command goes on from there" in shown
+    assert f"interrupted after {done} of 500 rows; the same command resumes there" in shown
     assert "right" in shown  # the bar, on a terminal
     assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")  # the cursor is there again
 
 
-def test_the_last_words_are_said_once_even_if_a_native_call_hangs() -> None:
+def test_progress_is_reported_once_even_if_a_native_call_hangs() -> None:
     code = (
         "import time\n"
         "from lfm2vl_edge.cli._output import at_once\n"
         "with at_once() as interrupt:\n"
-        "    interrupt.farewell = lambda: print('left', flush=True)\n"
-        "    print('begun', flush=True)\n"
-        "    time.sleep(30)\n"  # goes on after the signal, as a native call does
+        "    interrupt.on_stop = lambda: print('left', flush=True)\n"
+        "    print('started', flush=True)\n"
+        "    time.sleep(30)\n"  # continues after the signal, as a native call does
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout is not None
-    assert process.stdout.readline() == b"begun\n"
+    assert process.stdout.readline() == b"started\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[0] == b"left\n"
     assert process.returncode == 130
 
 
-def test_verify_counts_what_two_pairs_have_right(
+def test_verify_compares_the_accuracy_of_two_pairs(
     pair: Pair,
     tmp_path: Path,
     opened: Callable[[str, str], Model],
     small_pictures: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(asking, "GREEDY", {**GREEDY, "max_tokens": 24})
+    monkeypatch.setattr(evaluate_run, "MAX_TOKENS", 24)
     coarse, fine = pair("a", "BF16"), pair("a", "F16")
     greedy: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 24}
     names = [f"What is number {n}?" for n in range(3)]
@@ -232,7 +231,7 @@ def test_verify_counts_what_two_pairs_have_right(
     assert report["accuracy"]["pair"]["normalised"] == share
     assert report["accuracy"]["reference"]["normalised"] == 1
     assert report["accuracy"]["drop"] == 100 * (1 - share)
-    assert "points below the reference's, more than --max-drop 1" in report["verdict"]
+    assert "points below the baseline's, more than --max-drop 1" in report["verdict"]
     assert len(report["complaints"]) == 1
     good = CliRunner().invoke(app, [*map(str, line[:-3]), "--max-drop", str(100 * (1 - share))])
     assert good.exit_code == 0
