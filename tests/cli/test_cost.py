@@ -1,4 +1,4 @@
-"""Detail, budgets, predictions, tune and bench as a shell sees them."""
+"""Detail, budgets, predictions, tune and bench on the command line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typer.testing import CliRunner, Result
 
 from lfm2vl_edge.cli import app
 from lfm2vl_edge.diagnose.bench import ProcessUsage
-from tests.conftest import PICTURES, Pair
+from tests.conftest import IMAGES, Pair
 
-PHOTO = PICTURES / "photo.png"
+IMAGE = IMAGES / "photo.png"
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def failed(result: Result, message: str, code: int = 1) -> bool:
     return code == 2 or (result.stderr.startswith("error: ") and result.stderr.count("\n") == 1)
 
 
-def test_plan_says_seconds_memory_and_what_is_cheaper() -> None:
+def test_plan_shows_seconds_memory_and_cheaper_plans() -> None:
     text = shell("plan", "1440x1440").stdout
     assert "scaled to 720x720 this is 256 tokens instead of 2,560" in text
     assert "--detail fast: 64 tokens instead of 2,560" in text
@@ -60,18 +60,17 @@ def test_plan_takes_detail_and_budgets() -> None:
     assert shown("plan", "1440x1440", "--detail", "fast")["image_tokens"] == 64
     assert shown("plan", "1440x1440", "--budget-tokens", 300)["image_tokens"] == 256
     assert shown("plan", "1920x1080", "--budget-tokens", 1000)["image_tokens"] == 764
-    facts = shown("plan", "1920x1080", "--budget-seconds", 0.9, "-t", 2)
-    assert facts["seconds"]["all"] <= 0.9
     text = shell("plan", "1440x1440", "--detail", "high", "--budget-tokens", 99, "--resample", "bicubic").stdout
     assert "(no model given); changed: resample; detail high; at most 99 tokens" in text
 
 
-def test_wrong_wishes_are_one_line() -> None:
+def test_wrong_options_are_one_line() -> None:
     assert failed(shell("plan", "900x900", "--detail", "fast", "--max-tiles", 3), "detail 'fast' decides max_tiles")
     assert failed(shell("plan", "900x900", "--detail", "fast", "--no-splitting"), "decides do_image_splitting")
     assert failed(shell("plan", "900x900", "--budget-tokens", 3), "of 3 tokens; the least possible is 25 tokens")
     assert failed(shell("plan", "900x900", "--budget-seconds", 0), "budget_seconds is 0")
     assert failed(shell("plan", "900x900", "--budget-seconds", "nan"), "budget_seconds is nan")
+    assert failed(shell("plan", "900x900", "--budget-seconds", 0.9), "measured on this machine: run `lfm2vl-edge tune")
     assert failed(shell("plan", "900x900", "--budget-seconds", "soon"), "budget-seconds", code=2)
     assert failed(shell("plan", "900x900", "--budget-tokens", 0), "budget-tokens", code=2)
     assert failed(shell("plan", "900x900", "--detail", "huge"), "huge", code=2)
@@ -79,13 +78,13 @@ def test_wrong_wishes_are_one_line() -> None:
 
 def test_run_takes_detail_budgets_and_gpu(pair: Pair) -> None:
     options = ("-m", pair("a", "F16"), "-n", 2, "--temperature", 0, "-t", 1)
-    assert shown("run", PHOTO, *options, "--detail", "fast")["stats"]["image_tokens"] <= 64
-    assert shown("run", PHOTO, *options, "--budget-tokens", 700)["stats"]["image_tokens"] <= 700
-    told = shell("run", PHOTO, *options, "--detail", "balanced", "-v").stderr
-    assert "; detail balanced" in told
-    assert failed(shell("run", PHOTO, *options, "--budget-tokens", 2), "the least possible is")
-    assert failed(shell("run", PHOTO, *options, "--device", "CUDA0"), "no work without n_gpu_layers")
-    assert failed(shell("run", PHOTO, *options, "--gpu-layers", -3), "gpu-layers", code=2)
+    assert shown("run", IMAGE, *options, "--detail", "fast")["stats"]["image_tokens"] <= 64
+    assert shown("run", IMAGE, *options, "--budget-tokens", 700)["stats"]["image_tokens"] <= 700
+    statistics = shell("run", IMAGE, *options, "--detail", "balanced", "-v").stderr
+    assert "; detail balanced" in statistics
+    assert failed(shell("run", IMAGE, *options, "--budget-tokens", 2), "the least possible is")
+    assert failed(shell("run", IMAGE, *options, "--device", "CUDA0"), "no effect without n_gpu_layers")
+    assert failed(shell("run", IMAGE, *options, "--n-gpu-layers", -3), "n-gpu-layers", code=2)
 
 
 def test_tune_writes_what_plan_then_uses(pair: Pair) -> None:
@@ -95,10 +94,12 @@ def test_tune_writes_what_plan_then_uses(pair: Pair) -> None:
     result = shell("tune", *model, "--runs", 1)
     assert result.exit_code == 0, result.stderr
     assert "measuring 1 thread: F16" in result.stderr
-    assert re.search(r"fastest: 1 thread, mmproj F16; kept in .*devices.*json", result.stdout)
+    assert re.search(r"fastest: 1 thread, mmproj F16; stored in .*devices.*json", result.stdout)
     after = shown("plan", "900x900", *model)
     assert after["measured"] is True
     assert "measured here" in after["costs_from"]
+    budget = shown("plan", "900x900", *model, "--budget-seconds", 30)
+    assert budget["seconds"]["all"] <= 30
     tuned = shown("tune", *model, "--runs", 1, "--quiet")
     assert tuned["profile"]["threads"] == 1
     Path(tuned["path"]).write_text("{}")

@@ -1,4 +1,4 @@
-"""caption, detect, point, extract, and run with a grammar or a schema, as a shell sees them."""
+"""caption, detect, point, extract, and run with a grammar or a schema, on the command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from lfm2vl_edge import Model
 from lfm2vl_edge.cli import app
 from lfm2vl_edge.config import SHORT_BOXES
 from lfm2vl_edge.structured import grammar_of, read_schema
-from tests.conftest import PICTURES, Pair
+from lfm2vl_edge.structured.boxes import box_schema
+from tests.conftest import IMAGES, Pair
 from tests.fake_engine import CONFIG, FakeEngine
 
 CARS = '[{"label": "red car", "bbox": [0.1, 0.25, 0.5, 0.75]}, {"label": "red\\ncar", "bbox": [0, 0, 0.1, 0.1]}]'
@@ -45,9 +46,9 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def run(tmp_path: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command on a model whose answers are written down, in a folder with an image of 200 x 100 pixels."""
+    """Run a command on a model with known answers, in a folder with an image of 200 x 100 pixels."""
     model = Model(engine, replace(CONFIG, boxes=SHORT_BOXES))
-    for name in ("asking", "run"):
+    for name in ("_answers", "run"):
         command = importlib.import_module(f"lfm2vl_edge.cli.{name}")
         monkeypatch.setattr(command, "opening", lambda *_, **__: nullcontext(lambda: model))
     monkeypatch.chdir(tmp_path)
@@ -61,7 +62,7 @@ def run(tmp_path: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def failed(result: Result, message: str) -> bool:
-    """One line on stderr that begins with error:, nothing on stdout."""
+    """One line on stderr that starts with error:, nothing on stdout."""
     assert (result.exit_code, result.stdout) == (1, ""), result.output
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
@@ -73,32 +74,32 @@ def test_a_caption_is_the_answer_and_nothing_else(run: Run) -> None:
     assert json.loads(run("caption", "car.png", "--json").stdout) == {"caption": "A car.", "model": "scripted"}
 
 
-def test_what_it_cost_is_told_where_it_is_asked_for(run: Run) -> None:
+def test_verbose_statistics_go_to_stderr(run: Run) -> None:
     for arguments in (("caption",), ("detect", "red car"), ("point", "red car")):
         command, *what = arguments
         quiet, verbose = run(command, "car.png", *what), run(command, "car.png", *what, "-v")
         assert (quiet.stderr, quiet.stdout) == ("", verbose.stdout)
-        assert [line.split()[0] for line in verbose.stderr.splitlines()][:2] == ["model", "open"]
+        assert [line.split()[0] for line in verbose.stderr.splitlines()][:3] == ["model", "encoder", "open"]
         assert "decode" in verbose.stderr
-    told = run("extract", "car.png", "-s", "schema.json", "-p", "Count.", "-v")
-    assert (json.loads(told.stdout), "prefill" in told.stderr) == ({"n": 2}, True)
+    verbose = run("extract", "car.png", "-s", "schema.json", "-p", "Count.", "-v")
+    assert (json.loads(verbose.stdout), "prefill" in verbose.stderr) == ({"n": 2}, True)
 
 
-def test_where_stdout_falls_short_stderr_says_why(run: Run) -> None:
+def test_an_empty_or_truncated_answer_is_explained_on_stderr(run: Run) -> None:
     for command in ("detect", "point"):
         nothing = run(command, "car.png", "cat")
         assert (nothing.exit_code, nothing.stdout) == (0, "")
-        assert nothing.stderr == "note: the model finds nothing of that kind in the picture\n"
+        assert nothing.stderr == "note: the model finds nothing of that kind in the image\n"
         assert run(command, "car.png", "cat", "--json").stderr == ""
-    cut = run("caption", "car.png", "-n", 4)
-    assert (cut.stdout, cut.stderr) == ("A c\n", "note: cut off here; --max-tokens allows more\n")
+    short = run("caption", "car.png", "-n", 4)
+    assert (short.stdout, short.stderr) == ("A c\n", "note: the answer is truncated here; --max-tokens allows more\n")
 
 
 def test_boxes_are_lines_or_one_object(run: Run, engine: FakeEngine) -> None:
     result = run("detect", "car.png", "red car")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == "20\t25\t100\t75\tred car\n0\t0\t20\t10\tred?car\n"
-    assert engine.grammars == [grammar_of(read_schema(SHORT_BOXES.schema()))]
+    assert engine.grammars == [grammar_of(read_schema(box_schema(SHORT_BOXES)))]
     assert engine.sampled[0].temperature == 0
     shown = json.loads(run("detect", "car.png", "red car", "--json", "--temperature", 0.5).stdout)
     box = {"label": "red car", "left": 20, "top": 25, "right": 100, "bottom": 75}
@@ -108,21 +109,21 @@ def test_boxes_are_lines_or_one_object(run: Run, engine: FakeEngine) -> None:
     assert json.loads(run("detect", "-", "cat", "--json", stdin=Path("car.png").read_bytes()).stdout)["boxes"] == []
 
 
-def test_points_are_the_middles(run: Run) -> None:
+def test_points_are_the_centers(run: Run) -> None:
     assert run("point", "car.png", "red car").stdout == "60\t50\tred car\n10\t5\tred?car\n"
     shown = json.loads(run("point", "car.png", "-p", "Detect the red car.", "--json").stdout)
     assert shown["points"][0] == {"label": "red car", "x": 60, "y": 50}
 
 
-def test_a_drawn_copy_has_the_frames(run: Run, engine: FakeEngine) -> None:
+def test_draw_writes_the_image_with_the_boxes(run: Run, engine: FakeEngine) -> None:
     assert run("detect", "car.png", "red car", "--draw", "out.png").exit_code == 0
-    drawn = np.asarray(Image.open("out.png"))
-    assert drawn.shape == (100, 200, 3)
-    assert (drawn[74, 20:100] == (255, 64, 64)).all()
-    assert (drawn[25:75, 99] == (255, 64, 64)).all()
-    assert (drawn[80:, 110:] == 128).all()
+    copy = np.asarray(Image.open("out.png"))
+    assert copy.shape == (100, 200, 3)
+    assert (copy[74, 20:100] == (255, 64, 64)).all()
+    assert (copy[25:75, 99] == (255, 64, 64)).all()
+    assert (copy[80:, 110:] == 128).all()
     before = Path("out.png").read_bytes()
-    assert failed(run("detect", "car.png", "cat", "--draw", "out.png"), "out.png is there already")
+    assert failed(run("detect", "car.png", "cat", "--draw", "out.png"), "out.png exists already")
     assert Path("out.png").read_bytes() == before
     assert run("detect", "car.png", "cat", "--draw", "out.png", "--force").exit_code == 0
     assert (np.asarray(Image.open("out.png")) == 128).all()
@@ -133,28 +134,28 @@ def test_a_drawn_copy_has_the_frames(run: Run, engine: FakeEngine) -> None:
         assert len(engine.asked) == asked, "before the model is opened"
 
 
-def test_what_the_model_says_amiss_is_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_answer_that_cannot_be_used_is_reported(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     assert failed(run("detect", "car.png", "--free"), "the answer holds no boxes: 'I see nothing.'")
     assert run("detect", "car.png", "dog", "--free").stdout == ""
     assert "left out of the answer" in caplog.text
-    assert failed(run("detect", "car.png", "dog"), "fits 0 of 2 alternatives; ask again")
-    assert failed(run("detect", "car.png", "red car", "-n", 5), "cut after 5 tokens")
+    assert failed(run("detect", "car.png", "dog"), "0 of 2 alternatives")
+    assert failed(run("detect", "car.png", "red car", "-n", 5), "truncated after 5 tokens")
 
 
-def test_extract_prints_json_that_fits(run: Run) -> None:
+def test_extract_prints_json_that_matches(run: Run) -> None:
     assert json.loads(run("extract", "car.png", "--schema", "schema.json", "-p", "Count.").stdout) == {"n": 2}
     result = run("extract", "car.png", "-s", "-", "-p", "Count.", stdin=SCHEMA.encode())
     assert json.loads(result.stdout) == {"n": 2}
 
 
-def test_a_schema_that_is_too_long_to_be_shown_says_what_helps(run: Run) -> None:
+def test_a_schema_that_is_too_long_to_be_shown_names_the_remedy(run: Run) -> None:
     part = {f"property {number}": {"type": "null"} for number in range(40)}
     Path("long.json").write_text(json.dumps({"type": "object", "properties": part}))
     found = run("extract", "car.png", "-s", "long.json")
     assert failed(found, "or a question of your own (--prompt): the schema is the text here")
 
 
-def test_run_holds_answers_to_schemas_and_grammars(run: Run, engine: FakeEngine) -> None:
+def test_run_constrains_answers_to_schemas_and_grammars(run: Run, engine: FakeEngine) -> None:
     assert run("run", "car.png", "Count.", "--json-schema", "schema.json").stdout == '{"n": 2}\n'
     asked = ("-a", "Count.", "-a", "Count.", "--json-schema", "-", "--json")
     shown = json.loads(run("run", "car.png", *asked, stdin=SCHEMA.encode()).stdout)
@@ -168,11 +169,11 @@ def test_run_holds_answers_to_schemas_and_grammars(run: Run, engine: FakeEngine)
 BAD_FILES: dict[str, tuple[Any, str]] = {
     "missing": (None, "cannot read the JSON schema bad: No such file or directory; check the path"),
     "empty": (b" \n", "the JSON schema bad is empty"),
-    "cut": (SCHEMA[:-5].encode(), "the JSON schema bad is no JSON"),
+    "truncated": (SCHEMA[:-5].encode(), "the JSON schema bad is not valid JSON"),
     "list": (b"[]", "the JSON schema bad must be an object"),
-    "binary": (b"\xff\xfe\x00", "is no text in UTF-8"),
+    "binary": (b"\xff\xfe\x00", "is not UTF-8 text"),
     "large": (b" " * (1 << 20) + b"{}", "more than 1048576 bytes"),
-    "deep": (b'{"a":' * 100_000, "is no JSON"),
+    "deep": (b'{"a":' * 100_000, "is not valid JSON"),
     "unsupported": (b'{"type": "string", "pattern": "a"}', "keyword 'pattern' at # is not supported"),
 }
 
@@ -192,18 +193,19 @@ def test_other_wrong_usage(run: Run) -> None:
     assert failed(run("run", "-", "Count.", "--json-schema", "-"), "stdin (-) can be read for one thing only")
     assert failed(run("extract", "-", "--schema", "-"), "stdin (-) can be read for one thing only")
     both = ("--grammar", "schema.json", "--json-schema", "schema.json")
-    assert failed(run("run", "car.png", "Count.", *both), "schema goes with neither grammar nor stop")
+    assert failed(run("run", "car.png", "Count.", *both), "schema cannot be combined with grammar or stop")
     assert failed(
-        run("run", "car.png", "Count.", "--json-schema", "schema.json", "--stop", "}"), "neither grammar nor"
+        run("run", "car.png", "Count.", "--json-schema", "schema.json", "--stop", "}"),
+        "cannot be combined with grammar or stop",
     )
-    assert failed(run("detect", "none.png"), "no picture at 'none.png'")
+    assert failed(run("detect", "none.png"), "no image at 'none.png'")
     assert run("extract", "car.png").exit_code == 2
     assert run("detect").exit_code == 2
 
 
 def test_a_whole_process_on_a_real_model(pair: Pair, tmp_path: Path) -> None:
     schema = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
-    command = [sys.executable, "-m", "lfm2vl_edge", "extract", str(PICTURES / "small.png"), "--schema", "-"]
+    command = [sys.executable, "-m", "lfm2vl_edge", "extract", str(IMAGES / "small.png"), "--schema", "-"]
     command += ["-m", str(pair("a", "F32")), "-t", "1"]
     result = subprocess.run(command, input=json.dumps(schema).encode(), capture_output=True, cwd=tmp_path)
     assert result.stderr == b""
