@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,24 +22,24 @@ from typer.testing import CliRunner, Result
 
 from lfm2vl_edge import Model
 from lfm2vl_edge.cli import app
-from lfm2vl_edge.cli.chat import HISTORY_BYTES, HISTORY_LINES, Lines
-from tests.conftest import PICTURES, Pair
+from lfm2vl_edge.cli.chat import HISTORY_BYTES, HISTORY_LINES
+from tests.conftest import IMAGES, Pair
 from tests.test_chat import CountingEngine, talkative
 
-SMALL, WIDE = str(PICTURES / "small.png"), str(PICTURES / "wide.png")
-Conversation = Callable[..., Result]
+SMALL, WIDE = str(IMAGES / "small.png"), str(IMAGES / "wide.png")
+Converse = Callable[..., Result]
 command = importlib.import_module("lfm2vl_edge.cli.chat")  # as an attribute of the package it is the command
 
 
 @pytest.fixture
-def talk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Conversation:
+def converse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Converse:
     """Conversation with a model whose answers are known, through a pipe, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LFM2VL_DATA", str(tmp_path / "data"))
 
     def through_pipe(answers: Mapping[str, str], typed: str | bytes, *arguments: str) -> Result:
         model, _ = talkative(answers)
-        monkeypatch.setattr(command, "open_model", lambda *_, **__: model)
+        monkeypatch.setattr(command, "opening", lambda *_, **__: nullcontext(lambda: model))
         return CliRunner().invoke(app, ["chat", *arguments], input=typed)
 
     return through_pipe
@@ -48,20 +48,17 @@ def talk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Conversation:
 def on_terminal(
     monkeypatch: pytest.MonkeyPatch, model: Model, reads: Sequence[Callable[[], str]], *arguments: str
 ) -> Result:
-    """Conversation with lines that somebody types; each is what a call returns or raises, then comes Ctrl-D."""
-    waiting = list(reads)
+    """Conversation with typed lines; each is what a call returns or raises, then comes Ctrl-D."""
+    remaining = list(reads)
 
     def read() -> str:
-        if not waiting:
+        if not remaining:
             raise EOFError
-        return waiting.pop(0)()
+        return remaining.pop(0)()
 
-    @contextmanager
-    def typing(_: Path) -> Iterator[Lines]:
-        yield Lines(is_terminal=True, read=read)
-
-    monkeypatch.setattr(command, "open_model", lambda *_, **__: model)
-    monkeypatch.setattr(command, "lines_of_user", typing)
+    monkeypatch.setattr(command, "opening", lambda *_, **__: nullcontext(lambda: model))
+    monkeypatch.setattr(command, "reading_lines", lambda _: nullcontext(read))
+    monkeypatch.setattr(command, "_is_typed", lambda: True)
     return CliRunner().invoke(app, ["chat", *arguments])
 
 
@@ -80,22 +77,22 @@ def errors(result: Result) -> list[str]:
     return result.stderr.splitlines()
 
 
-def test_lines_of_a_pipe_are_turns_and_stdout_has_the_answers_only(talk: Conversation, tmp_path: Path) -> None:
-    result = talk({"One?": "Yes.", "One?Yes.Two?": "No."}, "One?\n\n   \r\nTwo?", SMALL)
+def test_lines_of_a_pipe_are_turns_and_stdout_has_the_answers_only(converse: Converse, tmp_path: Path) -> None:
+    result = converse({"One?": "Yes.", "One?Yes.Two?": "No."}, "One?\n\n   \r\nTwo?", SMALL)
     assert (result.exit_code, result.stdout, result.stderr) == (0, "Yes.\nNo.\n", "")
     assert not (tmp_path / "data").exists()  # no history of a pipe
-    assert talk({}, "").exit_code == 0
+    assert converse({}, "").exit_code == 0
 
 
-def test_quit_leaves_and_verbose_figures_go_to_stderr(talk: Conversation) -> None:
-    result = talk({"One?": "Yes."}, "One?\n/quit\nTwo?\n", "-v", SMALL)
+def test_quit_leaves_and_statistics_go_to_stderr(converse: Converse) -> None:
+    result = converse({"One?": "Yes."}, "One?\n/quit\nTwo?\n", "-v", SMALL)
     assert (result.exit_code, result.stdout) == (0, "Yes.\n")
     assert "encode" in result.stderr
     assert "1 of 1 views" in result.stderr
 
 
-def test_what_fails_is_one_line_and_nothing_is_lost(talk: Conversation, tmp_path: Path) -> None:
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+def test_an_error_is_one_line_and_loses_nothing(converse: Converse, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"not an image")
     typed = ["/image " + SMALL, "One?"]
     typed += [
         "/nonsense",
@@ -108,12 +105,12 @@ def test_what_fails_is_one_line_and_nothing_is_lost(talk: Conversation, tmp_path
         "/image ftp://h/x",
     ]
     typed += ["/image a\0b", "/save", "/save none\0", "/save " + "x" * 5000, "/home/me/x.png is what?", "Two?"]
-    result = talk({"One?": "Yes.", "One?Yes.Two?": "No."}, "\n".join(typed))
+    result = converse({"One?": "Yes.", "One?Yes.Two?": "No."}, "\n".join(typed))
     assert (result.exit_code, result.stdout) == (1, "Yes.\nNo.\n")
-    named = ["no command '/nonsense'; /help", "no command '/'", "/image needs a picture", "no picture at 'none.png'"]
+    named = ["no command '/nonsense'; /help", "no command '/'", "/image needs an image", "no image at 'none.png'"]
     named += [
-        "bad.png is no picture",
-        "stdin is the talk here",
+        "bad.png is not an image",
+        "stdin is the conversation here",
         "cannot read '.'",
         "only http and https",
         "cannot read",
@@ -124,47 +121,47 @@ def test_what_fails_is_one_line_and_nothing_is_lost(talk: Conversation, tmp_path
     for line, message in zip(found, named, strict=True):
         assert line.startswith("error: ")
         assert message in line
-    assert talk({"/x?": "A path."}, " /x?\n").stdout == "A path.\n"
+    assert converse({"/x?": "A path."}, " /x?\n").stdout == "A path.\n"
 
 
-def test_a_wrong_picture_to_begin_with_ends_the_command_before_the_model_is_opened(talk: Conversation) -> None:
-    result = talk({}, "One?\n", "none.png")
+def test_a_wrong_first_image_ends_the_command_before_the_first_question(converse: Converse) -> None:
+    result = converse({}, "One?\n", "none.png")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert errors(result) == ["error: no picture at 'none.png'; check the path"]
-    assert "stdin is the talk" in talk({}, "One?\n", "-").stderr
-    assert "stdin is the talk" in talk({}, "{}\n", "--json-schema", "-").stderr
+    assert errors(result) == ["error: no image at 'none.png'; check the path"]
+    assert "stdin is the conversation" in converse({}, "One?\n", "-").stderr
+    assert "stdin is the conversation" in converse({}, "{}\n", "--json-schema", "-").stderr
 
 
-def test_a_full_context_names_what_helps_and_loses_nothing(talk: Conversation) -> None:
+def test_a_full_context_names_the_remedy_and_loses_nothing(converse: Converse) -> None:
     long = "x" * 400
-    result = talk({long: "y" * 90, "Hi": "New."}, f"{long}\nAnd?????\n/save kept.jsonl\n/reset\nHi\n")
+    result = converse({long: "y" * 90, "Hi": "New."}, f"{long}\nAnd?????\n/save kept.jsonl\n/reset\nHi\n")
     assert (result.exit_code, result.stdout) == (1, "y" * 90 + "\nNew.\n")
     (line,) = errors(result)
-    assert re.search(r"the model's context is 500: .*; or /reset, .*\(-c goes no further", line)
+    assert re.search(r"the model's context is 500: .*; or /reset, .*\(-c does not help", line)
     assert len(Path("kept.jsonl").read_text().splitlines()) == 2
 
 
-def test_commands_change_the_talk(talk: Conversation) -> None:
+def test_commands_change_the_conversation(converse: Converse) -> None:
     answers = {"Be brief.One?": "Yes.", "Be brief.Two?": "No.", "Two?": "Well."}
-    result = talk(answers, "One?\n/reset\nTwo?\n/reset\n/system\nTwo?\n", "--system", "Be brief.")
+    result = converse(answers, "One?\n/reset\nTwo?\n/reset\n/system\nTwo?\n", "--system", "Be brief.")
     assert result.stdout == "Yes.\nNo.\nWell.\n"
-    assert talk({"Sing.One?": "La."}, "/system  Sing.\nOne?").stdout == "La.\n"
+    assert converse({"Sing.One?": "La."}, "/system  Sing.\nOne?").stdout == "La.\n"
 
 
-def test_a_saved_talk_is_what_the_model_was_asked_and_nothing_is_overwritten(
-    talk: Conversation, tmp_path: Path
+def test_a_saved_conversation_is_what_the_model_got_and_nothing_is_overwritten(
+    converse: Converse, tmp_path: Path
 ) -> None:
     Image.open(SMALL).save("my photo.png")
-    typed = "/save early.jsonl\n/image 'my photo.png'\nWhat “é”?\nTwo?\n/save talk.jsonl\n"
+    typed = "/save early.jsonl\n/image 'my photo.png'\nWhat “é”?\nTwo?\n/save chat.jsonl\n"
     answers = {"Be brief.What “é”?": "A\u2028cat.", "Be brief.What “é”?A\u2028cat.Two?": "No."}
-    result = talk(answers, typed, "--system", "Be brief.")
+    result = converse(answers, typed, "--system", "Be brief.")
     assert result.stdout == "A\u2028cat.\nNo.\n"
-    assert (tmp_path / "early.jsonl").read_text().count("\n") == 1  # what the system says
-    saved = [json.loads(line) for line in (tmp_path / "talk.jsonl").read_text("utf-8").split("\n")[:-1]]
-    picture = {"type": "image", "image": "my photo.png"}
+    assert (tmp_path / "early.jsonl").read_text().count("\n") == 1  # the system prompt
+    saved = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text("utf-8").split("\n")[:-1]]
+    image = {"type": "image", "image": "my photo.png"}
     assert saved == [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [picture, {"type": "text", "text": "What “é”?"}]},
+        {"role": "user", "content": [image, {"type": "text", "text": "What “é”?"}]},
         {"role": "assistant", "content": "A\u2028cat."},
         {"role": "user", "content": [{"type": "text", "text": "Two?"}]},
         {"role": "assistant", "content": "No."},
@@ -172,25 +169,25 @@ def test_a_saved_talk_is_what_the_model_was_asked_and_nothing_is_overwritten(
     model, _ = talkative({"Be brief.What “é”?A\u2028cat.Two?No.Three?": "Good."})
     later = [*saved, {"role": "user", "content": "Three?"}]
     assert "".join(chunk.text for chunk in model.chat(later)) == "Good."
-    before = (tmp_path / "talk.jsonl").read_bytes()
-    again = talk({"Hi": "Ho."}, "/save talk.jsonl\nHi\n/save talk.jsonl\n/save .\n/save! .\n")
+    before = (tmp_path / "chat.jsonl").read_bytes()
+    again = converse({"Hi": "Ho."}, "/save chat.jsonl\nHi\n/save chat.jsonl\n/save .\n/save! .\n")
     nothing, there, folder, over = errors(again)
-    assert nothing == "error: nothing was said yet, so there is nothing to save"
-    assert there == "error: talk.jsonl is there already; give another name, or /save! talk.jsonl to replace it"
-    assert ". is there already" in folder
+    assert nothing == "error: there is no message yet, so there is nothing to save; ask a question first"
+    assert there == "error: chat.jsonl exists already; give another name, or /save! chat.jsonl to replace it"
+    assert ". exists already" in folder
     assert "cannot write" in over
-    assert (tmp_path / "talk.jsonl").read_bytes() == before
-    assert talk({"Hi": "Ho."}, "Hi\n/save! talk.jsonl\n").exit_code == 0
-    assert len((tmp_path / "talk.jsonl").read_text().splitlines()) == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["early.jsonl", "my photo.png", "talk.jsonl"]
+    assert (tmp_path / "chat.jsonl").read_bytes() == before
+    assert converse({"Hi": "Ho."}, "Hi\n/save! chat.jsonl\n").exit_code == 0
+    assert len((tmp_path / "chat.jsonl").read_text().splitlines()) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chat.jsonl", "early.jsonl", "my photo.png"]
 
 
-def test_stats_and_help_go_to_stderr(talk: Conversation) -> None:
-    result = talk({"One?": "Yes."}, f"/stats\n/image {SMALL}\nOne?\n/stats\n/help\n")
+def test_stats_and_help_go_to_stderr(converse: Converse) -> None:
+    result = converse({"One?": "Yes."}, f"/stats\n/image {SMALL}\nOne?\n/stats\n/help\n")
     assert result.stdout == "Yes.\n"
     first, *shown = errors(result)
-    assert first == "talk       turns: 0, pictures: 0"
-    assert shown[0] == "talk       turns: 1, pictures: 1"
+    assert first == "chat       turns: 0, images: 0"
+    assert shown[0] == "chat       turns: 1, images: 1"
     n_image = talkative({})[0].preprocess(SMALL).plan.n_image_tokens
     used = n_image + 4 + len("One?Yes.")  # two markers of the image, two of the turn
     assert shown[1] == f"context    {used} of 500 tokens after the last answer"
@@ -201,21 +198,21 @@ def test_stats_and_help_go_to_stderr(talk: Conversation) -> None:
 @pytest.mark.parametrize(
     "typed", [b"One\xff?\nTwo?\n", b"\xef\xbb\xbf\0\x1b[2J\nTwo?\n", os.urandom(3000) + b"\nTwo?"]
 )
-def test_hostile_bytes_are_a_question_like_any_other(talk: Conversation, typed: bytes) -> None:
-    result = talk({}, typed.replace(b"/", b"x"))
+def test_hostile_bytes_are_a_question_like_any_other(converse: Converse, typed: bytes) -> None:
+    result = converse({}, typed.replace(b"/", b"x"))
     assert result.stdout.endswith("?\n")
     assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
-def test_a_line_without_end_is_left_out(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_without_end_is_skipped(converse: Converse, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "LONGEST_LINE", 100)
-    result = talk({"One?": "Yes."}, "x" * 100 + "y" * 350 + "\nOne?\n" + "z" * 100)
+    result = converse({"One?": "Yes."}, "x" * 100 + "y" * 350 + "\nOne?\n" + "z" * 100)
     assert (result.exit_code, result.stdout) == (1, "Yes.\n")
     assert [line[:41] for line in errors(result)] == ["error: a line has more than 100 characters"[:41]] * 2
 
 
 def stopping(answers: Mapping[str, str], at: str) -> tuple[Model, CountingEngine]:
-    """A model that somebody stops with Ctrl-C when it says a letter."""
+    """A model that is stopped with Ctrl-C at a letter of its answer."""
     model, engine = talkative(answers)
     piece = engine.piece
 
@@ -230,9 +227,9 @@ def stopping(answers: Mapping[str, str], at: str) -> tuple[Model, CountingEngine
     return model, engine
 
 
-def test_ctrl_c_stops_the_answer_and_the_talk_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_answer_but_not_the_conversation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, _ = stopping({"One?": "Yes! No.", "One?Yes!Two?": "Well.", "Two?": "Lost."}, at="!")
-    path = tmp_path / "talk.jsonl"
+    path = tmp_path / "chat.jsonl"
     typed = [types("One?"), raises(KeyboardInterrupt()), types("Two?"), types(f"/save {path}")]
     result = on_terminal(monkeypatch, model, typed)
     assert (result.exit_code, result.stdout) == (0, "Yes!\nWell.\n")
@@ -240,9 +237,9 @@ def test_ctrl_c_stops_the_answer_and_the_talk_goes_on(monkeypatch: pytest.Monkey
     assert "error" not in result.stderr
 
 
-def test_ctrl_c_ends_a_pipe(talk: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_a_pipe(converse: Converse, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = stopping({"One?": "Yes! No."}, at="!")
-    monkeypatch.setattr(command, "open_model", lambda *_, **__: model)
+    monkeypatch.setattr(command, "opening", lambda *_, **__: nullcontext(lambda: model))
     result = CliRunner().invoke(app, ["chat"], input="One?\nTwo?\n")
     assert (result.exit_code, result.stdout) == (130, "Yes!\n")
 
@@ -252,25 +249,25 @@ def test_a_terminal_gets_notes_unless_quiet_and_failures_do_not_count(monkeypatc
     typed = [types(f"/image {SMALL}"), types("/image none"), types("One?")]
     result = on_terminal(monkeypatch, model, typed, "-n", "2", WIDE)
     assert (result.exit_code, result.stdout) == (0, "Ye\n")
-    greeting, first, second, error, cut = errors(result)
+    greeting, first, second, error, truncated = errors(result)
     assert greeting.startswith("scripted; /help")
     assert re.fullmatch(rf"{WIDE}: \d+x\d+, \d+ image tokens, with the next question", first)
     assert second.startswith(SMALL)
-    assert error.startswith("error: no picture at 'none'")
-    assert cut == "(cut off after 2 tokens; --max-tokens allows more)"
+    assert error.startswith("error: no image at 'none'")
+    assert truncated == "(truncated after 2 tokens; --max-tokens allows more)"
     again, _ = talkative({"One?": "Yes."})
     assert errors(on_terminal(monkeypatch, again, typed, "-n", "2", "-q", WIDE)) == [error]
 
 
-def test_an_address_is_saved_without_its_secrets(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, talk: Conversation
+def test_a_url_is_saved_without_its_secrets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, converse: Converse
 ) -> None:
     monkeypatch.setattr("lfm2vl_edge.image.load.fetch", lambda _: Path(SMALL).read_bytes())
-    result = talk(
-        {}, "/image https://me:secret@host/a.png?key=secret\nHi\n/save talk.jsonl\n/image http://me:x@host:y/"
+    result = converse(
+        {}, "/image https://me:secret@host/a.png?key=secret\nHi\n/save chat.jsonl\n/image http://me:x@host:y/"
     )
     assert result.stdout == "?\n"
-    saved = (tmp_path / "talk.jsonl").read_text()
+    saved = (tmp_path / "chat.jsonl").read_text()
     assert "https://host/a.png?..." in saved
     assert "secret" not in saved + result.stderr
 
@@ -296,12 +293,12 @@ def test_the_history_outlives_the_session_within_its_limits(tmp_path: Path, capl
         assert command._load_history(broken) == []
         command._store_history(broken, ["a"])
     assert caplog.text.count("cannot read the history in") >= 1
-    assert caplog.text.count("cannot keep the history in") == 2
+    assert caplog.text.count("cannot store the history in") == 2
 
 
 @contextmanager
 def terminal(folder: Path, data: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """Run `chat` on a terminal of its own; gives the process and the terminal's other end."""
+    """Run `chat` on a terminal of its own; yields the process and the terminal's other end."""
     ours, theirs = os.openpty()
     environment = {**os.environ, "LFM2VL_DATA": str(data), "TERM": "dumb", "LFM2VL_CACHE": ""}
     arguments = ["chat", "-m", str(folder), "-n", "30000", "--temperature", "0"]
@@ -338,7 +335,7 @@ def test_a_terminal_has_editing_ctrl_c_ctrl_d_and_a_history(pair: Pair, tmp_path
         await_text(keyboard, b"> ")
         os.write(keyboard, b"gox\x7f\r")  # the x is taken back
         await_text(keyboard, b"\r\n")
-        os.read(keyboard, 100)  # the answer has begun; it would have 30,000 tokens
+        os.read(keyboard, 100)  # the answer has started; it would have 30,000 tokens
         process.send_signal(signal.SIGINT)
         await_text(keyboard, b"\r\n> ")
         os.write(keyboard, b"\x10\x10\r")  # two lines up in the history
@@ -347,5 +344,5 @@ def test_a_terminal_has_editing_ctrl_c_ctrl_d_and_a_history(pair: Pair, tmp_path
         _, shown = process.communicate(timeout=60)
     assert process.returncode == 0
     assert b"Traceback" not in shown
-    assert b"talk       turns: 1, pictures: 0" in shown
+    assert b"chat       turns: 1, images: 0" in shown
     assert (tmp_path / "chat_history").read_text() == "/stats\ngo\n/stats\n"
