@@ -45,7 +45,7 @@ def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
     """Return the command line with these commands."""
     app = typer.Typer(
         name="lfm2vl-edge",
-        help="Ask LFM2-VL vision-language models about pictures, on the machine at hand.",
+        help="Ask LFM2-VL vision-language models about images, on this machine.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         add_completion=True,
@@ -53,11 +53,11 @@ def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
     )
     app.callback()(_common)
     for name in names:
-        found = getattr(import_module(f"lfm2vl_edge.cli.{name}"), _FUNCTIONS.get(name, name))
-        if isinstance(found, typer.Typer):
-            app.add_typer(found)
+        command = getattr(import_module(f"lfm2vl_edge.cli.{name}"), _FUNCTIONS.get(name, name))
+        if isinstance(command, typer.Typer):
+            app.add_typer(command)
         else:
-            app.command(name)(found)
+            app.command(name)(command)
     return app
 
 

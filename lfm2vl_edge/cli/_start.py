@@ -1,9 +1,9 @@
-"""What makes commands start faster and share the processors: it changes the process, so only commands call it.
+"""Settings that make commands start faster and share processors: they change the process, so only `main` makes them.
 
-Two of the settings concern threads. numpy's BLAS threads would only keep llama.cpp's waiting. And llama.cpp's threads
-meet hundreds of times per token: GNU's OpenMP lets a thread that arrives early spin for milliseconds, which is fastest
-on processors without other work. If another program needs them too, a spinning thread takes the time that the late one
-needs, and a token can take fifty times as long (`docs/performance.md`).
+Two of them concern threads. numpy's BLAS threads would only compete with llama.cpp's. And llama.cpp's threads wait for
+each other hundreds of times per token: GNU's OpenMP lets a waiting thread spin for milliseconds, which is fastest on
+idle processors. If other programs use them too, a spinning thread takes the time that the slowest one needs, and a
+token can take fifty times as long (`docs/performance.md`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from lfm2vl_edge.host import big_cores
 
 _SPIN_COUNT: Final = "GOMP_SPINCOUNT"
 _WAIT_POLICY: Final = "OMP_WAIT_POLICY"
-"""Environment variables that libgomp reads when it is loaded; a value of the user is left alone."""
+"""Environment variables that libgomp reads when it is loaded; the user's values are kept."""
 _SHORT_SPIN: Final = "1000"
 """Rounds of about ten nanoseconds, instead of 300,000. No spinning at all would halve the decoding speed."""
 _LOAD: Final = Path("/proc/loadavg")
 _SAMPLES: Final = 3
 _SECONDS_BETWEEN: Final = 0.001
-"""A thread that runs only for a moment is not seen by all samples."""
+"""So that a thread that runs only for a moment is not in all samples."""
 _BINDINGS: Final = "llama_cpp"
 
 
@@ -58,7 +58,7 @@ def _running(load: Path) -> int:
 
 
 class _Postponed(ModuleType):
-    """A package whose `__init__` runs only when an attribute is requested that its imported modules do not provide."""
+    """A package whose `__init__` runs at the first access to an attribute that is not an imported module."""
 
     def __getattr__(self, name: str) -> Any:
         self.__class__ = ModuleType  # type: ignore[assignment]
@@ -68,9 +68,9 @@ class _Postponed(ModuleType):
 
 
 def postpone_bindings() -> None:
-    """Skip the high-level half of llama_cpp (chat formats, databases, ...) until somebody uses it.
+    """Postpone the import of llama_cpp's high-level modules (chat formats, databases, ...) to their first use.
 
-    Commands need only its ctypes modules; the rest takes a seventh of the time to import everything that answers.
+    Commands need only its ctypes modules; the others take a seventh of the time of all imports before an answer.
     """
     spec = find_spec(_BINDINGS) if _BINDINGS not in sys.modules else None
     if spec is not None:

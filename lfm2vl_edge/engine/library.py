@@ -53,7 +53,7 @@ def bindings(name: str) -> Any:
 
 @functools.cache
 def libllama() -> Any:
-    """Return libllama, the same copy that llama_cpp uses, with the types of the functions that read a model file.
+    """Return libllama, the same copy that llama_cpp uses, with types of some functions and its log attached to `LOG`.
 
     Raises:
         ImportError: llama_cpp is not installed.
@@ -68,6 +68,7 @@ def libllama() -> Any:
     library.llama_sampler_init_grammar.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p]
     library.llama_sampler_init_grammar.restype = ctypes.c_void_p
     library.llama_log_set.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.llama_log_set(ctypes.cast(LOG.callback, ctypes.c_void_p), None)
     return library
 
 
