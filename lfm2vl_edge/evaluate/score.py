@@ -25,7 +25,7 @@ from typing import Any, Final, NoReturn, TypeAlias
 
 from lfm2vl_edge.config import FRACTION_BOXES, BoxFormat
 from lfm2vl_edge.errors import DataError
-from lfm2vl_edge.structured.boxes import label_and_corners
+from lfm2vl_edge.structured.boxes import read_entry
 
 Corners: TypeAlias = tuple[float, float, float, float]
 """x1, y1, x2, y2 of a box, as fractions of the image's width and height."""
@@ -139,7 +139,7 @@ def true_boxes(accepted: str) -> list[LabelledBox] | None:
 
 
 def _true_box(entry: Any) -> LabelledBox:
-    found = label_and_corners(entry, FRACTION_BOXES)
+    found = read_entry(entry, FRACTION_BOXES)
     if found is not None:
         x1, y1, x2, y2 = found[1]
         if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1:
@@ -155,8 +155,8 @@ def found_boxes(answer: str, boxes: BoxFormat = FRACTION_BOXES) -> list[Labelled
     parsed = _parsed(answer)
     if not isinstance(parsed, list):
         return None
-    read = [label_and_corners(entry, boxes) for entry in parsed]
-    known = [(box[0], _within_image(box[1], boxes.scale)) for box in read if box is not None]
+    read = [read_entry(entry, boxes) for entry in parsed]
+    known = [(box[0], _within_image(*box[1:])) for box in read if box is not None]
     return known if len(known) == len(read) else None
 
 

@@ -78,8 +78,8 @@ def read_boxes(answer: str, boxes: BoxFormat, height: int, width: int) -> list[B
 
 def _boxes(entries: Sequence[str], boxes: BoxFormat, height: int, width: int) -> Iterator[Box]:
     for entry in entries:
-        found = label_and_corners(_parsed(entry), boxes)
-        fractions = None if found is None else _fractions(found[1], boxes.scale)
+        found = read_entry(_parsed(entry), boxes)
+        fractions = None if found is None else _fractions(*found[1:])
         if found is None or fractions is None:
             _LOG.warning("left out of the answer, as it is not a valid box of the image: %s", _short(entry))
             continue
@@ -88,19 +88,23 @@ def _boxes(entries: Sequence[str], boxes: BoxFormat, height: int, width: int) ->
         yield Box(label=found[0], left=left, top=top, right=right, bottom=bottom)
 
 
-def label_and_corners(entry: Any, boxes: BoxFormat) -> tuple[str, list[float]] | None:
-    """Return label and x1, y1, x2, y2 of one entry of a list of boxes; None if it has no label or no four numbers.
+def read_entry(entry: Any, boxes: BoxFormat) -> tuple[str, list[float], int] | None:
+    """Return label, x1, y1, x2, y2 and their scale, as in `BoxFormat`, of one entry of a list of boxes.
+
+    The corners may be outside of the image. Those under the key of another format are fractions if none is above 1.
 
     Args:
-        entry: a JSON value.
-        boxes: how the model writes boxes; the corners are on its scale, and may be outside of the image.
+        entry: a JSON value; if it has no label or not four numbers, None is returned.
+        boxes: how the model writes boxes.
     """
     if not isinstance(entry, dict) or not isinstance(entry.get("label"), str):
         return None
-    corners = next((entry[key] for key in (boxes.key, *_KEYS) if key in entry), None)
+    key = next((key for key in (boxes.key, *_KEYS) if key in entry), "")
+    corners = entry.get(key)
     if not isinstance(corners, list) or len(corners) != 4 or not all(map(_is_number, corners)):
         return None
-    return entry["label"], corners
+    in_fractions = key != boxes.key and max(corners) <= 1 + _OVERSHOOT
+    return entry["label"], corners, 1 if in_fractions else boxes.scale
 
 
 def _is_number(value: object) -> bool:

@@ -187,6 +187,7 @@ def test_boxes_of_an_answer(
         ('[{"image_id": 0, "bbox_2d": [0, 0, 250, 1000], "label": "cat"}]', THOUSAND_BOXES, True, 0.5),
         ('[{"label": "cat", "bbox_2d": [-5, 0, 500, 1010]}]', THOUSAND_BOXES, True, 1.0),
         ('[{"label": "cat", "bbox": [0, 0, 500, 1000]}]', THOUSAND_BOXES, True, 1.0),  # either key, as detect reads it
+        ('[{"label": "cat", "bbox": [0, 0, 0.25, 1]}]', THOUSAND_BOXES, True, 0.5),  # the other format altogether
         ('[{"label": "cat", "bbox_2d": [0, 0, 0.5, 1]}]', FRACTION_BOXES, True, 1.0),
         ('[{"label": "cat", "bbox_2d": [0, 0, ' + "9" * 400 + ", 1000]}]", THOUSAND_BOXES, True, 0.5),
         ('[{"label": "cat", "bbox_2d": [0, 0, "500", 1000]}]', THOUSAND_BOXES, False, 0.0),
