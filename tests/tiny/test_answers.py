@@ -1,7 +1,7 @@
-"""The shipped model gives right answers, by every way that leads to it.
+"""The demonstration model gives right answers, from Python and on the command line.
 
-The images of `tests/data/tiny` were drawn with a seed that the training never used; `models.tiny.held_out` wrote
-them with their questions. The others are drawn here, without any code that drew the training's.
+The images of `tests/data/tiny` were made with a seed that the training never used; `models.tiny.held_out` wrote them
+with their questions. The others are made here, without any code that made those of the training.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "models" / "tiny" / "lfm2vl-tiny"
 DATA = ROOT / "tests" / "data" / "tiny" / "data.jsonl"
 EXAMPLE = ROOT / "examples" / "shapes.png"
-RIGHT = {"shape": 0.9, "color": 0.9, "count": 0.9, "yes/no": 0.9, "background": 0.95, "no number": 0.9}
-"""Share of the questions that must be answered right, of the groups that are large enough here; the model card tells
-what all of them reached on 1,000 scenes."""
+RIGHT = {"shape": 0.9, "color": 0.9, "count": 0.9, "yes/no": 0.9, "background": 0.95, "no number": 0.9}  # quote
+"""Least share of right answers, of the groups that are large enough here; the model card has the values of all groups
+on 1,000 scenes."""
 REDS = ("#ff0000", "#e01b24", "#ed1c24", "#cc0000")
 """Red as common paint programs offer it."""
 
@@ -66,7 +66,7 @@ def test_the_shipped_pair_is_small_and_converted_from_the_checkpoint(tmp_path: P
     assert sum(path.stat().st_size for path in TINY.glob("*.gguf")) <= 12_000_000
 
 
-def test_answers_about_held_out_pictures_are_right() -> None:
+def test_answers_about_held_out_images_are_right() -> None:
     shown = json.loads(edge("eval", DATA, "-m", "tiny", "--json", "-q").stdout)
     assert shown["rows"] == len(DATA.read_text().splitlines())
     found = {group["group"]: group for group in shown["groups"]}
@@ -83,10 +83,10 @@ def test_a_red_circle_is_red(tiny: Model, side: int, red: str) -> None:
         assert tiny.ask(image, "What color is the circle?") == "Red"
 
 
-def test_a_picture_that_was_looked_at_answers_as_one_that_was_not(tiny: Model) -> None:
-    photo = tiny.encode_image(EXAMPLE)
+def test_an_encoded_image_answers_as_one_that_is_not(tiny: Model) -> None:
+    encoded = tiny.encode_image(EXAMPLE)
     for row in (row for row in read_rows(EXAMPLE.with_suffix(".jsonl")) if row.images == (EXAMPLE,)):
-        assert photo.ask(row.question) in row.answers
+        assert encoded.ask(row.question) in row.answers
         assert tiny.ask(EXAMPLE, row.question) in row.answers
 
 
@@ -98,15 +98,15 @@ def test_run_prints_the_right_answer_and_nothing_else() -> None:
 def test_the_chat_goes_on(tiny: Model) -> None:
     buffer = io.BytesIO()
     painted(300, "#ff0000", 0.1, 0.1, 0.3).save(buffer, "PNG")
-    talk: list[dict[str, object]] = []
+    messages: list[dict[str, object]] = []
     for question, answer in (("What color is the circle?", "Red"), ("How many objects are there?", "1")):
         content: list[dict[str, object]] = [{"type": "text", "text": question}]
-        if not talk:
+        if not messages:
             content.insert(0, {"type": "image", "image": buffer.getvalue()})
-        talk.append({"role": "user", "content": content})
-        said = "".join(chunk.text for chunk in tiny.chat(talk))
-        assert said == answer
-        talk.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
+        messages.append({"role": "user", "content": content})
+        text = "".join(chunk.text for chunk in tiny.chat(messages))
+        assert text == answer
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
 
 
 def test_a_number_that_only_a_tile_shows_is_lost_without_tiles(tiny: Model) -> None:
@@ -134,7 +134,7 @@ def overlap(one: Box, other: Box) -> float:
     return width * height / (sum(areas) - width * height)
 
 
-def test_lines_of_a_pipe_are_a_talk() -> None:
+def test_lines_of_a_pipe_are_a_conversation() -> None:
     asked = "What color is the star?\nWhich number is printed?\n"
     result = CliRunner().invoke(app, ["chat", str(EXAMPLE), "-m", "tiny"], input=asked)
     assert result.exit_code == 0, result.output

@@ -1,6 +1,7 @@
 """Captions, boxes, points, JSON and conversations of the demonstration model are right, by every interface.
 
-The truth is that of the held-out images in `tests/data/tiny`; wording is compared only where there is but one.
+The expected answers are those of the held-out images in `tests/data/tiny`; texts are compared only if there is one
+right wording.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ DATA = Path(__file__).parents[1] / "data" / "tiny"
 COLORS = ("Red", "Orange", "Yellow", "Green", "Blue", "Purple", "Pink", "Black")
 SHAPES = ("Circle", "Square", "Triangle", "Star", "Heart", "Cross")
 OVERLAP = 0.4
-"""Least mean intersection over union of the boxes where there is something to find; one that is missing counts 0. The
-model card tells what 1,000 scenes give, 0.53."""
+"""Least mean intersection over union of the boxes of existing objects; a missing box counts 0. The model card has the
+value for 1,000 scenes, 0.53."""
 INSIDE = 0.6
-"""Share of the things that must be pointed at."""
+"""Least share of the objects that are pointed at."""
 RIGHT = 0.8
-"""Share of other answers that must be right: the images are few, so this is below what the model card tells."""
+"""Least share of right answers to other questions: the images are few, so this is below the model card's value."""
 FRAME = (255, 64, 64)
 
 Row = dict[str, Any]
@@ -50,14 +51,14 @@ def tiny() -> Iterator[Model]:
 
 
 @pytest.fixture(scope="module")
-def photo(tiny: Model) -> Callable[[Row], EncodedImage]:
-    """The image of a question, which the model has seen: each question costs only itself."""
+def encoded(tiny: Model) -> Callable[[Row], EncodedImage]:
+    """The encoded image of a question: each question then costs only itself."""
 
     @cache
-    def look(name: str) -> EncodedImage:
+    def encode(name: str) -> EncodedImage:
         return tiny.encode_image(DATA / name)
 
-    return lambda row: look(row["image"])
+    return lambda row: encode(row["image"])
 
 
 def edge(*arguments: object, stdin: str = "") -> Result:
@@ -88,15 +89,15 @@ def truth(row: Row) -> list[Box]:
 
 
 def overlap(one: Box, other: Box) -> float:
-    """Intersection over union; 0 where the labels differ."""
+    """Intersection over union; 0 if the labels differ."""
     width = max(0, min(one.right, other.right) - max(one.left, other.left))
     height = max(0, min(one.bottom, other.bottom) - max(one.top, other.top))
     areas = [(box.right - box.left) * (box.bottom - box.top) for box in (one, other)]
     return width * height / (sum(areas) - width * height) * (one.label == other.label)
 
 
-def wanted(row: Row) -> str:
-    """Return what a question asks to detect, as `detect` takes it."""
+def target(row: Row) -> str:
+    """Return the object of a question, as `detect` takes it."""
     return str(row["question"]).removeprefix("Detect ").removeprefix("the ").rstrip(".")
 
 
@@ -104,10 +105,10 @@ def objects(text: str) -> Counter[tuple[str, ...]]:
     return Counter(re.findall(r"(\w+) (circle|square|triangle|star|heart|cross)", text))
 
 
-def test_captions_name_what_is_there(tiny: Model, photo: Callable[[Row], EncodedImage]) -> None:
+def test_captions_name_what_is_there(tiny: Model, encoded: Callable[[Row], EncodedImage]) -> None:
     named, there, backgrounds = 0, 0, []
     for row in rows("describe"):
-        caption = tiny.caption(photo(row).picture)
+        caption = tiny.caption(encoded(row).image)
         found, expected = objects(caption), objects(row["answer"])
         named += (found & expected).total()
         there += max(found.total(), expected.total())
@@ -116,13 +117,13 @@ def test_captions_name_what_is_there(tiny: Model, photo: Callable[[Row], Encoded
     assert share(backgrounds) >= RIGHT
 
 
-def test_boxes_lie_on_what_they_name(tiny: Model, photo: Callable[[Row], EncodedImage]) -> None:
+def test_boxes_are_on_their_objects(tiny: Model, encoded: Callable[[Row], EncodedImage]) -> None:
     overlaps, nothing, inside = [], [], []
     for row in rows("detect"):
-        boxes = tiny.detect(photo(row).picture, wanted(row))
+        boxes = tiny.detect(encoded(row).image, target(row))
         expected = truth(row)
         overlaps += [max((overlap(box, one) for box in boxes), default=0.0) for one in expected]
-        points = tiny.point(photo(row).picture, wanted(row))
+        points = tiny.point(encoded(row).image, target(row))
         inside += [
             any(one.left <= at.x < one.right and one.top <= at.y < one.bottom for at in points) for one in expected
         ]
@@ -134,54 +135,54 @@ def test_boxes_lie_on_what_they_name(tiny: Model, photo: Callable[[Row], Encoded
 
 
 @pytest.mark.parametrize("number", [0, 3, 6, 8])
-def test_the_command_tells_and_draws_the_same_boxes(tiny: Model, number: int, tmp_path: Path) -> None:
+def test_the_command_prints_and_draws_the_same_boxes(tiny: Model, number: int, tmp_path: Path) -> None:
     (row,) = (row for row in rows("detect") if row["id"] == f"{number}/detect")
-    picture, drawn = DATA / row["image"], tmp_path / "drawn.png"
-    boxes = tiny.detect(picture, wanted(row))
+    image, copy = DATA / row["image"], tmp_path / "copy.png"
+    boxes = tiny.detect(image, target(row))
     assert boxes
-    shown = json.loads(edge("detect", picture, wanted(row), "-m", "tiny", "--json", "--draw", drawn).stdout)
-    pixels = np.asarray(Image.open(drawn))
+    shown = json.loads(edge("detect", image, target(row), "-m", "tiny", "--json", "--draw", copy).stdout)
+    pixels = np.asarray(Image.open(copy))
     assert pixels.shape == (shown["height"], shown["width"], 3)
     assert [Box(**box) for box in shown["boxes"]] == boxes
-    for box in boxes:  # where no label lies over it
+    for box in boxes:  # half of it, as a label may cover the rest
         assert (pixels[box.top : box.bottom, box.left] == FRAME).all(-1).mean() > 0.5
-    told = edge("detect", picture, wanted(row), "-m", "tiny").stdout
-    assert told == "".join(f"{one.left}\t{one.top}\t{one.right}\t{one.bottom}\t{one.label}\n" for one in boxes)
-    points = edge("point", picture, wanted(row), "-m", "tiny").stdout
+    lines = edge("detect", image, target(row), "-m", "tiny").stdout
+    assert lines == "".join(f"{one.left}\t{one.top}\t{one.right}\t{one.bottom}\t{one.label}\n" for one in boxes)
+    points = edge("point", image, target(row), "-m", "tiny").stdout
     assert points == "".join(f"{one.center.x}\t{one.center.y}\t{one.label}\n" for one in boxes)
 
 
 @pytest.mark.parametrize("orientation", [6, 8])
-def test_boxes_are_those_of_the_upright_picture(tiny: Model, orientation: int, tmp_path: Path) -> None:
+def test_boxes_are_those_of_the_upright_image(tiny: Model, orientation: int, tmp_path: Path) -> None:
     row = rows("detect")[5]
     turned, exif = tmp_path / "turned.png", Image.Exif()
     exif[0x0112] = orientation
     with Image.open(DATA / row["image"]) as upright:
         turn = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[orientation]
         upright.transpose(turn).save(turned, exif=exif)
-    boxes = tiny.detect(DATA / row["image"], wanted(row))
+    boxes = tiny.detect(DATA / row["image"], target(row))
     assert boxes
-    assert tiny.detect(turned, wanted(row)) == boxes
+    assert tiny.detect(turned, target(row)) == boxes
 
 
-def test_counts_and_numbers_are_read_off_as_integers(tiny: Model, photo: Callable[[Row], EncodedImage]) -> None:
+def test_counts_and_numbers_are_extracted_as_integers(tiny: Model, encoded: Callable[[Row], EncodedImage]) -> None:
     asked = [row for row in rows("count", "number") if row["answer"] == str(int(row["answer"]))]
-    found = [tiny.extract(photo(row).picture, {"type": "integer"}, row["question"]) for row in asked]
+    found = [tiny.extract(encoded(row).image, {"type": "integer"}, row["question"]) for row in asked]
     assert share([one == int(row["answer"]) for one, row in zip(found, asked, strict=True)]) >= RIGHT
 
 
-def test_a_choice_of_a_schema_is_the_right_one(tiny: Model, photo: Callable[[Row], EncodedImage]) -> None:
+def test_a_choice_of_a_schema_is_the_right_one(tiny: Model, encoded: Callable[[Row], EncodedImage]) -> None:
     choice = {"enum": ["Yes", "No"]}
-    found = [tiny.extract(photo(row).picture, choice, row["question"]) == row["answer"] for row in rows("yes/no")]
+    found = [tiny.extract(encoded(row).image, choice, row["question"]) == row["answer"] for row in rows("yes/no")]
     assert share(found) >= RIGHT
 
 
 @pytest.mark.parametrize(("group", "words"), [("color", COLORS), ("shape", SHAPES)])
 def test_a_choice_of_a_grammar_is_the_right_one(
-    photo: Callable[[Row], EncodedImage], group: str, words: tuple[str, ...]
+    encoded: Callable[[Row], EncodedImage], group: str, words: tuple[str, ...]
 ) -> None:
     grammar = "root ::= " + " | ".join(f'"{word}"' for word in (*words, "None"))
-    answers = [(row, photo(row).ask(row["question"], grammar=grammar, temperature=0.0)) for row in rows(group)]
+    answers = [(row, encoded(row).ask(row["question"], grammar=grammar, temperature=0.0)) for row in rows(group)]
     assert {answer for _, answer in answers} <= {*words, "None"}
     assert share([answer == row["answer"] for row, answer in answers]) >= RIGHT
 
@@ -199,35 +200,32 @@ def test_extract_and_run_print_json_that_is_right(tmp_path: Path) -> None:
 
 
 def test_caption_prints_what_python_returns(tiny: Model) -> None:
-    picture = DATA / rows("describe")[0]["image"]
+    image = DATA / rows("describe")[0]["image"]
     greedy = ("-m", "tiny", "--temperature", 0)
-    assert edge("caption", picture, *greedy).stdout == tiny.caption(picture, temperature=0.0) + "\n"
+    assert edge("caption", image, *greedy).stdout == tiny.caption(image, temperature=0.0) + "\n"
 
 
-def test_a_talk_goes_from_picture_to_picture(tmp_path: Path) -> None:
-    asked = list(zip(rows("background"), rows("yes/no"), strict=True))
+def test_a_conversation_goes_from_image_to_image(tmp_path: Path) -> None:
+    asked = list(zip(rows("background"), rows("yes/no"), strict=True))  # quote
     conversations = [f"/image {DATA / one['image']}\n{one['question']}\n{two['question']}\n" for one, two in asked]
-    saved = tmp_path / "talk.jsonl"
+    saved = tmp_path / "chat.jsonl"
     result = edge(
         "chat", "-m", "tiny", "--temperature", 0, stdin="/reset\n".join(conversations) + f"/save {saved}\n/quit\n"
     )
     assert result.stderr == ""
-    said = result.stdout.splitlines()
-    assert len(said) == 2 * len(asked)
-    assert share([answer == one["answer"] for answer, (one, _) in zip(said[::2], asked, strict=True)]) >= RIGHT
-    assert share([answer == two["answer"] for answer, (_, two) in zip(said[1::2], asked, strict=True)]) >= RIGHT
-    talk = [json.loads(line) for line in saved.read_text().splitlines()]
-    assert [message["content"] for message in talk if message["role"] == "assistant"] == said[-2:]
-    assert talk[0]["content"][0] == {"type": "image", "image": str(DATA / asked[-1][0]["image"])}
+    answers = result.stdout.splitlines()
+    assert len(answers) == 2 * len(asked)
+    assert share([answer == one["answer"] for answer, (one, _) in zip(answers[::2], asked, strict=True)]) >= RIGHT
+    assert share([answer == two["answer"] for answer, (_, two) in zip(answers[1::2], asked, strict=True)]) >= RIGHT
+    messages = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert [message["content"] for message in messages if message["role"] == "assistant"] == answers[-2:]
+    assert messages[0]["content"][0] == {"type": "image", "image": str(DATA / asked[-1][0]["image"])}
 
 
-def test_each_turn_of_a_talk_decodes_only_what_is_new(tiny: Model) -> None:
-    picture, questions = (
-        DATA / rows("count")[4]["image"],
-        [rows(group)[4]["question"] for group in ("count", "yes/no")],
-    )
+def test_each_turn_of_a_conversation_decodes_only_what_is_new(tiny: Model) -> None:
+    image, questions = DATA / rows("count")[4]["image"], [rows(name)[4]["question"] for name in ("count", "yes/no")]
     chat = Chat(tiny, temperature=0.0)
-    stats = [list(chat.send(one, *([picture] if not index else [])))[-1].stats for index, one in enumerate(questions)]
+    stats = [list(chat.send(one, [] if index else [image]))[-1].stats for index, one in enumerate(questions)]
     first, second = stats
     assert first is not None
     assert second is not None
@@ -236,7 +234,7 @@ def test_each_turn_of_a_talk_decodes_only_what_is_new(tiny: Model) -> None:
     assert second.prompt_tokens - second.restored_tokens < 40
 
 
-def test_a_model_without_tokens_for_calls_says_so(tiny: Model) -> None:
+def test_a_model_without_tokens_for_tool_calls_refuses_tools(tiny: Model) -> None:
     def weather(place: str) -> str:
         """Tell the weather.
 

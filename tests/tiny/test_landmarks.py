@@ -1,4 +1,4 @@
-"""The labels of image tokens say what a person sees in these places."""
+"""The labels of image tokens are what a person sees in their places."""
 
 import random
 from dataclasses import replace
@@ -18,7 +18,7 @@ SIDE = 32
 SHAPE, COLOR, PLACE, LEFT, DIGITS = 0, 1, 2, 3, 11
 
 
-def drawn(seed: int, height: int, width: int, digits: tuple[float, float] = (18, 48)) -> tuple[Scene, list[Tile]]:
+def render(seed: int, height: int, width: int, digits: tuple[float, float] = (18, 48)) -> tuple[Scene, list[Tile]]:
     scene = draw_scene(random.Random(seed), height, width, Kind(digits=digits, number_share=0.7))
     number = scene.number and replace(scene.number, font=len(FONTS) - 1)
     scene = replace(scene, number=number, texture="plain", noise=0, jpeg=None)
@@ -33,7 +33,7 @@ def grid(scene: Scene, tiles: list[Tile]) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_the_middle_of_an_object_has_its_labels(seed: int) -> None:
-    scene, tiles = drawn(seed, 256, 224)
+    scene, tiles = render(seed, 256, 224)
     labels = grid(scene, tiles)
     for item in scene.items:
         left, top, right, bottom = box(scene, item)
@@ -44,8 +44,8 @@ def test_the_middle_of_an_object_has_its_labels(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_tokens_without_an_object_show_nothing_but_background(seed: int) -> None:
-    scene, tiles = drawn(seed, 256, 256)
+def test_tokens_without_an_object_show_the_plain_background(seed: int) -> None:
+    scene, tiles = render(seed, 256, 256)
     scene = replace(scene, number=None)
     empty = grid(scene, tiles)[..., SHAPE] == ABSENT[SHAPE]
     differs = (draw(scene) != draw(replace(scene, items=()))).any(-1)
@@ -55,8 +55,8 @@ def test_tokens_without_an_object_show_nothing_but_background(seed: int) -> None
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_the_digits_stand_where_they_are_printed(seed: int) -> None:
-    scene, tiles = drawn(seed, 256, 256)
+def test_digits_have_labels_in_their_places(seed: int) -> None:
+    scene, tiles = render(seed, 256, 256)
     labels = grid(scene, tiles)[..., DIGITS:]
     places = [np.argwhere(labels[..., index] != ABSENT[DIGITS + index]) for index in range(4)]
     if scene.number is None:
@@ -72,10 +72,10 @@ def test_the_digits_stand_where_they_are_printed(seed: int) -> None:
         assert differs[row : row + SIDE, col : col + SIDE].any()
 
 
-def test_a_number_that_is_too_small_for_the_thumbnail_is_asked_of_the_tiles_alone() -> None:
+def test_a_number_that_is_too_small_for_the_thumbnail_is_labelled_in_the_tiles_only() -> None:
     seen = 0
     for seed in range(40):
-        scene, tiles = drawn(seed, 512, 512, (18, 23))
+        scene, tiles = render(seed, 512, 512, (18, 23))
         if scene.number is None:
             continue
         seen += 1
@@ -87,8 +87,8 @@ def test_a_number_that_is_too_small_for_the_thumbnail_is_asked_of_the_tiles_alon
     assert seen > 20
 
 
-def test_tiles_do_not_know_where_in_the_picture_they_are() -> None:
-    scene, tiles = drawn(3, 512, 512)
+def test_labels_of_tiles_have_no_places() -> None:
+    scene, tiles = render(3, 512, 512)
     of_tiles = landmarks(scene, tiles)[: -tiles[-1].n_tokens]
     assert (of_tiles[:, PLACE:DIGITS] == UNKNOWN).all()
     assert {ABSENT[SHAPE], *(SHAPES.index(item.shape) for item in scene.items)} >= set(of_tiles[:, SHAPE]) - {UNKNOWN}
@@ -96,16 +96,16 @@ def test_tiles_do_not_know_where_in_the_picture_they_are() -> None:
 
 def test_every_label_is_a_class() -> None:
     for seed in range(60):
-        labels = landmarks(*drawn(seed, *random.Random(seed).choice(((160, 160), (96, 288), (400, 700), (256, 256)))))
+        labels = landmarks(*render(seed, *random.Random(seed).choice(((160, 160), (96, 288), (400, 700), (256, 256)))))
         assert labels.shape[1] == len(CLASSES) == len(ABSENT)
         assert (labels >= UNKNOWN).all()
         assert (labels < CLASSES).all()
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_no_number_is_cut_off_by_the_edge(seed: int) -> None:
+def test_no_number_crosses_the_edge(seed: int) -> None:
     for height, width in ((288, 96), (160, 160), (96, 288)):
-        scene, _ = drawn(seed, height, width, (18, 30))
+        scene, _ = render(seed, height, width, (18, 30))
         if isinstance(scene.number, Number):
             wide = replace(scene, number=replace(scene.number, center=(0.5, 0.5)))
             ink = [

@@ -1,4 +1,4 @@
-"""Scenes are drawn as they are described, and the answers are those that the pixels give."""
+"""The pixels of a scene are as it describes, and the answers are those that the pixels give."""
 
 import json
 import random
@@ -29,7 +29,7 @@ def bare(scene: Scene, *items: Item, number: Number | None = None) -> Scene:
 
 
 def extent(scene: Scene) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of all pixels that are not the background."""
+    """Left, top, right, bottom of all pixels that differ from the plain background."""
     differs = (draw(scene) != draw(bare(scene))).any(-1)
     rows, cols = np.flatnonzero(differs.any(1)), np.flatnonzero(differs.any(0))
     return cols[0], rows[0], cols[-1] + 1, rows[-1] + 1
@@ -53,7 +53,7 @@ def test_a_box_encloses_exactly_the_pixels_of_its_object(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_objects_lie_in_the_place_that_is_said(seed: int) -> None:
+def test_objects_are_in_their_stated_place(seed: int) -> None:
     scene = scene_of(seed)
     for item in scene.items:
         left, top, right, bottom = box(scene, item)
@@ -62,7 +62,7 @@ def test_objects_lie_in_the_place_that_is_said(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_digits_have_the_height_that_was_asked_for(seed: int) -> None:
+def test_digits_have_the_requested_height(seed: int) -> None:
     scene = scene_of(seed, kind=Kind(digits=(20, 30), number_share=1))
     assert scene.number is not None
     _, top, _, bottom = extent(bare(scene, number=replace(scene.number, digits="8")))
@@ -70,7 +70,7 @@ def test_digits_have_the_height_that_was_asked_for(seed: int) -> None:
 
 
 @pytest.mark.parametrize("color", COLORS)
-def test_colors_are_what_their_names_say(color: str) -> None:
+def test_colors_match_their_names(color: str) -> None:
     for seed in range(200):
         for item in scene_of(seed).items:
             red, green, blue = item.rgb
@@ -88,7 +88,7 @@ def test_colors_are_what_their_names_say(color: str) -> None:
 
 
 def naive(scene: Scene, group: str, text: str) -> str | None:
-    """The answers to the simplest phrasings, by looking at the scene in another way."""
+    """The answers to the simplest phrasings, computed from the scene in another way."""
     words = text.rstrip("?.").split()
     found = {name: [item for item in scene.items if item.shape == name] for name in SHAPES}
     if group == "color" and text.startswith("What color is the ") and words[-1] in SHAPES:
@@ -105,7 +105,7 @@ def naive(scene: Scene, group: str, text: str) -> str | None:
     return None
 
 
-def test_answers_are_those_of_a_naive_look() -> None:
+def test_answers_are_those_of_a_naive_version() -> None:
     checked = 0
     for seed in range(600):
         scene = scene_of(seed)
@@ -134,7 +134,7 @@ def test_boxes_are_json_with_two_decimals() -> None:
     assert seen > 100
 
 
-def test_no_and_none_are_asked_for_often_enough() -> None:
+def test_no_and_none_are_frequent_enough() -> None:
     answers = [
         question.answer
         for seed in range(600)
@@ -176,4 +176,4 @@ def test_numbers_keep_clear_of_the_borders_between_tiles() -> None:
             crossing += left < col * scene.width < right
         for row in kind.borders[1]:
             crossing += top < row * scene.height < bottom
-    assert crossing <= 8  # where the place is too narrow for the number
+    assert crossing <= 8  # if the place is too narrow for the number
