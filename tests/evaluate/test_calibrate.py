@@ -1,4 +1,4 @@
-"""What goes into the matrices: summed up as numpy and llama-imatrix do, in both towers; and the command for it."""
+"""The inputs of the matrices, added up as by numpy and llama-imatrix in both towers; and the command for it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from lfm2vl_edge.engine.encoder import ggml
 from lfm2vl_edge.engine.llama import EngineSettings
 from lfm2vl_edge.engine.observe import InputSquares, ObservedEngine, _weight_name
 from lfm2vl_edge.errors import EngineError, PromptError
-from lfm2vl_edge.evaluate.calibrate import Calibration, Example
+from lfm2vl_edge.evaluate.calibrate import Calibration
 from lfm2vl_edge.image.synthetic import scenes
 from lfm2vl_edge.models.gguf import read_tensors
 from lfm2vl_edge.models.names import find_pair
-from tests.conftest import PICTURES, Pair
+from tests.conftest import IMAGES, Pair
 
 DATA = Path(__file__).parents[1] / "convert" / "data"
-SMALL = PICTURES / "small.png"
+SMALL = IMAGES / "small.png"
 IDS = list(range(500, 540))
 Values = npt.NDArray[np.float64]
 
@@ -128,19 +128,19 @@ def test_sums_are_llama_imatrix(folder: Path) -> None:
             assert np.abs(found - expected[name]).max() < equal_imatrix.TOLERANCE * expected[name].max(), name
 
 
-def test_every_matrix_sees_every_row(folder: Path) -> None:
-    example = Example(images=(SMALL,), question="Who?", answer="Nobody at all.")
+def test_every_matrix_counts_every_row(folder: Path) -> None:
+    text = "Nobody at all."
     with Calibration.open(find_pair(folder), widths(folder), n_threads=1) as calibration:
-        total = calibration.show(example)
-        counts, answer = dict(calibration.counts), len(calibration._engine.tokenize(example.answer))
-        assert calibration.show(Example(images=(SMALL,), question="Who?")) == total - answer
+        total = calibration.observe([SMALL], "Who?", text)
+        counts, answer = dict(calibration.counts), len(calibration._engine.tokenize(text))
+        assert calibration.observe([SMALL], "Who?") == total - answer
     assert answer > 1
     assert {count for name, count in counts.items() if name.startswith("blk.")} == {total}
     assert len({count for name, count in counts.items() if name.startswith("v.")}) == 1
     assert 4 * counts["mm.2.weight"] == counts["v.blk.0.ffn_up.weight"]
 
 
-def test_long_runs_are_cut_without_changing_the_sums(engine: ObservedEngine, folder: Path) -> None:
+def test_long_runs_are_split_without_changing_the_sums(engine: ObservedEngine, folder: Path) -> None:
     ids = [300 + number % 700 for number in range(300)]
     engine.reserve(len(ids))
     engine.decode_tokens(ids)
@@ -162,20 +162,20 @@ def with_nan(source: Path, target: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["blk.1.ffn_norm.weight", "v.blk.1.ln2.weight"])
-def test_what_is_no_number_is_told(name: str, folder: Path, tmp_path: Path) -> None:
+def test_nan_is_an_error(name: str, folder: Path, tmp_path: Path) -> None:
     with_nan(folder, tmp_path, name)
     with (
         Calibration.open(find_pair(tmp_path), widths(folder), n_threads=1) as calibration,
-        pytest.raises(EngineError, match=r"what goes into (v\.)?blk.1.ffn_\w+.weight is infinite or no number"),
+        pytest.raises(EngineError, match=r"an input of (v\.)?blk.1.ffn_\w+.weight is infinite or NaN"),
     ):
-        calibration.show(Example(images=(SMALL,), question="Who?"))
+        calibration.observe([SMALL], "Who?")
 
 
 def test_an_unknown_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fields = (("surprise", ctypes.c_int64), *ggml.TensorFields._fields_)
     monkeypatch.setattr(ggml, "TensorFields", type("TensorFields", (ctypes.Structure,), {"_fields_": fields}))
     ggml.product_op.cache_clear()
-    with pytest.raises(EngineError, match="lays its tensors out in another way"):
+    with pytest.raises(EngineError, match="have a layout that this version does not know"):
         InputSquares({})
 
 
@@ -189,7 +189,7 @@ def test_an_example_that_does_not_fit(folder: Path) -> None:
         Calibration.open(find_pair(folder), {}, n_threads=1) as calibration,
         pytest.raises(PromptError, match="fewer or smaller images"),
     ):
-        calibration.show(Example(images=(), question="go " * 40_000))
+        calibration.observe([], "go " * 40_000)
 
 
 def test_scenes_are_the_same_in_every_run() -> None:
@@ -221,8 +221,8 @@ def test_the_file_has_llama_cpps_form(folder: Path, rows: Path, tmp_path: Path) 
     outs = tmp_path / "one.gguf", tmp_path / "two.gguf"
     results = [calibrated("-m", folder, "--data", rows, "-o", out, "-t", 1, "--json") for out in outs]
     assert [result.exit_code for result in results] == [0, 0]
-    told = json.loads(results[0].stdout)
-    assert told["examples"] == 2
+    report = json.loads(results[0].stdout)
+    assert report["examples"] == 2
     assert outs[0].read_bytes() == outs[1].read_bytes()
     reader = gguf.GGUFReader(outs[0])
     values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
@@ -242,24 +242,24 @@ def test_the_file_has_llama_cpps_form(folder: Path, rows: Path, tmp_path: Path) 
         for tensor in reader.tensors
         if tensor.name.startswith("blk.") and tensor.shape[0] == 1
     }
-    assert counts == {told["tokens"]}
-    assert f"2 examples, {told['tokens']} tokens, {told['matrices']} matrices" in results[0].stderr
+    assert counts == {report["tokens"]}
+    assert f"2 examples, {report['tokens']} tokens, {report['matrices']} matrices" in results[0].stderr
 
 
-def test_scenes_are_shown_where_there_is_no_data(folder: Path, tmp_path: Path) -> None:
+def test_scenes_are_used_without_data(folder: Path, tmp_path: Path) -> None:
     result = calibrated("-m", folder, "-o", tmp_path / "x.gguf", "--limit", 1, "-q")
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{tmp_path / 'x.gguf'}\n", "")
-    assert b"1 scenes drawn by lfm2vl-edge, seed 4" in (tmp_path / "x.gguf").read_bytes()
+    assert b"1 scenes drawn by lfm2vl-edge, seed 4" in (tmp_path / "x.gguf").read_bytes()  # quote
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "has no rows"),
-        ('{"image": "none.png", "question": "Who?"}', "line 1: no picture at"),
-        ('{"image": "data.jsonl", "question": "Who?"}', "is no picture"),
+        ('{"image": "none.png", "question": "Who?"}', "line 1: no image at"),
+        ('{"image": "data.jsonl", "question": "Who?"}', "is not an image"),
         ('{"image": "small.png"}', "'question' is missing"),
-        ("nonsense", "is no JSON"),
+        ("nonsense", "is not valid JSON"),
     ],
 )
 def test_bad_data_leaves_nothing(text: str, message: str, folder: Path, rows: Path, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_bad_data_leaves_nothing(text: str, message: str, folder: Path, rows: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "small.png"]
 
 
-def test_what_exists_is_kept(folder: Path, rows: Path, tmp_path: Path) -> None:
+def test_an_existing_file_is_kept(folder: Path, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_text("mine")
     result = calibrated("-m", folder, "--data", rows, "-o", tmp_path / "x.gguf")
     assert result.exit_code == 1
@@ -281,14 +281,14 @@ def test_what_exists_is_kept(folder: Path, rows: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["file/x.gguf", "file/deep/x.gguf", "gone/x.gguf", "folder"])
-def test_a_place_that_cannot_be_written_is_noticed_before_the_work(
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(
     place: str, folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(Calibration, "open", lambda *_, **__: pytest.fail("the work has begun"))
+    monkeypatch.setattr(Calibration, "open", lambda *_, **__: pytest.fail("the work has started"))
     result = calibrated("-m", folder, "--data", rows, "-o", tmp_path / place, "--force")
     assert result.exit_code == 1, result.output
     assert result.stderr.startswith(f"error: cannot write {tmp_path / place}: ")
@@ -296,19 +296,29 @@ def test_a_place_that_cannot_be_written_is_noticed_before_the_work(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-TELLING = """
+ANNOUNCING = """
 import sys
 from lfm2vl_edge.evaluate.calibrate import Calibration
 from lfm2vl_edge.cli import main
-show = Calibration.show
-Calibration.show = lambda self, example: print("showing", flush=True) or show(self, example)
+observe = Calibration.observe
+Calibration.observe = lambda self, *example: print("started", flush=True) or observe(self, *example)
 sys.argv = ["lfm2vl-edge", "calibrate", *sys.argv[1:]]
 main()
 """
 
 
 def test_ctrl_c_leaves_nothing(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", TELLING, "-m", str(folder), "-o", str(tmp_path / "x.gguf"), "--limit", "100000"]
+    command = [
+        sys.executable,
+        "-c",
+        ANNOUNCING,
+        "-m",
+        str(folder),
+        "-o",
+        str(tmp_path / "x.gguf"),
+        "--limit",
+        "100000",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
