@@ -25,7 +25,7 @@ Quant = Annotated[
     str,
     typer.Option(
         "--quant",
-        **one_of(LANGUAGE_TYPES, "--quant"),
+        **one_of(LANGUAGE_TYPES, "--quant") | {"metavar": "TYPE"},
         help="Type of the language tower.",
     ),
 ]
@@ -33,7 +33,7 @@ MmprojQuant = Annotated[
     str,
     typer.Option(
         "--mmproj-quant",
-        **one_of((AUTO, *ENCODER_TYPES), "--mmproj-quant"),
+        **one_of((AUTO, *ENCODER_TYPES), "--mmproj-quant") | {"metavar": "TYPE"},
         help="Type of encoder and projector; auto: the faster of F16 and BF16 on this machine.",
     ),
 ]
