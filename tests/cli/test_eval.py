@@ -25,10 +25,10 @@ from lfm2vl_edge.evaluate import normalised
 from lfm2vl_edge.evaluate import run as evaluate_run
 from tests.conftest import IMAGES, Pair
 from tests.evaluate.test_evaluate import ANSWERS, ROWS, data, write
-from tests.evaluate.test_verify import small_pictures
+from tests.evaluate.test_verify import small_images
 from tests.fake_engine import FakeEngine, scripted
 
-__all__ = ["data", "small_pictures"]
+__all__ = ["data", "small_images"]
 SMALL = str(IMAGES / "small.png")
 QUESTIONS = [{"image": SMALL, "question": f"What is number {n}?", "answer": str(n)} for n in range(500)]
 N_KILLED = 100
@@ -211,7 +211,7 @@ def test_verify_compares_the_accuracy_of_two_pairs(
     pair: Pair,
     tmp_path: Path,
     opened: Callable[[str, str], Model],
-    small_pictures: None,
+    small_images: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(evaluate_run, "MAX_TOKENS", 24)
