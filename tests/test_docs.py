@@ -51,7 +51,9 @@ _ONLY_PARSED: Final = ("pull", "rm", "bench", "tune", "doctor")
 """They need a network, or measure the machine. Tests of their own run them."""
 _ONLY_PARSED_OPTIONS: Final = ("--n-gpu-layers", "--device", "--budget-seconds", "--check", "--promote")
 """They need a GPU, a measured profile, or many seconds."""
-_FOREIGN: Final = ("--build", "--baseline-mmproj", "--install", "--temp")
+_SLOW: Final = ("convert", "quantize", "calibrate", "verify")
+"""They take seconds: they are run on the page about them and in transcripts, and parsed elsewhere."""
+_FOREIGN: Final = ("--build", "--baseline-mmproj", "--install", "--temp", "--strict")
 """Options of other programs that the documents name."""
 
 
@@ -167,7 +169,7 @@ def options_of(command: Any) -> set[str]:
 
 
 def runnable(arguments: tuple[str, ...]) -> list[str]:
-    """Return arguments in which models and URLs that are not here are replaced, and nothing is kept from overwriting."""
+    """Return arguments with models and URLs that are here, and with leave to overwrite files."""
     words = [re.sub(r"^https://host/", "", word) for word in arguments]
     words = [re.sub(r"^(?:lfm2(?:\.5)?-vl-[\w.:-]+|owner/repo:\w+)$", "tiny", word) for word in words]
     if "--force" in options_of(command_of(words[0])) and "--force" not in words:
@@ -188,15 +190,22 @@ def stdin_of(words: tuple[str, ...]) -> bytes:
 
 
 def settled(lines: Sequence[str]) -> list[str]:
-    """Return output without what differs from run to run and machine to machine: seconds, speeds, bytes, divergences."""
+    """Return output without what differs between runs and machines: seconds, speeds, bytes, divergences."""
     return [
-        re.sub(r"\d+\.\d+|\d+(?= [MG]B)|(?<=seconds )\d+|(?<=encode )\d+|(?<=prefill )\d+|\d+(?= s$)", "N", line.rstrip())
+        re.sub(
+            r"\d+\.\d+|\d+(?= [MG]B)|(?<=seconds )\d+|(?<=encode )\d+|(?<=prefill )\d+|\d+(?= s$)", "N", line.rstrip()
+        )
         for line in lines
     ]
 
 
-def is_only_parsed(arguments: tuple[str, ...]) -> bool:
-    return arguments[0] in _ONLY_PARSED or any(option in arguments for option in _ONLY_PARSED_OPTIONS)
+def is_only_parsed(command: Command, page: Path) -> bool:
+    name = command.arguments[0]
+    return command.output is None and (
+        name in _ONLY_PARSED
+        or (name in _SLOW and page.name != "quantization.md")
+        or any(option in command.arguments for option in _ONLY_PARSED_OPTIONS)
+    )
 
 
 def parse(arguments: Sequence[str]) -> None:
@@ -206,15 +215,14 @@ def parse(arguments: Sequence[str]) -> None:
 
 def check(command: Command) -> None:
     """Run a command, and compare what it prints with what the page shows."""
-    if command.output is None and is_only_parsed(command.arguments):
-        parse(command.arguments)
-        return
     words = runnable(command.arguments) if command.output is None else list(command.arguments)
     done = CliRunner().invoke(build([words[0]]), words, input=stdin_of(command.stdin))
     output = command.output or ()
     assert done.exit_code == (1 if "[exit code 1]" in output else 0), (words, done.output)
     if command.output is not None and words[0] != "models":  # which lists what fits into this machine
-        assert settled(done.output.rstrip().splitlines()) == settled([one for one in output if one[:10] != "[exit code"])
+        assert settled(done.output.rstrip().splitlines()) == settled(
+            [one for one in output if one[:10] != "[exit code"]
+        )
 
 
 def with_any(kind: str) -> list[Any]:
@@ -236,7 +244,10 @@ def test_the_documents_show_every_command() -> None:
 @pytest.mark.parametrize("page", with_any("commands"))
 def test_the_commands_of_a_page_work(page: Path) -> None:
     for command in commands(page.read_text(encoding="utf-8")):
-        check(command)
+        if is_only_parsed(command, page):
+            parse(command.arguments)
+        else:
+            check(command)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -274,6 +285,10 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
+def anchors(page: Path) -> set[str]:
+    return set(map(anchor, _HEADING.findall(page.read_text(encoding="utf-8"))))
+
+
 def broken_links(page: Path) -> Iterator[str]:
     """Yield the links of a page that lead nowhere in the project."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -283,9 +298,7 @@ def broken_links(page: Path) -> Iterator[str]:
             continue
         path, _, name = target.partition("#")
         file = (page.parent / path) if path else page
-        if not file.exists():
-            yield target
-        elif name and name not in map(anchor, _HEADING.findall(file.read_text(encoding="utf-8"))):
+        if not file.exists() or (name and name not in anchors(file)):
             yield target
 
 
@@ -329,16 +342,16 @@ def test_what_is_named_exists(page: Path) -> None:
 def test_the_makefile_has_the_targets_of_the_documents() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for page in documents():
-        for target in re.findall(r"^ {4}make ([a-z-]+)|`make ([a-z-]+)`", page.read_text(encoding="utf-8"), re.M):
+        for target in re.findall(
+            r"^ {4}make ([a-z-]+)|`make ([a-z-]+)`", page.read_text(encoding="utf-8"), re.MULTILINE
+        ):
             assert f"\n{target[0] or target[1]}:" in makefile, f"{name_of(page)}: make {target}"
 
 
 def test_programs_of_the_documents_exist() -> None:
     """`python -m NAME` of the project: each such module is there and shows its help."""
     named = {
-        name
-        for page in documents()
-        for name in re.findall(r"python -m ([\w.]+)", page.read_text(encoding="utf-8"))
+        name for page in documents() for name in re.findall(r"python -m ([\w.]+)", page.read_text(encoding="utf-8"))
     }
     assert named
     for name in sorted(named):
