@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         Sampling,
         SamplingOptions,
     )
+    from lfm2vl_edge.engine import Engine, EngineInfo
     from lfm2vl_edge.errors import (
         AnswerError,
         AnswerTruncated,
@@ -42,13 +43,15 @@ if TYPE_CHECKING:
         StateError,
         ToolError,
     )
+    from lfm2vl_edge.evaluate.verify import Comparison, TokenDifference, Verification, ViewDifference, verify
     from lfm2vl_edge.generate import Chunk, FinishReason, Turn
     from lfm2vl_edge.image.load import ImageInput, load_image
     from lfm2vl_edge.image.tiles import PreprocessedImage, Tile, preprocess
     from lfm2vl_edge.model import ChatOptions, EncodedImage, Model, ModelOptions
-    from lfm2vl_edge.models.download import pull
+    from lfm2vl_edge.models.download import Download, OnStart, Progress, pull
+    from lfm2vl_edge.models.hub import RemoteFile
     from lfm2vl_edge.models.names import Pair
-    from lfm2vl_edge.opening import ModelName, OpenedModel
+    from lfm2vl_edge.opening import ModelName
     from lfm2vl_edge.planning.budget import BudgetOptions, Detail, ImageBudget
     from lfm2vl_edge.planning.costs import Costs
     from lfm2vl_edge.planning.geometry import TilePlan, View, plan
@@ -62,17 +65,20 @@ _MODULES = {
     "cache.fingerprint": "Fingerprint",
     "chat": "Chat",
     "config": "AskOptions Box BoxFormat ImageConfig ModelConfig Options Point Sampling SamplingOptions",
+    "engine": "Engine EngineInfo",
     "errors": (
         "AnswerError AnswerTruncated ConfigError ContextFull ConvertError DataError DownloadError EdgeError "
         "EngineError ImageError ModelNotFound ModelNotPulled PromptError StateError ToolError"
     ),
+    "evaluate.verify": "Comparison TokenDifference Verification ViewDifference verify",
     "generate": "Chunk FinishReason Turn",
     "image.load": "ImageInput load_image",
     "image.tiles": "PreprocessedImage Tile preprocess",
     "model": "ChatOptions EncodedImage Model ModelOptions",
-    "models.download": "pull",
+    "models.download": "Download OnStart Progress pull",
+    "models.hub": "RemoteFile",
     "models.names": "Pair",
-    "opening": "ModelName OpenedModel",
+    "opening": "ModelName",
     "planning.budget": "BudgetOptions Detail ImageBudget",
     "planning.costs": "Costs",
     "planning.geometry": "TilePlan View plan",
@@ -94,16 +100,20 @@ __all__ = [
     "Chat",
     "ChatOptions",
     "Chunk",
+    "Comparison",
     "ConfigError",
     "ContextFull",
     "ConvertError",
     "Costs",
     "DataError",
     "Detail",
+    "Download",
     "DownloadError",
     "EdgeError",
     "EncodedImage",
+    "Engine",
     "EngineError",
+    "EngineInfo",
     "Fingerprint",
     "FinishReason",
     "ImageBudget",
@@ -117,27 +127,33 @@ __all__ = [
     "ModelNotFound",
     "ModelNotPulled",
     "ModelOptions",
-    "OpenedModel",
+    "OnStart",
     "Options",
     "Pair",
     "Point",
     "PreprocessedImage",
+    "Progress",
     "PromptError",
+    "RemoteFile",
     "Sampling",
     "SamplingOptions",
     "StateError",
     "Stats",
     "Tile",
     "TilePlan",
+    "TokenDifference",
     "ToolCall",
     "ToolError",
     "ToolInput",
     "Turn",
+    "Verification",
     "View",
+    "ViewDifference",
     "load_image",
     "plan",
     "preprocess",
     "pull",
+    "verify",
 ]
 
 

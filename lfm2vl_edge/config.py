@@ -7,6 +7,8 @@ The image settings keep the names of the checkpoints' processor_config.json. The
 from __future__ import annotations
 
 import math
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, TypedDict
@@ -59,6 +61,10 @@ _COUNTS: Final = (
     "downsample_factor",
 )
 _CHANNELS: Final = ("image_mean", "image_std")
+_MAX_BOXES: Final = 100
+_MAX_LABEL: Final = 100
+"""Characters."""
+_DETERMINER: Final = re.compile(r"(?:the|all|every|each|any|a|an)\s", re.IGNORECASE)
 _FLAGS: Final = ("do_image_splitting", "use_thumbnail")
 
 
@@ -75,7 +81,8 @@ def is_integer(value: object, least: int) -> bool:
 
 def is_finite(value: object) -> bool:
     """Return whether a value is a finite int or float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and not math.isnan(value) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,6 +380,24 @@ class BoxFormat:
     article: bool = False
     key: str = "bbox"
     scale: int = 1
+
+    def ask(self, what: str | None) -> str:
+        """Return the question for objects such as "red car"; None means everything."""
+        objects = what.strip() if what else ""
+        if self.article and objects and not _DETERMINER.match(objects):
+            objects = f"the {objects}"
+        return self.question.replace("{what}", objects or self.everything)
+
+    def schema(self) -> dict[str, Any]:
+        """Return the JSON schema of a list of boxes in this format; label and corners come in either order."""
+        corner = {"type": "number" if self.scale == 1 else "integer", "minimum": 0, "maximum": self.scale}
+        properties = {
+            "label": {"type": "string", "minLength": 1, "maxLength": _MAX_LABEL},
+            self.key: {"type": "array", "items": corner, "minItems": 4, "maxItems": 4},
+        }
+        orders = (properties, dict(reversed(properties.items())))
+        entries = [{"type": "object", "properties": order, "required": list(order)} for order in orders]
+        return {"type": "array", "items": {"anyOf": entries}, "maxItems": _MAX_BOXES}
 
 
 SHORT_BOXES: Final = BoxFormat(question="Detect {what}.", everything="all objects", article=True)

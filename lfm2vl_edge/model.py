@@ -159,21 +159,7 @@ class Model:
         if resolved.is_fallback:
             _LOG.warning(FALLBACK_NOTE)
         folder = None if cache is False else cache_folder() if cache is True else Path(cache)
-        return cls.of(open_model(resolved, chosen), folder, state_bytes, cache_bytes)
-
-    @classmethod
-    def of(cls, opened: OpenedModel, folder: Path | None, state_bytes: int, cache_bytes: int = CACHE_BYTES) -> Model:
-        """Return a model of files that were opened already; `folder` is that of the disk cache, if there is one."""
-        opening = opened.opening
-        return cls(
-            opened.engine,
-            opening.config,
-            budget=opening.budget,
-            caches=_caches(opened.engine, opening.files, folder, state_bytes, cache_bytes),
-            files=opening.files,
-            digests=None if folder is None else digests_folder(folder),
-            load_seconds=opened.seconds,
-        )
+        return model_of(open_model(resolved, chosen), folder, state_bytes, cache_bytes)
 
     def __repr__(self) -> str:
         info = self.engine.info
@@ -269,12 +255,12 @@ class Model:
             AnswerError: a free answer holds no boxes.
             EdgeError: see `stream`.
         """
-        from lfm2vl_edge.structured.boxes import box_question, box_schema, read_boxes
+        from lfm2vl_edge.structured.boxes import read_boxes
 
         boxes = self.config.boxes
         preprocessed = self.preprocess(image)
-        question = box_question(boxes, what) if prompt is None else prompt
-        constraint: AskOptions = {} if free else {"schema": box_schema(boxes)}
+        question = boxes.ask(what) if prompt is None else prompt
+        constraint: AskOptions = {} if free else {"schema": boxes.schema()}
         chosen: AskOptions = {**GREEDY, **constraint, **options}
         answer = self.ask(preprocessed, question, **chosen)
         return read_boxes(answer, boxes, preprocessed.plan.height, preprocessed.plan.width)
@@ -465,6 +451,22 @@ class Model:
             yield
         finally:
             self._answering.release()
+
+
+def model_of(
+    opened: OpenedModel, folder: Path | None, state_bytes: int = STATE_BYTES, cache_bytes: int = CACHE_BYTES
+) -> Model:
+    """Return the model of files that were opened already; `folder` is that of the disk cache, if there is one."""
+    opening = opened.opening
+    return Model(
+        opened.engine,
+        opening.config,
+        budget=opening.budget,
+        caches=_caches(opened.engine, opening.files, folder, state_bytes, cache_bytes),
+        files=opening.files,
+        digests=None if folder is None else digests_folder(folder),
+        load_seconds=opened.seconds,
+    )
 
 
 def _caches(engine: Engine, files: OpenedFiles, folder: Path | None, state_bytes: int, cache_bytes: int) -> Caches:

@@ -129,7 +129,7 @@ class Opening:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedModel:
-    """A model in memory, of which `Model.of` makes a `Model`.
+    """A model in memory, of which `model_of` makes a `Model`.
 
     Attributes:
         engine: it owns native memory: close it.

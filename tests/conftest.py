@@ -144,7 +144,7 @@ def hub_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubHer
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here.cache))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(ours, "_WAITS", (0.01,) * 5)
+        monkeypatch.setattr(ours, "_RETRY_DELAYS", (0.01,) * 5)
         huggingface_hub.close_session()
         yield here
         huggingface_hub.close_session()

@@ -205,7 +205,7 @@ def test_options_hold_for_every_answer_and_wrong_ones_are_named_at_once() -> Non
         assert last.finish_reason == "length"
     assert [one.temperature for one in engine.sampled] == [0.5, 0.5]
     with pytest.raises(ConfigError, match="unknown option 'temprature'"):
-        Chat(model, temprature=1)
+        Chat(model, temprature=1)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="max_tokens"):
         Chat(model, max_tokens=0)
     with pytest.raises(ConfigError, match="'pattern' at # is not supported"):

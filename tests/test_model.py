@@ -84,14 +84,14 @@ def test_greedy_tokens_are_the_most_likely_after_the_penalty(model: Model, penal
 
 
 def test_a_seed_repeats_an_answer_and_others_differ(model: Model) -> None:
-    hot = {"temperature": 2.0, "min_p": 0.0, "max_tokens": 16}
+    hot: dict[str, Any] = {"temperature": 2.0, "min_p": 0.0, "max_tokens": 16}
     first = model.ask(SMALL, "go", seed=1, **hot)
     assert model.ask(SMALL, "go", seed=1, **hot) == first
     assert any(model.ask(SMALL, "go", seed=seed, **hot) != first for seed in range(2, 5))
 
 
 @pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
-def test_filters_that_leave_one_token_are_greedy(model: Model, narrow: dict[str, float]) -> None:
+def test_filters_that_leave_one_token_are_greedy(model: Model, narrow: dict[str, Any]) -> None:
     expected = model.ask(SMALL, "go", **GREEDY)
     assert model.ask(SMALL, "go", **{"temperature": 1.5, "min_p": 0.0, "max_tokens": 12, **narrow}) == expected
 
@@ -204,7 +204,7 @@ def test_a_second_stream_at_the_same_time_is_refused(model: Model) -> None:
     next(first)
     with pytest.raises(EngineError, match="answering already"):
         model.ask(SMALL, "y", **GREEDY)
-    first.close()  # type: ignore[attr-defined]  # it is a generator
+    first.close()
     assert model.ask(SMALL, "y", **GREEDY)
 
 
@@ -248,7 +248,7 @@ def test_close_may_be_called_twice(pair: Pair) -> None:
 
 
 def test_embeddings_of_the_wrong_width_are_refused(model: Model) -> None:
-    with pytest.raises(EngineError, match="do not fit width 128"):
+    with pytest.raises(EngineError, match="do not fit the model's width 128"):
         model.engine.decode_embeddings(np.zeros((3, 5), np.float32))
     with pytest.raises(EngineError, match="planned with 7"):
         model.engine.encode(np.zeros((64, 64, 3), np.uint8), 7)

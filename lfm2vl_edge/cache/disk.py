@@ -1,27 +1,34 @@
-"""The disk cache: embeddings and states in a folder that processes share, within a budget, and that may fail any time.
+"""Computed arrays on disk: the one file format, and the disk cache of embeddings and states.
 
-An entry is a file of its own, written beside and renamed, with a checksum; a damaged one is dropped. No failure here
-ends an answer: it is a warning (in the log `lfm2vl_edge.cache.disk`), and what was not found is computed again.
+A file starts with a magic, a version and the length of a JSON header; the header's `arrays` describe what follows, one
+array after the other, and the SHA-256 of everything before it ends the file. The checksum detects damage, not forgery.
+
+The cache is a folder that processes share, within a budget, and that may fail at any time. An entry is a file of its
+own, written beside and renamed; a damaged one is dropped. No failure here ends an answer: it is a warning (in the log
+`lfm2vl_edge.cache.disk`), and what was not found is computed again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
 import os
 import re
+import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import numpy.typing as npt
 
-from lfm2vl_edge.cache.container import OVERHEAD_BYTES, read_container, write_container
 from lfm2vl_edge.errors import EdgeError
-from lfm2vl_edge.host import PARTIAL
+from lfm2vl_edge.host import PARTIAL, write_whole
 
 CACHE_BYTES: Final = 1_000_000_000
 """Default budget on disk: about a thousand views, or thirty states of a conversation about ten tiles (450M)."""
@@ -35,6 +42,97 @@ _ENTRY: Final = re.compile(r"[0-9a-f]{64}\.(view|state)")
 _PARTIAL: Final = re.compile(r"\.[0-9a-f]{64}(\.view|\.state)?\.\d+-[0-9a-f]{8}" + re.escape(PARTIAL))
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _LOG: Final = logging.getLogger(__name__)
+_MAGIC: Final = b"LFM2VLST"
+_VERSION: Final = 1
+_START: Final = struct.Struct("<8sII")
+"""Magic, version, bytes of the header."""
+_CHECKSUM_BYTES: Final = 32
+_ALIGNMENT: Final = 64
+"""The first array starts at a multiple of it, so that float32 values are aligned in memory."""
+_MAX_HEADER_BYTES: Final = 1 << 20
+_DTYPES: Final[Mapping[str, type[np.generic]]] = {"float32": np.float32, "uint8": np.uint8}
+OVERHEAD_BYTES: Final = 512
+"""More than the start, a short header and the checksum take."""
+
+
+def write_container(path: Path, header: Mapping[str, Any], arrays: Sequence[npt.NDArray[Any]]) -> None:
+    """Write a file, whole or not at all; a file of that name is replaced.
+
+    Args:
+        path: the file.
+        header: JSON values; `arrays` is added.
+        arrays: float32 or uint8, of any shape.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    write_whole(path, _blocks(header, [np.ascontiguousarray(array) for array in arrays]))
+
+
+def _blocks(header: Mapping[str, Any], arrays: Sequence[npt.NDArray[Any]]) -> Iterator[bytes | memoryview]:
+    described = [{"dtype": array.dtype.name, "shape": list(array.shape)} for array in arrays]
+    text = json.dumps({**header, "arrays": described}).encode()
+    text += b" " * (-(_START.size + len(text)) % _ALIGNMENT)
+    checksum = hashlib.sha256()
+    blocks: list[bytes | memoryview] = [_START.pack(_MAGIC, _VERSION, len(text)), text]
+    blocks += [array.data.cast("B") for array in arrays]
+    for block in blocks:
+        checksum.update(block)
+        yield block
+    yield checksum.digest()
+
+
+def read_container(path: Path, max_bytes: int) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
+    """Return header and arrays (float32 or uint8, read-only) of a file.
+
+    Args:
+        path: the file.
+        max_bytes: a larger file is not read.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a file of this format, is of another version, or is damaged; the message says which, as
+            the end of a sentence about the file.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise ValueError(f"has {size} bytes, more than {max_bytes}")
+        data = file.read(max_bytes)
+    if not data.startswith(_MAGIC):
+        raise ValueError("was not saved by this program")
+    if len(data) < _START.size + _CHECKSUM_BYTES:
+        raise ValueError("is truncated")
+    _, version, header_bytes = _START.unpack_from(data)
+    if version != _VERSION:
+        raise ValueError(f"has version {version}; this program reads {_VERSION}")
+    whole = memoryview(data)
+    if hashlib.sha256(whole[:-_CHECKSUM_BYTES]).digest() != whole[-_CHECKSUM_BYTES:]:
+        raise ValueError("is truncated or corrupt")
+    return _parsed(data, _START.size, header_bytes)
+
+
+def _parsed(data: bytes, start: int, header_bytes: int) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
+    """Return the content of a file whose checksum is right."""
+    try:
+        header = json.loads(data[start : start + min(header_bytes, _MAX_HEADER_BYTES)])
+        arrays, at = [], start + header_bytes
+        for described in header.pop("arrays"):
+            dtype, shape = np.dtype(_DTYPES[described["dtype"]]), tuple(map(_side, described["shape"]))
+            count = math.prod(shape)
+            arrays.append(np.frombuffer(data, dtype, count, at).reshape(shape))
+            at += count * dtype.itemsize
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError("has no valid header") from error
+    if at != len(data) - _CHECKSUM_BYTES:
+        raise ValueError("has sizes that contradict each other")
+    return header, arrays
+
+
+def _side(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(value)
+    return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,15 +199,15 @@ class DiskCache:
         if path is None:
             return None
         try:
-            found = read_container(path, self._folder.budget)
+            header, arrays = read_container(path, self._folder.budget)
         except FileNotFoundError:
             return None
         except OSError as error:
             self._folder.give_up("read", error)
             return None
         except ValueError:
-            found = None
-        array = found.arrays[0] if found and found.header.get("name") == path.name and len(found.arrays) == 1 else None
+            header, arrays = {}, []
+        array = arrays[0] if header.get("name") == path.name and len(arrays) == 1 else None
         if array is None or array.ndim != 2 or shape not in (None, array.shape):
             _LOG.warning("a damaged entry of the cache was dropped: %s", path)
             _remove(path)

@@ -99,7 +99,7 @@ class StateCache:
         return known
 
     def longest(self, keys: Sequence[Key]) -> tuple[int, State] | None:
-        """Return the length of the longest known prefix of a chain, in pieces, and its state; None if none is known."""
+        """Return the length of the longest known prefix of a chain, in pieces, and its state; None if there is none."""
         for length in range(len(keys), 0, -1):
             state = self.get(keys[length - 1])
             if state is not None:

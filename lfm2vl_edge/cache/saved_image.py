@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
-from lfm2vl_edge.cache.container import Container, read_container, write_container
+from lfm2vl_edge.cache.disk import read_container, write_container
 from lfm2vl_edge.cache.fingerprint import Fingerprint
 from lfm2vl_edge.cache.memory import Key
 from lfm2vl_edge.config import ImageConfig
@@ -75,19 +76,18 @@ def load_saved_image(path: Path, fingerprint: Fingerprint, config: ImageConfig) 
         StateError: the file is not a saved image, is damaged, or was saved with another model, engine or settings.
     """
     try:
-        content = read_container(path, _MAX_BYTES)
+        header, arrays = read_container(path, _MAX_BYTES)
     except OSError as error:
         raise StateError(f"cannot read {path}: {error.strerror or error}; check the path") from error
     except ValueError as error:
         raise StateError(f"{path} {error}; save the image again") from error
-    header = content.header
     if not _is_complete(header):
         raise StateError(f"{path} has no valid header; save the image again")
     for name, difference in _DIFFERENCES.items():
         if header["fingerprint"].get(name) != getattr(fingerprint, name):
             raise StateError(f"{path} {difference}")
-    image = _image(path, content, _settings(path, header, config))
-    return SavedImage(image=image, key=bytes.fromhex(header["key"]), state=content.arrays[-1])
+    image = _image(path, header, arrays, _settings(path, header, config))
+    return SavedImage(image=image, key=bytes.fromhex(header["key"]), state=arrays[-1])
 
 
 def _settings(path: Path, header: Mapping[str, Any], config: ImageConfig) -> ImageConfig:
@@ -100,10 +100,12 @@ def _settings(path: Path, header: Mapping[str, Any], config: ImageConfig) -> Ima
         raise StateError(f"{path} has wrong image settings: {error}; save the image again") from error
 
 
-def _image(path: Path, content: Container, settings: ImageConfig) -> PreprocessedImage:
+def _image(
+    path: Path, header: Mapping[str, Any], arrays: Sequence[npt.NDArray[Any]], settings: ImageConfig
+) -> PreprocessedImage:
     """Return the views, after checking that the arrays of the file have the shapes of the plan."""
-    tile_plan = plan(content.header["height"], content.header["width"], settings)
-    *pixels, state = content.arrays or (np.empty(0),)
+    tile_plan = plan(header["height"], header["width"], settings)
+    *pixels, state = arrays or (np.empty(0),)
     expected = [(view.height, view.width, 3) for view in tile_plan.views]
     is_state = state.ndim == 1 and state.size > 0 and state.dtype == np.uint8
     if [array.shape for array in pixels] != expected or not is_state or any(a.dtype != np.uint8 for a in pixels):

@@ -122,11 +122,11 @@ def _close(files: Future[OpenedModel]) -> None:
 
 def _model_of(files: Future[OpenedModel], remember: bool, cache: bool | None) -> Model:
     from lfm2vl_edge.cache.memory import STATE_BYTES
-    from lfm2vl_edge.model import Model  # while the files are still being read
+    from lfm2vl_edge.model import model_of  # while the files are still being read
 
     is_cached = bool(os.environ.get(CACHE_VARIABLE)) if cache is None else cache
     folder = cache_folder() if is_cached else None
-    return Model.of(files.result(), folder, STATE_BYTES if remember or is_cached else 0)
+    return model_of(files.result(), folder, STATE_BYTES if remember or is_cached else 0)
 
 
 def load_argument(argument: str, max_pixels: int) -> Pixels:

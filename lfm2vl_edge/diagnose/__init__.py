@@ -1,1 +1,4 @@
-"""Whether this machine is well set up and how fast it is: doctor, tune, bench."""
+"""Whether this machine is well set up and how fast it is: doctor, tune, bench.
+
+May import everything but the command line.
+"""

@@ -25,26 +25,29 @@ State: TypeAlias = "npt.NDArray[np.uint8]"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """Facts about a loaded engine."""
+    """Facts about a loaded engine.
+
+    Attributes:
+        n_embd: width of an embedding.
+        n_vocab: length of the logits.
+        n_ctx: tokens that fit into the context now.
+        n_threads: threads that compute.
+        system: llama.cpp's description of the instructions that it was built for.
+        libraries: native libraries that compute; another build of them may round differently.
+        encoder: what encodes views: `ggml graph` or `libmtmd`, with the reason if libmtmd is a fall-back.
+        encoder_settings: every setting, beside the files, that may change a bit of an embedding.
+        language_settings: every setting, beside the files, that may change a bit of the sequence or the logits.
+    """
 
     n_embd: int
-    """Width of an embedding."""
     n_vocab: int
-    """Length of the logits."""
     n_ctx: int
-    """Tokens that fit into the context now."""
     n_threads: int
-    """Threads that compute."""
     system: str
-    """llama.cpp's description of the instructions that it was built for."""
     libraries: tuple[Path, ...]
-    """Native libraries that compute; another build of them may round differently."""
     encoder: str
-    """What encodes views: `ggml graph` or `libmtmd`, with the reason if libmtmd is a fall-back."""
     encoder_settings: str
-    """Every setting, beside the files, that may change a bit of an embedding."""
     language_settings: str
-    """Every setting, beside the files, that may change a bit of the sequence or the logits."""
 
 
 class Engine(Protocol):

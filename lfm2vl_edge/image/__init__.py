@@ -1,4 +1,4 @@
-"""Loads anything that is an image, resizes it to tiles, and draws plans and boxes over it.
+"""From anything that is an image to tiles, and back to images for people.
 
-Imports only planning, host, config and errors.
+May import planning and below.
 """

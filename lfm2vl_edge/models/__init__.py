@@ -1,1 +1,4 @@
-"""Which files a model name means, how they are downloaded, and what they contain. May import image and planning."""
+"""Which files a model name means, how they are downloaded, and what they say.
+
+May import image and below.
+"""

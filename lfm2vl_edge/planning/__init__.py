@@ -1,4 +1,4 @@
-"""Decides the views of an image in integers, and predicts their cost in seconds and bytes, without any pixels.
+"""What an image will take, in integers and seconds, before a pixel is touched.
 
-Imports only errors, config and host.
+May import errors, config and host.
 """

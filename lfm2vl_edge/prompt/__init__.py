@@ -1,1 +1,4 @@
-"""From messages to segments and token runs. May import engine, cache and image."""
+"""From messages to segments, and to the pieces that the engine decodes.
+
+May import cache, the engine's protocol and below.
+"""

@@ -17,7 +17,7 @@ from lfm2vl_edge.engine import Engine
 from lfm2vl_edge.image.tiles import Tile, preprocess_image
 from lfm2vl_edge.planning.budget import NO_BUDGET, ImageBudget
 from lfm2vl_edge.prompt.messages import Message, images_in, parse_messages
-from lfm2vl_edge.prompt.render import Control, Segment, render, split_names
+from lfm2vl_edge.prompt.render import Segment, render, split_names
 from lfm2vl_edge.prompt.tools import Tool
 
 
@@ -68,7 +68,7 @@ def prepare(
 def tokenize(engine: Engine, config: ModelConfig, segments: Sequence[Segment]) -> Prompt:
     """Return the prompt of rendered segments."""
     ids = [_ids(segment, engine, config) for segment in segments]
-    last = max((index for index, segment in enumerate(segments) if isinstance(segment, Control)), default=len(ids))
+    last = max((index for index, segment in enumerate(segments) if isinstance(segment, int)), default=len(ids))
     return Prompt(
         segments=tuple(part for parts in ids for part in parts),
         opening=tuple(part for parts in ids[last:] for part in parts if isinstance(part, int)),
@@ -77,15 +77,13 @@ def tokenize(engine: Engine, config: ModelConfig, segments: Sequence[Segment]) -
 
 
 def _ids(segment: Segment, engine: Engine, config: ModelConfig) -> Sequence[int | Tile]:
-    if isinstance(segment, Tile):
+    if not isinstance(segment, str):
         return [segment]
-    if isinstance(segment, Control):
-        return [segment.token]
-    ids = engine.tokenize(segment.text)
+    ids = engine.tokenize(segment)
     if set(ids).isdisjoint(config.control_tokens.values()):
         return ids
     # A vocabulary may list a marker as an ordinary user-defined token; typed by a user it must stay text all the same.
-    return [token for part in split_names(segment.text, config) for token in engine.tokenize(part)]
+    return [token for part in split_names(segment, config) for token in engine.tokenize(part)]
 
 
 def split(prompt: Prompt) -> list[Piece]:

@@ -12,7 +12,6 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, NoReturn, TypeAlias
 
@@ -43,21 +42,9 @@ _MAX_DEPTH: Final = 64
 """Nesting of lists and objects in what a message holds beside its content, and in definitions of tools."""
 
 
-@dataclass(frozen=True, slots=True)
-class Control:
-    """A control token, written by the template or around a view: its id in the model's vocabulary."""
-
-    token: int
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Plain text between two control tokens; names of control tokens in it are only letters."""
-
-    text: str
-
-
-Segment: TypeAlias = "Control | Text | Tile"
+Segment: TypeAlias = "int | str | Tile"
+"""The id of a control token, which the template wrote or which is around a view; plain text between two control
+tokens, in which names of control tokens are only letters; or a view."""
 
 
 def render(
@@ -177,20 +164,20 @@ def _segments(
                 raise PromptError("the chat template writes more images than the messages have")
             yield from _image_segments(remaining.pop(0), config.control_tokens)
         elif piece in config.control_tokens:
-            yield Control(config.control_tokens[piece])
+            yield config.control_tokens[piece]
         elif text := piece.replace(breaker, ""):
-            yield Text(text)
+            yield text
     if remaining:
         raise PromptError(f"the chat template leaves out {len(remaining)} of {len(images)} images of the messages")
 
 
 def _image_segments(image: PreprocessedImage, controls: Mapping[str, int]) -> Iterator[Segment]:
-    yield Control(controls[IMAGE_START])
+    yield controls[IMAGE_START]
     for tile in image.tiles:
         if image.plan.is_tiled:
-            yield Control(_marker(tile, controls))
+            yield _marker(tile, controls)
         yield tile
-    yield Control(controls[IMAGE_END])
+    yield controls[IMAGE_END]
 
 
 def _marker(tile: Tile, controls: Mapping[str, int]) -> int:

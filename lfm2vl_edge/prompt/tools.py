@@ -121,7 +121,7 @@ _JSON_NAMES: Final[Mapping[str, bool | None]] = {"true": True, "false": False, "
 """JSON literals that models write among Python's."""
 
 ToolInput: TypeAlias = "Mapping[str, Any] | Callable[..., Any]"
-"""A function, or a definition in the OpenAI form, with or without `{"type": "function", "function": ...}` around it."""
+"""A function, or a definition in the OpenAI form, with `{"type": "function", "function": ...}` around it or not."""
 
 
 class _Refused(ValueError):

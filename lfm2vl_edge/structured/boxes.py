@@ -1,4 +1,4 @@
-"""Boxes in a model's answer: the JSON schema of the format that a model was trained on, and the reader of answers.
+"""Boxes in a model's answer, read.
 
 Boxes are converted to pixels of the upright image. Text around them, fences and single quotes are skipped. An entry
 that is not a valid box (no four finite numbers, no label, no area, or outside of the image, as in another scale) is
@@ -19,9 +19,6 @@ from lfm2vl_edge.config import Box, BoxFormat
 from lfm2vl_edge.errors import AnswerError
 
 _LOG: Final = logging.getLogger(__name__)
-_MAX_BOXES: Final = 100
-_MAX_LABEL: Final = 100
-"""Characters."""
 _MAX_ANSWER: Final = 1 << 15
 """Characters; a hundred boxes take half of them, and the search must be bounded."""
 _KEYS: Final = ("bbox", "bbox_2d")
@@ -33,27 +30,6 @@ _QUOTED: Final = re.compile(f"{_TEXT}|{_SINGLE}", re.DOTALL)
 _ENTRY: Final = re.compile(f"{{(?:[^{{}}\"']|{_TEXT}|{_SINGLE})*}}", re.DOTALL)
 """A flat object, with quotes of either kind, as models write them."""
 _EMPTY: Final = re.compile(r"\[\s*\]")
-_DETERMINER: Final = re.compile(r"(?:the|all|every|each|any|a|an)\s", re.IGNORECASE)
-
-
-def box_question(boxes: BoxFormat, what: str | None) -> str:
-    """Return the question for objects such as "red car"; None means everything."""
-    objects = what.strip() if what else ""
-    if boxes.article and objects and not _DETERMINER.match(objects):
-        objects = f"the {objects}"
-    return boxes.question.replace("{what}", objects or boxes.everything)
-
-
-def box_schema(boxes: BoxFormat) -> dict[str, Any]:
-    """Return the JSON schema of a list of boxes in this format; label and corners come in either order."""
-    corner = {"type": "number" if boxes.scale == 1 else "integer", "minimum": 0, "maximum": boxes.scale}
-    properties = {
-        "label": {"type": "string", "minLength": 1, "maxLength": _MAX_LABEL},
-        boxes.key: {"type": "array", "items": corner, "minItems": 4, "maxItems": 4},
-    }
-    orders = (properties, dict(reversed(properties.items())))
-    entries = [{"type": "object", "properties": order, "required": list(order)} for order in orders]
-    return {"type": "array", "items": {"anyOf": entries}, "maxItems": _MAX_BOXES}
 
 
 def read_boxes(answer: str, boxes: BoxFormat, height: int, width: int) -> list[Box]:

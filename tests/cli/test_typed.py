@@ -21,7 +21,6 @@ from lfm2vl_edge import Model
 from lfm2vl_edge.cli import app
 from lfm2vl_edge.config import SHORT_BOXES
 from lfm2vl_edge.structured import grammar_of, read_schema
-from lfm2vl_edge.structured.boxes import box_schema
 from tests.conftest import IMAGES, Pair
 from tests.fake_engine import CONFIG, FakeEngine
 
@@ -99,7 +98,7 @@ def test_boxes_are_lines_or_one_object(run: Run, engine: FakeEngine) -> None:
     result = run("detect", "car.png", "red car")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == "20\t25\t100\t75\tred car\n0\t0\t20\t10\tred?car\n"
-    assert engine.grammars == [grammar_of(read_schema(box_schema(SHORT_BOXES)))]
+    assert engine.grammars == [grammar_of(read_schema(SHORT_BOXES.schema()))]
     assert engine.sampled[0].temperature == 0
     shown = json.loads(run("detect", "car.png", "red car", "--json", "--temperature", 0.5).stdout)
     box = {"label": "red car", "left": 20, "top": 25, "right": 100, "bottom": 75}

@@ -17,6 +17,7 @@ from lfm2vl_edge.engine import library
 from lfm2vl_edge.engine.ffi import llama
 from lfm2vl_edge.engine.language import LanguageFile, start_reading
 from lfm2vl_edge.engine.library import LOG, libllama
+from lfm2vl_edge.model import model_of
 from lfm2vl_edge.models.names import find_model, find_pair
 from lfm2vl_edge.opening import Opening, OpenOptions, open_model
 from tests.conftest import Pair
@@ -144,7 +145,7 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_noticed(
 
     monkeypatch.setattr(opening, "_decide", replace_meanwhile)
     loaded = open_model(tmp_path / files.model.name)
-    with Model.of(loaded, None, 0), pytest.raises(ModelNotFound, match="was replaced after the model was opened"):
+    with model_of(loaded, None, 0), pytest.raises(ModelNotFound, match="was replaced after the model was opened"):
         loaded.opening.files.digests(None)
 
 
@@ -157,7 +158,7 @@ def test_a_file_that_is_replaced_after_its_reading_began_is_read_anew(pair: Pair
         (tmp_path / "new").write_bytes(others.model.read_bytes())
         (tmp_path / "new").replace(model)
         loaded = open_model(model, OpenOptions(mmproj=others.mmproj), language)
-        with Model.of(loaded, None, 0) as opened, Model.open(others.model) as expected:
+        with model_of(loaded, None, 0) as opened, Model.open(others.model) as expected:
             assert opened.engine.info.n_embd == expected.engine.info.n_embd
             assert loaded.opening.config.name == expected.config.name
 

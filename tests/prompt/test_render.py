@@ -13,7 +13,7 @@ from lfm2vl_edge import ImageConfig, PromptError, Sampling
 from lfm2vl_edge.config import ModelConfig
 from lfm2vl_edge.image.tiles import Tile, preprocess_image
 from lfm2vl_edge.prompt.messages import images_in, parse_messages
-from lfm2vl_edge.prompt.render import Control, Segment, Text, render, split_names
+from lfm2vl_edge.prompt.render import Segment, render, split_names
 from tests.conftest import REFERENCE
 
 CHATML = (REFERENCE / "a" / "checkpoint" / "chat_template.jinja").read_text()
@@ -50,7 +50,7 @@ def readable(segments: list[Segment]) -> list[str]:
     """Control tokens by name, text as it is, views as their kind."""
     names = {token: name for name, token in CONTROLS.items()}
     return [
-        names[one.token] if isinstance(one, Control) else one.view.kind if isinstance(one, Tile) else repr(one.text)
+        names[one] if isinstance(one, int) else one.view.kind if isinstance(one, Tile) else repr(one)
         for one in segments
     ]
 
@@ -81,8 +81,7 @@ def test_a_single_view_has_two_markers() -> None:
 
 
 def test_tiles_have_markers_that_count_from_one_and_the_thumbnail_comes_last() -> None:
-    image = np.zeros((128, 192, 3), np.uint8)
-    segments = rendered([user(image)], tile_size=64, min_image_tokens=1, max_image_tokens=4)
+    segments = rendered([user(np.zeros((128, 192, 3), np.uint8))], tile_size=64, min_image_tokens=1, max_image_tokens=4)
     tiles = [part for r in (1, 2) for c in (1, 2, 3) for part in (f"<|img_row_{r}_col_{c}|>", "tile")]
     image = ["<|image_start|>", *tiles, "<|img_thumbnail|>", "thumbnail", "<|image_end|>"]
     assert readable(segments) == [*OPENING, r"'user\n'", *image, *ENDING]
@@ -117,7 +116,7 @@ def test_special_tokens_that_a_user_types_stay_text(text: str, form: str) -> Non
 def test_whatever_a_user_types_comes_out_as_it_was(pieces: list[str]) -> None:
     text = "".join(pieces)
     segments = rendered([user(text, BLANK)])
-    texts = [one.text for one in segments if isinstance(one, Text)]
+    texts = [one for one in segments if isinstance(one, str)]
     assert texts[0] == f"user\n{text}"
     controls = [name for name in readable(segments) if name in CONTROLS]
     assert controls == [*OPENING, "<|image_start|>", "<|image_end|>", "<|im_end|>", "<|im_start|>"]
@@ -194,6 +193,6 @@ def test_a_grid_without_markers_is_refused() -> None:
         rendered([user(image)], tile_size=64, min_image_tokens=1, max_image_tokens=4)
 
 
-def test_split_names_cuts_inside_every_name() -> None:
+def test_split_names_splits_inside_every_name() -> None:
     assert split_names("a<image>b", config()) == ["a<", "image>b"]
     assert split_names("plain", config()) == ["plain"]

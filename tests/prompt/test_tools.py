@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from lfm2vl_edge import ConfigError, Model, PromptError, Sampling, ToolCall, ToolError, Turn
 from lfm2vl_edge.config import ModelConfig
+from lfm2vl_edge.image.tiles import Tile
 from lfm2vl_edge.models import facts as modelfile
 from lfm2vl_edge.prompt.messages import parse_messages
-from lfm2vl_edge.prompt.render import Control, Text, render
+from lfm2vl_edge.prompt.render import render
 from lfm2vl_edge.prompt.tools import ToolInput, as_tools, parse_calls, write_calls
 from tests.fake_engine import CONFIG, CONTROLS, END, FakeEngine
 from tests.models.test_facts import strings
@@ -66,11 +67,7 @@ def shown(messages: list[dict[str, Any]], tools: Sequence[ToolInput] = (), templ
     """The prompt as text; control tokens in guillemets, so that a name that is only text cannot pass for one."""
     names = {token: name for name, token in (CONTROLS | MARKERS).items()}
     segments = render(parse_messages(messages), [], config(template), as_tools(tools))
-    return "".join(
-        f"«{names[one.token]}»" if isinstance(one, Control) else one.text
-        for one in segments
-        if isinstance(one, (Control, Text))
-    )
+    return "".join(f"«{names[one]}»" if isinstance(one, int) else one for one in segments if not isinstance(one, Tile))
 
 
 def plainly(messages: list[dict[str, Any]], tools: Sequence[Any], template: str = TEMPLATE) -> str:
@@ -435,5 +432,5 @@ def test_a_result_is_text_or_json() -> None:
     one = ToolCall(name="now", arguments={})
     assert one.result("12:00")["content"] == "12:00"
     assert one.result(["é", None])["content"] == '["é", null]'
-    with pytest.raises(PromptError, match="object cannot be told"):
+    with pytest.raises(PromptError, match="object cannot be sent"):
         one.result(object())

@@ -19,7 +19,7 @@ from lfm2vl_edge.config import FRACTION_BOXES, SHORT_BOXES, THOUSAND_BOXES, BoxF
 from lfm2vl_edge.image.draw import draw_boxes
 from lfm2vl_edge.models.registry import find_published
 from lfm2vl_edge.structured import grammar_of, parse_answer, read_schema
-from lfm2vl_edge.structured.boxes import box_question, box_schema, read_boxes
+from lfm2vl_edge.structured.boxes import read_boxes
 from tests.fake_engine import CONFIG, FakeEngine
 
 CAR = '[{"label": "red car", "bbox": [0.12, 0.30, 0.25, 0.44]}]'
@@ -46,6 +46,11 @@ def read(answer: str, boxes: BoxFormat = FRACTION_BOXES, height: int = 100, widt
 )
 def test_the_same_box_in_other_notations(answer: str) -> None:
     assert read(answer) == [BOX]
+
+
+@pytest.mark.parametrize("corners", ["[120, 300, 250, 440]", "[0.12, 0.30, 0.25, 0.44]"])
+def test_a_model_of_thousandths_may_answer_with_the_key_of_fractions(corners: str) -> None:
+    assert read(f'[{{"label": "red car", "bbox": {corners}}}]', THOUSAND_BOXES) == [BOX]
 
 
 def test_quotes_inside_of_labels() -> None:
@@ -142,16 +147,14 @@ def test_any_text_is_read_or_an_answer_error(text: str) -> None:
 
 
 def test_questions_and_formats_of_the_models() -> None:
-    assert box_question(SHORT_BOXES, "red circle") == "Detect the red circle."
-    assert [box_question(SHORT_BOXES, what) for what in ("every square", "the cat", None, " ")] == [
+    assert SHORT_BOXES.ask("red circle") == "Detect the red circle."
+    assert [SHORT_BOXES.ask(what) for what in ("every square", "the cat", None, " ")] == [
         "Detect every square.",
         "Detect the cat.",
         "Detect all objects.",
         "Detect all objects.",
     ]
-    assert box_question(FRACTION_BOXES, "{what}").startswith(
-        "Detect all instances of: {what}. Response must be a JSON array: "
-    )
+    assert FRACTION_BOXES.ask("{what}").startswith("Detect all instances of: {what}. Response must be a JSON array: ")
     formats = {
         "LFM2.5-VL-450M": FRACTION_BOXES,
         "LFM2.5-VL-3B": THOUSAND_BOXES,
@@ -166,7 +169,7 @@ def test_questions_and_formats_of_the_models() -> None:
 
 @pytest.mark.parametrize("boxes", [SHORT_BOXES, THOUSAND_BOXES], ids=["fractions", "thousandths"])
 def test_answers_in_the_format_are_read(boxes: BoxFormat, model: Model) -> None:
-    text = json.dumps(box_schema(boxes)).replace('"maxItems": 100', '"maxItems": 2')
+    text = json.dumps(boxes.schema()).replace('"maxItems": 100', '"maxItems": 2')
     schema = json.loads(text.replace('"maxLength": 100', '"maxLength": 3'))  # an untrained model never ends
     for seed in range(3):
         options: dict[str, Any] = {"seed": seed, "temperature": 2.0, "min_p": 0.0, "max_tokens": 1000}
@@ -182,7 +185,7 @@ def test_answers_in_the_format_are_read(boxes: BoxFormat, model: Model) -> None:
 
 @pytest.mark.parametrize("answer", [CAR, "[]", '[{"bbox": [0, 0.5, 1, 1.0], "label": "x"}]'])
 def test_answers_of_the_training_data_match_the_format(answer: str) -> None:
-    assert parse_answer(answer, read_schema(box_schema(SHORT_BOXES))) == json.loads(answer)
+    assert parse_answer(answer, read_schema(SHORT_BOXES.schema())) == json.loads(answer)
 
 
 def test_boxes_are_in_pixels_of_the_upright_image(tmp_path: Path) -> None:
@@ -190,12 +193,12 @@ def test_boxes_are_in_pixels_of_the_upright_image(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees: 60 x 20 in the file is displayed as 20 x 60
     Image.new("RGB", (60, 20)).save(path, exif=exif)
-    question = box_question(SHORT_BOXES, "red car")
+    question = SHORT_BOXES.ask("red car")
     engine = FakeEngine({question: CAR, "Where?": f"Here: {CAR}"})
     model = Model(engine, replace(CONFIG, boxes=SHORT_BOXES))
     expected = Box(label="red car", left=2, top=18, right=5, bottom=26)
     assert model.detect(path, "red car") == [expected]
-    assert engine.grammars == [grammar_of(read_schema(box_schema(SHORT_BOXES)))]
+    assert engine.grammars == [grammar_of(read_schema(SHORT_BOXES.schema()))]
     assert engine.sampled[0].temperature == 0.0
     assert model.detect(path, prompt="Where?", free=True, temperature=0.5) == [expected]
     assert (engine.grammars[1], engine.sampled[1].temperature) == (None, 0.5)
