@@ -3,11 +3,13 @@
 from lfm2vl_convert.checkpoint import Checkpoint, checkpoint_folder, read_checkpoint
 from lfm2vl_convert.convert import ConvertResult, convert_checkpoint, plan_conversion
 from lfm2vl_convert.plan import Plan, TensorPlan
+from lfm2vl_convert.verify import TensorError
 
 __all__ = [
     "Checkpoint",
     "ConvertResult",
     "Plan",
+    "TensorError",
     "TensorPlan",
     "checkpoint_folder",
     "convert_checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,36 +98,36 @@ def convert(
 
     A hub's OWNER/REPO works too: only the needed files are downloaded, once. A local folder of that name wins.
     """
-    from lfm2vl_convert import convert_checkpoint
-    from lfm2vl_convert.report import planned_rows, report_file
-
     with reporting(), checkpoint_files(checkpoint, revision, quiet=quiet) as folder:
-        kinds = quant, encoder_type(mmproj_quant)
-        quantizer = quantizer_with(imatrix, kinds)
-
-        def make(overrides: Overrides, replace: bool) -> ConvertResult:
-            with progress_bar("converting", quiet=quiet) as progress:
-                return convert_checkpoint(
-                    folder,
-                    output,
-                    quant=kinds[0],
-                    mmproj_quant=kinds[1],
-                    tensor_types=overrides,
-                    pad=pad,
-                    quantizer=quantizer,
-                    force=replace,
-                    progress=progress,
-                )
-
+        options: dict[str, Any] = {"quant": quant, "mmproj_quant": encoder_type(mmproj_quant), "pad": pad}
+        options["quantizer"] = quantizer_with(imatrix, [quant, options["mmproj_quant"]])
+        make = functools.partial(_convert, folder, output, quiet=quiet, **options)
         overrides, verification = parse_overrides(tensor_type), None
         result = make(overrides, force)
         if checks.promote:
             result, verification = _promote(result, make, overrides, folder, checks, quiet=quiet)
-        groups = report_file(result.model, planned_rows(result.plan.model))
-        groups += report_file(result.mmproj, planned_rows(result.plan.mmproj))
-        show_report((result.model, result.mmproj), groups, as_json=as_json, quiet=quiet)
+        _show_result(result, as_json=as_json, quiet=quiet)
         if checks.check or checks.promote:
             show_verification(verification or checks.verify(result, folder), as_json=as_json, quiet=quiet)
+
+
+def _convert(
+    checkpoint: Path, output: Path, overrides: Overrides, force: bool, *, quiet: bool, **options: Any
+) -> ConvertResult:
+    from lfm2vl_convert import convert_checkpoint
+
+    with progress_bar("converting", quiet=quiet) as progress:
+        return convert_checkpoint(
+            checkpoint, output, tensor_types=overrides, force=force, progress=progress, **options
+        )
+
+
+def _show_result(result: ConvertResult, *, as_json: bool, quiet: bool) -> None:
+    from lfm2vl_convert.report import planned_rows, report_file
+
+    groups = report_file(result.model, planned_rows(result.plan.model))
+    groups += report_file(result.mmproj, planned_rows(result.plan.mmproj))
+    show_report((result.model, result.mmproj), groups, as_json=as_json, quiet=quiet)
 
 
 def _promote(
