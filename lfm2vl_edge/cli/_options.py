@@ -9,17 +9,16 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 import typer
 
 from lfm2vl_edge.config import DEFAULT_MAX_TOKENS, DEFAULT_N_CTX, GREEDY, MAX_MEGAPIXELS, RESAMPLE_NAMES
 from lfm2vl_edge.errors import ConfigError
-from lfm2vl_edge.planning.budget import DETAILS, Detail
 
 if TYPE_CHECKING:
     from lfm2vl_edge.opening import OpenOptions
-    from lfm2vl_edge.planning.budget import BudgetOptions
+    from lfm2vl_edge.planning.budget import BudgetOptions, Detail
 
 STDIN: Final = "-"
 """The argument that means stdin instead of a file."""
@@ -45,6 +44,12 @@ def one_of(names: Iterable[str], option: str) -> dict[str, Any]:
         return [name for name in known.values() if name.lower().startswith(incomplete.lower())]
 
     return {"parser": parse, "metavar": "|".join(known.values()), "autocompletion": complete}
+
+
+def _detail(value: str) -> Any:
+    from lfm2vl_edge.planning.budget import DETAILS  # only if it is used: --help starts faster without it
+
+    return one_of(DETAILS, "--detail")["parser"](value)
 
 
 _image = functools.partial(_option, panel="Image settings (default: the model's own)")
@@ -126,14 +131,15 @@ class ImageOptions:
     """What an image may take, and changes of the model's image settings."""
 
     detail: Annotated[
-        Detail,
+        str | None,
         _image(
             "--detail",
-            **one_of(DETAILS, "--detail"),
-            help="full: the model's own settings, with tiles. The others make one view of at most 256 (high), 128 "
-            "(balanced), 64 (fast) image tokens, or those shares of the model's --max-image-tokens.",
+            parser=_detail,
+            metavar="LEVEL",
+            help="full, the default: the model's own settings, with tiles. The others make one view of at most 256 "
+            "(high), 128 (balanced), 64 (fast) image tokens, or those shares of the model's --max-image-tokens.",
         ),
-    ] = "full"
+    ] = None
     budget_tokens: Annotated[
         int | None,
         _image("--budget-tokens", min=1, metavar="N", help="Limit of image tokens per image: the best plan within."),
@@ -174,7 +180,7 @@ class ImageOptions:
     def budget(self) -> BudgetOptions:
         """Return what one image may take, as keywords of `OpenOptions`."""
         return {
-            "detail": self.detail,
+            "detail": cast("Detail", self.detail or "full"),
             "budget_tokens": self.budget_tokens,
             "budget_seconds": self.budget_seconds,
         }

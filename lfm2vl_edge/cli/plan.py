@@ -103,7 +103,7 @@ def _without_model(model: opt.ModelOptions, images: opt.ImageOptions) -> _Settin
     if model.mmproj is not None:
         config, source = image_settings(read_metadata(model.mmproj), model.mmproj)
     changes = images.changes()
-    check_detail(images.detail, changes)
+    check_detail(images.detail or "full", changes)
     if changes:
         source += f"; changed: {', '.join(changes)}"
     guessed = guess(COST_SHAPE_450M, "F16", ImageConfig().tile_tokens, model.threads or big_cores())

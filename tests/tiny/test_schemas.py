@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lfm2vl_edge import AnswerTruncated, EncodedImage, Model
+from lfm2vl_edge import AnswerTruncated, AskOptions, EncodedImage, Model
 from tests.structured.schemas import is_valid, random_schema
 
 COUNT = int(os.environ.get("LFM2VL_TEST_SCHEMAS", "40"))
@@ -40,7 +40,7 @@ def encoded() -> Iterator[list[EncodedImage]]:
 def asked(encoded: list[EncodedImage], number: int, **options: Any) -> tuple[dict[str, Any], str | None]:
     """Return a random schema and the answer under it, or None if it was truncated; half of them are greedy."""
     schema = random_schema(random.Random(number))
-    sampling = {"temperature": 0.0, "repetition_penalty": 1.0} if number % 2 else {"temperature": 1.0, "min_p": 0.0}
+    sampling: AskOptions = {"temperature": 0.0, "repetition_penalty": 1.0} if number % 2 else {"temperature": 1.0, "min_p": 0.0}
     chunks = encoded[number % len(encoded)].stream(
         QUESTIONS[number % len(QUESTIONS)], schema=schema, seed=number, **sampling, **options
     )
