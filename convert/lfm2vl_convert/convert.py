@@ -111,9 +111,9 @@ def plan_conversion(
     width = mmproj.feed_forward_width(vision, mmproj_quant, pad)
     plan = make_plan(
         checkpoint.tensors,
-        model=(lm.wanted_tensors(text), _written_type(checkpoint, quant), _written_overrides(quant, tensor_types)),
+        model=(lm.required_tensors(text), _written_type(checkpoint, quant), _written_overrides(quant, tensor_types)),
         mmproj=(
-            mmproj.wanted_tensors(vision, projector, text.hidden, norm, width),
+            mmproj.required_tensors(vision, projector, text.hidden, norm, width),
             _written_type(checkpoint, mmproj_quant),
             _written_overrides(mmproj_quant, tensor_types),
         ),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from lfm2vl_convert.config import TextConfig
-from lfm2vl_convert.plan import Rearrangement, Wanted
+from lfm2vl_convert.plan import Rearrangement, RequiredTensor
 
 ARCHITECTURE: Final = "lfm2"
 OUTPUT: Final = "lm_head.weight"
@@ -22,7 +22,7 @@ _HEAD_NORMS: Final[Mapping[str, str]] = {
 }
 
 
-def wanted_tensors(config: TextConfig) -> Iterator[Wanted]:
+def required_tensors(config: TextConfig) -> Iterator[RequiredTensor]:
     """Yield the tensors of the language file, layer by layer; shapes of matrices are `[out, in]`."""
     yield _same("embed_tokens", "token_embd", config.vocabulary, config.hidden)
     yield _same("embedding_norm", "token_embd_norm", config.hidden)
@@ -31,18 +31,20 @@ def wanted_tensors(config: TextConfig) -> Iterator[Wanted]:
         yield from _attention(config, layer) if is_attention else _convolution(config, layer)
     if not config.tied:
         shape = (config.vocabulary, config.hidden)
-        yield Wanted(source=OUTPUT, shape=shape, target="output.weight", target_shape=shape)
+        yield RequiredTensor(source=OUTPUT, shape=shape, target="output.weight", target_shape=shape)
 
 
-def _same(source: str, target: str, *shape: int) -> Wanted:
-    return Wanted(source=f"language_model.{source}.weight", shape=shape, target=f"{target}.weight", target_shape=shape)
+def _same(source: str, target: str, *shape: int) -> RequiredTensor:
+    return RequiredTensor(
+        source=f"language_model.{source}.weight", shape=shape, target=f"{target}.weight", target_shape=shape
+    )
 
 
-def _in_layer(layer: int, source: str, target: str, *shape: int) -> Wanted:
+def _in_layer(layer: int, source: str, target: str, *shape: int) -> RequiredTensor:
     return _same(f"layers.{layer}.{source}", f"blk.{layer}.{target}", *shape)
 
 
-def _feed_forward(config: TextConfig, layer: int) -> Iterator[Wanted]:
+def _feed_forward(config: TextConfig, layer: int) -> Iterator[RequiredTensor]:
     hidden, inner = config.hidden, config.feed_forward
     for source, target in _NORMS.items():
         yield _in_layer(layer, source, target, hidden)
@@ -51,7 +53,7 @@ def _feed_forward(config: TextConfig, layer: int) -> Iterator[Wanted]:
     yield _in_layer(layer, "feed_forward.w3", "ffn_up", inner, hidden)
 
 
-def _attention(config: TextConfig, layer: int) -> Iterator[Wanted]:
+def _attention(config: TextConfig, layer: int) -> Iterator[RequiredTensor]:
     hidden = config.hidden
     head = hidden // config.heads
     for source, target in _HEAD_NORMS.items():
@@ -62,9 +64,9 @@ def _attention(config: TextConfig, layer: int) -> Iterator[Wanted]:
     yield _in_layer(layer, "self_attn.out_proj", "attn_output", hidden, hidden)
 
 
-def _convolution(config: TextConfig, layer: int) -> Iterator[Wanted]:
+def _convolution(config: TextConfig, layer: int) -> Iterator[RequiredTensor]:
     hidden, kernel = config.hidden, config.kernel
-    yield Wanted(
+    yield RequiredTensor(
         source=f"language_model.layers.{layer}.conv.conv.weight",
         shape=(hidden, 1, kernel),
         target=f"blk.{layer}.shortconv.conv.weight",

@@ -10,7 +10,7 @@ import gguf
 
 from lfm2vl_convert.checkpoint import Checkpoint
 from lfm2vl_convert.config import ProjectorConfig, TextConfig, VisionConfig
-from lfm2vl_convert.plan import Rearrangement, Wanted
+from lfm2vl_convert.plan import Rearrangement, RequiredTensor
 from lfm2vl_convert.recipes import block_size, padded_width
 from lfm2vl_edge.config import IMAGE_END, IMAGE_START, IMAGE_TOKEN, THUMBNAIL, ImageConfig
 from lfm2vl_edge.errors import ConvertError
@@ -38,9 +38,9 @@ _MATRICES: Final[Mapping[str, str]] = {
 _NORMS: Final[Mapping[str, str]] = {"layer_norm1": "ln1", "layer_norm2": "ln2"}
 
 
-def wanted_tensors(
+def required_tensors(
     vision: VisionConfig, projector: ProjectorConfig, text_width: int, layer_norm: bool, feed_forward: int
-) -> Iterator[Wanted]:
+) -> Iterator[RequiredTensor]:
     """Yield the tensors of the mmproj file.
 
     Args:
@@ -70,18 +70,18 @@ def unused_prefixes(vision: VisionConfig) -> tuple[str, ...]:
     return ("vision_tower.head.", *(f"vision_tower.encoder.layers.{layer}." for layer in dropped))
 
 
-def _tensor(source: str, target: str, *shape: int) -> Wanted:
-    return Wanted(source=source, shape=shape, target=target, target_shape=shape)
+def _tensor(source: str, target: str, *shape: int) -> RequiredTensor:
+    return RequiredTensor(source=source, shape=shape, target=target, target_shape=shape)
 
 
-def _norm(source: str, target: str, width: int) -> Iterator[Wanted]:
+def _norm(source: str, target: str, width: int) -> Iterator[RequiredTensor]:
     for part in ("weight", "bias"):
         yield _tensor(f"{source}.{part}", f"{target}.{part}", width)
 
 
-def _linear(source: str, target: str, rows: int, columns: int, *, bias: bool = True) -> Iterator[Wanted]:
+def _linear(source: str, target: str, rows: int, columns: int, *, bias: bool = True) -> Iterator[RequiredTensor]:
     yield _tensor(f"{source}.weight", f"{target}.weight", rows, columns)
-    yield Wanted(
+    yield RequiredTensor(
         source=f"{source}.bias",
         shape=(rows,),
         target=f"{target}.bias",
@@ -91,10 +91,10 @@ def _linear(source: str, target: str, rows: int, columns: int, *, bias: bool = T
     )
 
 
-def _embeddings(vision: VisionConfig) -> Iterator[Wanted]:
+def _embeddings(vision: VisionConfig) -> Iterator[RequiredTensor]:
     side, channels, hidden = vision.patch, vision.channels, vision.hidden
     patch, positions = "vision_tower.embeddings.patch_embedding", vision.positions_side**2
-    yield Wanted(
+    yield RequiredTensor(
         source=f"{patch}.weight",
         shape=(hidden, side * side * channels),
         target="v.patch_embd.weight",
@@ -102,7 +102,7 @@ def _embeddings(vision: VisionConfig) -> Iterator[Wanted]:
         rearrangement=Rearrangement.CHANNELS_FIRST,
     )
     yield _tensor(f"{patch}.bias", "v.patch_embd.bias", hidden)
-    yield Wanted(
+    yield RequiredTensor(
         source="vision_tower.embeddings.position_embedding.weight",
         shape=(positions, hidden),
         target="v.position_embd.weight",
@@ -110,24 +110,24 @@ def _embeddings(vision: VisionConfig) -> Iterator[Wanted]:
     )
 
 
-def _layer(vision: VisionConfig, layer: int, width: int) -> Iterator[Wanted]:
+def _layer(vision: VisionConfig, layer: int, width: int) -> Iterator[RequiredTensor]:
     source, target = f"vision_tower.encoder.layers.{layer}", f"v.blk.{layer}"
     hidden, inner = vision.hidden, vision.feed_forward
     for old, new in _NORMS.items():
         yield from _norm(f"{source}.{old}", f"{target}.{new}", hidden)
     for old, new in _MATRICES.items():
         yield from _linear(f"{source}.{old}", f"{target}.{new}", hidden, hidden)
-    for wanted in _linear(f"{source}.mlp.fc1", f"{target}.ffn_up", inner, hidden):
-        yield _padded(wanted, (width, *wanted.shape[1:]))
+    for required in _linear(f"{source}.mlp.fc1", f"{target}.ffn_up", inner, hidden):
+        yield _padded(required, (width, *required.shape[1:]))
     down, bias = _linear(f"{source}.mlp.fc2", f"{target}.ffn_down", hidden, inner)
     yield from (_padded(down, (hidden, width)), bias)
 
 
-def _padded(wanted: Wanted, shape: tuple[int, ...]) -> Wanted:
+def _padded(required: RequiredTensor, shape: tuple[int, ...]) -> RequiredTensor:
     """Return the tensor with zeros up to a shape: those units give gelu(0) = 0, and 0 times 0 adds nothing."""
-    if shape == wanted.target_shape:
-        return wanted
-    return replace(wanted, target_shape=shape, rearrangement=Rearrangement.PADDED)
+    if shape == required.target_shape:
+        return required
+    return replace(required, target_shape=shape, rearrangement=Rearrangement.PADDED)
 
 
 def feed_forward_width(vision: VisionConfig, quant: str, pad: bool | None) -> int:

@@ -28,7 +28,7 @@ class Rearrangement(str, Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class RequiredTensor:
     """A tensor that one of the two files must have."""
 
     source: str
@@ -96,8 +96,8 @@ def canonical(name: str) -> str:
 
 def make_plan(
     tensors: Mapping[str, SourceTensor],
-    model: tuple[Iterable[Wanted], str, Overrides],
-    mmproj: tuple[Iterable[Wanted], str, Overrides],
+    model: tuple[Iterable[RequiredTensor], str, Overrides],
+    mmproj: tuple[Iterable[RequiredTensor], str, Overrides],
     unused_prefixes: tuple[str, ...],
 ) -> Plan:
     """Return how every tensor of the checkpoint is used.
@@ -113,8 +113,8 @@ def make_plan(
     """
     remaining = _by_canonical_name(tensors)
     plans = [
-        tuple(_take(remaining, wanted, quant, overrides) for wanted in wanteds)
-        for wanteds, quant, overrides in (model, mmproj)
+        tuple(_take(remaining, required, quant, overrides) for required in tensors_of_file)
+        for tensors_of_file, quant, overrides in (model, mmproj)
     ]
     unused = [name for name in remaining if name.startswith(unused_prefixes) or name.endswith(UNUSED_ANYWHERE)]
     for name, tensor in remaining.items():
@@ -137,26 +137,28 @@ def _by_canonical_name(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceT
     return found
 
 
-def _take(remaining: dict[str, SourceTensor], wanted: Wanted, quant: str, overrides: Overrides) -> TensorPlan:
+def _take(
+    remaining: dict[str, SourceTensor], required: RequiredTensor, quant: str, overrides: Overrides
+) -> TensorPlan:
     source = None
-    if wanted.rearrangement is not Rearrangement.ZEROS:
-        source = remaining.pop(wanted.source, None)
-        _check(source, wanted)
+    if required.rearrangement is not Rearrangement.ZEROS:
+        source = remaining.pop(required.source, None)
+        _check(source, required)
     return TensorPlan(
         source=source,
-        target=wanted.target,
-        shape=wanted.target_shape,
-        type=stored_type(wanted.target, quant, overrides),
-        rearrangement=wanted.rearrangement,
+        target=required.target,
+        shape=required.target_shape,
+        type=stored_type(required.target, quant, overrides),
+        rearrangement=required.rearrangement,
     )
 
 
-def _check(source: SourceTensor | None, wanted: Wanted) -> None:
-    expected = f"{list(wanted.shape)} was expected from config.json"
+def _check(source: SourceTensor | None, required: RequiredTensor) -> None:
+    expected = f"{list(required.shape)} was expected from config.json"
     if source is None:
-        prefix = "" if wanted.source.startswith("lm_head.") else "model."
-        raise ConvertError(f"tensor {prefix + wanted.source!r} is missing; {expected}")
-    if source.shape != wanted.shape:
+        prefix = "" if required.source.startswith("lm_head.") else "model."
+        raise ConvertError(f"tensor {prefix + required.source!r} is missing; {expected}")
+    if source.shape != required.shape:
         raise ConvertError(f"tensor {source.name!r} has shape {list(source.shape)}; {expected}")
     if source.dtype not in FLOAT_TYPES:
         known = ", ".join(FLOAT_TYPES)

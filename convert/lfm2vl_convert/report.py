@@ -69,7 +69,7 @@ def report_file(path: Path, source: Rows) -> list[Group]:
             type=kind,
             tensors=len(members),
             n_bytes=sum(tensor.n_bytes for tensor, _, _ in members),
-            error=relative(sum(lost for _, lost, _ in members), sum(whole for _, _, whole in members)),
+            error=relative(sum(lost for _, lost, _ in members), sum(total for _, _, total in members)),
         )
         for (group, kind), members in sorted(parts.items())
     ]
@@ -77,20 +77,20 @@ def report_file(path: Path, source: Rows) -> list[Group]:
 
 def squares(tensor: StoredTensor, source: Rows, most_values: int) -> tuple[float, float]:
     """Return the sums of squares of the difference and of the source, over at most about `most_values` values."""
-    lost = whole = 0.0
+    lost = total = 0.0
     for start, stop in _runs(tensor, most_values):
         expected = source(tensor.name, start, stop).astype(np.float64)
         difference = tensor.rows(start, stop) - expected
         lost += float(np.square(difference).sum())  # not a BLAS product: its threads fight over few cores
-        whole += float(np.square(expected).sum())
-    return lost, whole
+        total += float(np.square(expected).sum())
+    return lost, total
 
 
-def relative(lost: float, whole: float) -> float:
+def relative(lost: float, total: float) -> float:
     """Return the relative error from two sums of squares; infinite if only the source is zero."""
-    if whole == 0:
+    if total == 0:
         return 0.0 if lost == 0 else float("inf")
-    return float(np.sqrt(lost / whole))
+    return float(np.sqrt(lost / total))
 
 
 def _runs(tensor: StoredTensor, most_values: int) -> Iterator[tuple[int, int]]:

@@ -73,7 +73,7 @@ def expected_shapes(
         if metadata["general.architecture"] == mmproj.ARCHITECTURE:
             required = _encoder(tensors, metadata)
         else:
-            required = lm.wanted_tensors(_text(tensors, metadata))
+            required = lm.required_tensors(_text(tensors, metadata))
         return {one.target: one.target_shape for one in required}
     except KeyError as error:
         raise ConvertError(f"{path} has no {error}; convert it again") from error
@@ -117,7 +117,7 @@ def _encoder(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, Any]) -
     norm = "mm.input_norm.weight" in tensors
     projector = ProjectorConfig(hidden=hidden, factor=factor, bias=True, layer_norm=norm)
     text_width = int(metadata["clip.vision.projection_dim"])
-    return mmproj.wanted_tensors(vision, projector, text_width, norm, width)
+    return mmproj.required_tensors(vision, projector, text_width, norm, width)
 
 
 def _is_finite(tensor: StoredTensor) -> bool:

@@ -101,7 +101,7 @@ def convert(
     with reporting(), checkpoint_files(checkpoint, revision, quiet=quiet) as folder:
         options: dict[str, Any] = {"quant": quant, "mmproj_quant": encoder_type(mmproj_quant), "pad": pad}
         options["quantizer"] = quantizer_with(imatrix, [quant, options["mmproj_quant"]])
-        make = functools.partial(_convert, folder, output, quiet=quiet, **options)
+        make = functools.partial(_convert, folder, output, options, quiet)
         overrides, verification = parse_overrides(tensor_type), None
         result = make(overrides, force)
         if checks.promote:
@@ -112,7 +112,7 @@ def convert(
 
 
 def _convert(
-    checkpoint: Path, output: Path, overrides: Overrides, force: bool, *, quiet: bool, **options: Any
+    checkpoint: Path, output: Path, options: dict[str, Any], quiet: bool, overrides: Overrides, force: bool
 ) -> ConvertResult:
     from lfm2vl_convert import convert_checkpoint
 

@@ -1,6 +1,6 @@
 """Equal to llama.cpp's own converter: tensors byte by byte, metadata value by value and type by type.
 
-The listings in data/ say how they were made.
+The listings in data/ state how they were made.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ OWN_KEYS = {
     "lfm2vl.image_end_token_id",
     "lfm2vl.image_thumbnail_token_id",
 }
-"""What the mmproj files say beyond llama.cpp's converter."""
+"""Keys of our mmproj files that llama.cpp's converter does not write."""
 DELIBERATE = {"tokenizer.ggml.pre": ["STRING", "smaug-bpe"]}
-"""The same words as `lfm2`, built by merges alone: what these tokenizers state (`ignore_merges` false), and what gives
+"""The same words as `lfm2`, built only by merges, as these tokenizers state (`ignore_merges` false); it also gives
 transformers' ids. llama.cpp's converter knows a pre-tokenizer by the hash of one text only."""
 
 

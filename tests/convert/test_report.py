@@ -54,7 +54,7 @@ def test_every_tensor_has_a_recipe_and_every_recipe_a_tensor(pair: tuple[Path, P
         recipe_of("v.head.x")
 
 
-def test_errors_are_those_of_the_whole_tensors(reference_dir: Path, tmp_path: Path) -> None:
+def test_sampled_errors_are_close_to_those_of_all_values(reference_dir: Path, tmp_path: Path) -> None:
     source = convert_checkpoint(reference_dir / "c" / "checkpoint", tmp_path / "F32", quant="F32")
     result = convert_checkpoint(
         reference_dir / "c" / "checkpoint", tmp_path / "Q4", quant="Q4_0", quantizer=quantize_file

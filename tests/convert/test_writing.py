@@ -87,7 +87,7 @@ def test_existing_files_are_noticed_before_any_work(tmp_path: Path) -> None:
         convert_checkpoint(empty, tmp_path)
 
 
-def test_output_that_is_no_folder(checkpoint: Path, tmp_path: Path) -> None:
+def test_output_that_is_not_a_folder(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConvertError, match="is a file; give a folder"):
         convert_checkpoint(checkpoint, tmp_path / "file")
@@ -197,12 +197,12 @@ def test_two_runs_do_not_write_the_same_file(checkpoint: Path, tmp_path: Path) -
 def test_the_size_of_a_chunk_makes_no_difference(
     quant: str, parted: Parted, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = convert(parted("a"), quant).contents()
+    expected = convert(parted("a"), quant).contents()
     monkeypatch.setattr(write, "CHUNK_VALUES", 5000)
-    assert convert(parted("a"), quant).contents() == whole
+    assert convert(parted("a"), quant).contents() == expected
 
 
-def test_tensors_begin_at_multiples_of_the_alignment(checkpoint: Path, tmp_path: Path) -> None:
+def test_tensors_start_at_multiples_of_the_alignment(checkpoint: Path, tmp_path: Path) -> None:
     result = convert_checkpoint(checkpoint, tmp_path, quant="BF16")
     for path in (result.model, result.mmproj):
         reader = gguf.GGUFReader(path)

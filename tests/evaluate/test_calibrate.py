@@ -144,11 +144,11 @@ def test_long_runs_are_split_without_changing_the_sums(engine: ObservedEngine, f
     ids = [300 + number % 700 for number in range(300)]
     engine.reserve(len(ids))
     engine.decode_tokens(ids)
-    whole = {name: sums.copy() for name, sums in engine.squares.sums.items() if name.startswith("blk.")}
+    single = {name: sums.copy() for name, sums in engine.squares.sums.items() if name.startswith("blk.")}
     engine.reserve(len(ids))
-    for begin in range(0, len(ids), 100):
-        engine.decode_tokens(ids[begin : begin + 100])
-    for name, sums in whole.items():
+    for start in range(0, len(ids), 100):
+        engine.decode_tokens(ids[start : start + 100])
+    for name, sums in single.items():
         assert np.allclose(engine.squares.sums[name], 2 * sums, rtol=1e-3, atol=1e-3 * sums.max()), name
 
 
