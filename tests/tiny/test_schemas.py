@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lfm2vl_edge import AnswerTruncated, AskOptions, EncodedImage, Model
+from lfm2vl_edge.config import GREEDY
 from tests.structured.schemas import is_valid, random_schema
 
 COUNT = int(os.environ.get("LFM2VL_TEST_SCHEMAS", "40"))
@@ -37,13 +38,19 @@ def encoded() -> Iterator[list[EncodedImage]]:
         yield [model.encode_image(path) for path in IMAGES]
 
 
-def asked(encoded: list[EncodedImage], number: int, **options: Any) -> tuple[dict[str, Any], str | None]:
+def asked(encoded: list[EncodedImage], number: int, max_tokens: int) -> tuple[dict[str, Any], str | None]:
     """Return a random schema and the answer under it, or None if it was truncated; half of them are greedy."""
     schema = random_schema(random.Random(number))
-    sampling: AskOptions = {"temperature": 0.0, "repetition_penalty": 1.0} if number % 2 else {"temperature": 1.0, "min_p": 0.0}
-    chunks = encoded[number % len(encoded)].stream(
-        QUESTIONS[number % len(QUESTIONS)], schema=schema, seed=number, **sampling, **options
-    )
+    options: AskOptions = {
+        "schema": schema,
+        "seed": number,
+        "max_tokens": max_tokens,
+        "temperature": 1.0,
+        "min_p": 0.0,
+    }
+    if number % 2:
+        options = {"schema": schema, "seed": number, "max_tokens": max_tokens, **GREEDY}
+    chunks = encoded[number % len(encoded)].stream(QUESTIONS[number % len(QUESTIONS)], **options)
     try:
         first = next(chunks)
     except AnswerTruncated:
