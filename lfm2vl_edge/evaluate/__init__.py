@@ -10,11 +10,10 @@ with Model.open("models/450m") as model:
 from lfm2vl_edge.evaluate.results import BoxTally, Reply, Result, Summary, Tally, summarise
 from lfm2vl_edge.evaluate.rows import Row, read_rows
 from lfm2vl_edge.evaluate.run import MAX_TOKENS, evaluate
-from lfm2vl_edge.evaluate.score import BoxScore, Score, iou, mean_iou, normalised, score
+from lfm2vl_edge.evaluate.score import Score, iou, mean_iou, normalised, score
 
 __all__ = [
     "MAX_TOKENS",
-    "BoxScore",
     "BoxTally",
     "Reply",
     "Result",

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from lfm2vl_edge.errors import DataError
 from lfm2vl_edge.evaluate.rows import Row
-from lfm2vl_edge.evaluate.score import BoxScore, Score
+from lfm2vl_edge.evaluate.score import Score
 from lfm2vl_edge.generate import FinishReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """The model's answer to a row, or why there is none.
+    """The model's answer to a row, or why it failed.
 
     Attributes:
         answer: the whole text; None if it failed.
@@ -139,7 +139,7 @@ def summarise(results: Iterable[Result]) -> Summary:
 
 def _tally(results: Sequence[Result]) -> Tally:
     answered = [one.reply for one in results if one.reply.answer is not None]
-    boxes = [one.score.boxes for one in results if one.score.boxes is not None]
+    boxes = [(one.score, one.score.iou) for one in results if one.score.iou is not None]
     return Tally(
         rows=len(results),
         failed=len(results) - len(answered),
@@ -153,15 +153,16 @@ def _tally(results: Sequence[Result]) -> Tally:
     )
 
 
-def _box_tally(boxes: Sequence[BoxScore]) -> BoxTally:
-    empty = [one for one in boxes if one.is_empty]
-    filled = [one.iou for one in boxes if not one.is_empty]
+def _box_tally(boxes: Sequence[tuple[Score, float]]) -> BoxTally:
+    """Summarise the scores that have an IoU."""
+    empty = [iou for one, iou in boxes if one.is_empty]
+    filled = [iou for one, iou in boxes if not one.is_empty]
     return BoxTally(
         rows=len(boxes),
-        valid=_mean([one.is_valid for one in boxes]),
-        mean_iou=_mean([one.iou for one in boxes]),
+        valid=_mean([one.is_valid for one, _ in boxes]),
+        mean_iou=_mean([iou for _, iou in boxes]),
         empty=len(empty),
-        empty_right=sum(one.iou == 1 for one in empty),
+        empty_right=sum(iou == 1 for iou in empty),
         mean_iou_with_boxes=_mean(filled) if filled else None,
     )
 

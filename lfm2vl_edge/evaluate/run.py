@@ -254,10 +254,10 @@ def _is_sound(reply: Reply) -> bool:
 
 def _as_dict(result: Result) -> dict[str, Any]:
     """Return a result for people and other programs; a later run reads only the reply, and scores it again."""
-    boxes = result.score.boxes
-    scored: dict[str, Any] = {"exact": result.score.exact, "normalised": result.score.normalised}
-    if boxes is not None:
-        scored |= {"iou": boxes.iou, "valid_json": boxes.is_valid}
+    own = result.score
+    scored: dict[str, Any] = {"exact": own.exact, "normalised": own.normalised}
+    if own.iou is not None:
+        scored |= {"iou": own.iou, "valid_json": own.is_valid}
     reply = asdict(result.reply) | {"seconds": round(result.reply.seconds, 4)}
     return {"id": result.row.name, "group": result.row.group, **scored, **reply}
 

@@ -20,7 +20,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn, TypeAlias
 
 from lfm2vl_edge.config import FRACTION_BOXES, BoxFormat
@@ -40,33 +40,22 @@ _BEFORE_DIGITS: Final = frozenset("-.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BoxScore:
-    """How well the boxes of an answer fit.
-
-    Attributes:
-        is_valid: whether the answer is JSON of the right form.
-        is_empty: whether there is nothing to find: the true list is empty.
-        iou: 0 to 1, see above.
-    """
-
-    is_valid: bool
-    is_empty: bool
-    iou: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """Whether an answer is right.
 
     Attributes:
         exact: it is an accepted answer, character by character.
         normalised: it is one after `normalised`; true if `exact` is.
-        boxes: how well its boxes fit; None if the accepted answers are not boxes.
+        iou: how well its boxes fit, 0 to 1, see above; None if the accepted answers are not boxes.
+        is_valid: its boxes are JSON of the right form.
+        is_empty: there are no boxes to find: the true list is empty.
     """
 
     exact: bool
     normalised: bool
-    boxes: BoxScore | None
+    iou: float | None = None
+    is_valid: bool = False
+    is_empty: bool = False
 
 
 def score(answer: str | None, accepted: Sequence[str], boxes: BoxFormat = FRACTION_BOXES) -> Score:
@@ -84,11 +73,15 @@ def score(answer: str | None, accepted: Sequence[str], boxes: BoxFormat = FRACTI
     plain = [one for one in accepted if not isinstance(_parsed(one), (list, dict))]
     truths = [true_boxes(one) for one in accepted]
     known = [truth for truth in truths if truth is not None]
-    return Score(
-        exact=exact,
-        normalised=exact or (answer is not None and normalised(answer) in map(normalised, plain)),
-        boxes=_box_score(found_boxes(answer or "", boxes), known) if len(known) == len(truths) else None,
+    scored = Score(
+        exact=exact, normalised=exact or (answer is not None and normalised(answer) in map(normalised, plain))
     )
+    if len(known) < len(truths):
+        return scored
+    found = found_boxes(answer or "", boxes)
+    overlaps = [0.0 if found is None else mean_iou(found, truth) for truth in known]
+    best = max(range(len(known)), key=overlaps.__getitem__)
+    return replace(scored, iou=overlaps[best], is_valid=found is not None, is_empty=not known[best])
 
 
 def normalised(text: str) -> str:
@@ -175,12 +168,6 @@ def _parsed(text: str) -> Any:
 
 def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is not valid JSON")
-
-
-def _box_score(found: Sequence[LabelledBox] | None, truths: Sequence[Sequence[LabelledBox]]) -> BoxScore:
-    overlaps = [0.0 if found is None else mean_iou(found, truth) for truth in truths]
-    best = max(range(len(truths)), key=overlaps.__getitem__)
-    return BoxScore(is_valid=found is not None, is_empty=not truths[best], iou=overlaps[best])
 
 
 def mean_iou(found: Sequence[LabelledBox], truth: Sequence[LabelledBox]) -> float:

@@ -113,8 +113,7 @@ def test_a_row_that_cannot_be_asked_is_wrong_and_the_next_one_is_asked(data: Pat
     results, engine = run(write(data.parent, rows))
     assert engine.asked == ["colour?"]
     assert [one.score.normalised for one in results] == [False, False, False, True]
-    assert results[2].score.boxes is not None
-    assert results[2].score.boxes.iou == 0
+    assert results[2].score.iou == 0
     summary = summarise(results)
     assert (summary.total.failed, summary.total.mean_image_tokens) == (3, 4)
     assert "broken.png" in summary.failures["broken"]
