@@ -95,8 +95,9 @@ def changes_process(node: ast.AST) -> bool:
         changing = {"setdefault", "update", "pop", "clear", "popitem", "__setitem__"}
         is_change = ast.unparse(node.func.value) in owners and node.func.attr in changing
         return is_change or ast.unparse(node.func) in {"os.putenv", "os.unsetenv", "os.register_at_fork"}
-    is_target = isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del))
-    return is_target and ast.unparse(node.value) in owners
+    if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
+        return ast.unparse(node.value) in owners
+    return False
 
 
 def test_only_the_command_line_changes_the_process() -> None:

@@ -17,22 +17,6 @@ import numpy.typing as npt
 from lfm2vl_edge.engine.library import LOG, bindings
 from lfm2vl_edge.errors import EngineError
 
-__all__ = [
-    "ABORTED",
-    "FLASH_ATTENTION",
-    "LOG",
-    "NO_MEMORY_SLOT",
-    "AbortFlag",
-    "check",
-    "floats",
-    "libraries",
-    "llama",
-    "native_function",
-    "require",
-    "sequence_bytes",
-    "set_sequence_bytes",
-]
-
 llama: Final = bindings("llama_cpp")
 """llama_cpp's bindings of llama.h."""
 FLASH_ATTENTION: Final = 1

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -31,7 +32,7 @@ from lfm2vl_edge.engine.ffi import (
 from lfm2vl_edge.engine.grammar import check_grammar
 from lfm2vl_edge.engine.language import LanguageFile
 from lfm2vl_edge.engine.library import LOG
-from lfm2vl_edge.engine.sampling import Vocabulary, grammar_sampler, sample_constrained, sampler_chain
+from lfm2vl_edge.engine.sampling import TokenIds, grammar_sampler, sample_constrained, sampler_chain
 from lfm2vl_edge.errors import ContextFull, EngineError
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ class LlamaEngine:
             if self._uses_graph:
                 self._encoder_for(0)  # maps and checks the file while the language file is read
             self._model = model.take()
-            self._vocabulary = Vocabulary(self._model)
+            self._vocab = llama.llama_model_get_vocab(self._model)
+            self._n_vocab = int(llama.llama_vocab_n_tokens(self._vocab))
             self._n_embd = llama.llama_model_n_embd(self._model)
             self._open_context(settings.n_ctx)
         except BaseException:
@@ -126,7 +128,7 @@ class LlamaEngine:
         """Facts about the engine."""
         return EngineInfo(
             n_embd=self._n_embd,
-            n_vocab=self._vocabulary.size,
+            n_vocab=self._n_vocab,
             n_ctx=self._n_ctx,
             n_threads=self._settings.n_threads,
             system=llama.llama_print_system_info().decode("utf-8", "replace").strip(),
@@ -138,15 +140,27 @@ class LlamaEngine:
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of plain text; see the protocol."""
-        return self._vocabulary.tokenize(text)
+        raw = text.encode("utf-8", "replace")
+        room = len(raw) + 8  # a token has at least one byte
+        tokens = (llama.llama_token * room)()
+        count = llama.llama_tokenize(self._vocab, raw, len(raw), tokens, room, False, False)
+        if count < 0:
+            raise EngineError(f"llama_tokenize failed with code {count}{LOG.reason()}")
+        return list(tokens[:count])
 
     def piece(self, token: int) -> bytes:
         """Return the bytes of a token; see the protocol."""
-        return self._vocabulary.piece(token)
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            count = llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+            if count >= 0:
+                return buffer.raw[:count]
+            room = -count
 
     def is_end(self, token: int) -> bool:
         """Return whether a token ends the model's turn."""
-        return self._vocabulary.is_end(token)
+        return bool(llama.llama_vocab_is_eog(self._vocab, token))
 
     def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
         """Return the embeddings of one view; see the protocol."""
@@ -182,7 +196,7 @@ class LlamaEngine:
     def logits(self) -> Floats:
         """Return float32 `[n_vocab]`; see the protocol."""
         pointer = require("llama_get_logits_ith", llama.llama_get_logits_ith(self._context, -1))
-        return floats(pointer, (self._vocabulary.size,))
+        return floats(pointer, (self._n_vocab,))
 
     def snapshot(self) -> State:
         """Return a copy of the sequence; see the protocol."""
@@ -202,7 +216,7 @@ class LlamaEngine:
         self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], grammar: str | None = None
     ) -> Iterator[int]:
         """Yield tokens without end; see the protocol."""
-        with sampler_chain(sampling, seed, self._vocabulary.size, self._n_ctx) as chain:
+        with sampler_chain(sampling, seed, self._n_vocab, self._n_ctx) as chain:
             for token in prompt_tokens:
                 llama.llama_sampler_accept(chain, token)
             single = (llama.llama_token * 1)()
@@ -219,9 +233,19 @@ class LlamaEngine:
         if grammar is None:
             yield lambda: int(llama.llama_sampler_sample(chain, self._context, -1))
             return
-        with grammar_sampler(self._vocabulary.handle, grammar) as native:
-            tokens = self._vocabulary.text_tokens
-            yield lambda: sample_constrained(chain, native, tokens, self.logits())
+        with grammar_sampler(self._vocab, grammar) as native:
+            yield lambda: sample_constrained(chain, native, self._text_tokens, self.logits())
+
+    @cached_property
+    def _text_tokens(self) -> TokenIds:
+        """int32 `[n]`: the ids of text tokens, and those that end the turn.
+
+        The others are control tokens: a grammar would match their names, which an answer does not show.
+        """
+        control = llama.LLAMA_TOKEN_ATTR_UNKNOWN | llama.LLAMA_TOKEN_ATTR_CONTROL
+        attributes = map(llama.llama_vocab_get_attr, [self._vocab] * self._n_vocab, range(self._n_vocab))
+        ids = (token for token, known in enumerate(attributes) if not known & control or self.is_end(token))
+        return np.fromiter(ids, np.int32)
 
     def cancel(self) -> None:
         """Stop the running or next decode, from any thread."""

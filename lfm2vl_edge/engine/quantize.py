@@ -195,7 +195,8 @@ def _send_message(**message: Any) -> None:
 
 def _quantize(job: dict[str, Any], weights: Mapping[str, Floats], listen: Callable[[str], None]) -> str:
     """Return the reason of a failure, or an empty string."""
-    from lfm2vl_edge.engine.ffi import LOG, llama
+    from lfm2vl_edge.engine.ffi import llama
+    from lfm2vl_edge.engine.library import LOG
 
     kind = _ALIASES.get(job["kind"], job["kind"])
     params = llama.llama_model_quantize_default_params()

@@ -1,4 +1,4 @@
-"""The vocabulary, llama.cpp's samplers, and sampling constrained by a grammar.
+"""llama.cpp's samplers, and sampling constrained by a grammar.
 
 llama.cpp ends the process when a grammar sampler accepts a token that its grammar does not allow, and when a grammar
 rules out all tokens. So tokens are chosen here, and only allowed ones are accepted; see also `grammar.py`.
@@ -10,7 +10,6 @@ import ctypes
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -18,56 +17,12 @@ import numpy.typing as npt
 
 from lfm2vl_edge.config import MAX_SEED, Sampling
 from lfm2vl_edge.engine import Floats
-from lfm2vl_edge.engine.ffi import LOG, llama, require
+from lfm2vl_edge.engine.ffi import llama, require
 from lfm2vl_edge.engine.grammar import ROOT
+from lfm2vl_edge.engine.library import LOG
 from lfm2vl_edge.errors import EngineError
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
-
-
-class Vocabulary:
-    """A model's vocabulary, valid as long as the model, which owns it."""
-
-    def __init__(self, model: Any) -> None:
-        self.handle = llama.llama_model_get_vocab(model)
-        """llama.cpp's vocabulary."""
-        self.size = int(llama.llama_vocab_n_tokens(self.handle))
-        """Number of tokens."""
-
-    def tokenize(self, text: str) -> list[int]:
-        """Return the ids of plain text; names of control tokens in it are ordinary text."""
-        raw = text.encode("utf-8", "replace")
-        room = len(raw) + 8  # a token has at least one byte
-        tokens = (llama.llama_token * room)()
-        count = llama.llama_tokenize(self.handle, raw, len(raw), tokens, room, False, False)
-        if count < 0:
-            raise EngineError(f"llama_tokenize failed with code {count}{LOG.reason()}")
-        return list(tokens[:count])
-
-    def piece(self, token: int) -> bytes:
-        """Return the bytes of a token; none for a control token."""
-        room = 64
-        while True:
-            buffer = ctypes.create_string_buffer(room)
-            count = llama.llama_token_to_piece(self.handle, token, buffer, room, 0, False)
-            if count >= 0:
-                return buffer.raw[:count]
-            room = -count
-
-    def is_end(self, token: int) -> bool:
-        """Return whether a token ends the model's turn."""
-        return bool(llama.llama_vocab_is_eog(self.handle, token))
-
-    @cached_property
-    def text_tokens(self) -> TokenIds:
-        """int32 `[n]`: the ids of text tokens, and those that end the turn.
-
-        The others are control tokens: a grammar would match their names, which an answer does not show.
-        """
-        control = llama.LLAMA_TOKEN_ATTR_UNKNOWN | llama.LLAMA_TOKEN_ATTR_CONTROL
-        attributes = map(llama.llama_vocab_get_attr, [self.handle] * self.size, range(self.size))
-        ids = (token for token, known in enumerate(attributes) if not known & control or self.is_end(token))
-        return np.fromiter(ids, np.int32)
 
 
 @contextmanager

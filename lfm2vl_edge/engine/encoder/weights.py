@@ -11,7 +11,8 @@ import numpy as np
 
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.engine.encoder.ggml import F32, FileParams, TensorFields, fields, ggml, product_op
-from lfm2vl_edge.engine.ffi import LOG, require
+from lfm2vl_edge.engine.ffi import require
+from lfm2vl_edge.engine.library import LOG
 from lfm2vl_edge.errors import EngineError
 
 _HALVES: Final = (1, 30)
