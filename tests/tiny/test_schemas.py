@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lfm2vl_edge import AnswerTruncated, AskOptions, EncodedImage, Model
-from lfm2vl_edge.config import GREEDY
+from lfm2vl_edge.config import GREEDY, SamplingOptions
 from tests.structured.schemas import is_valid, random_schema
 
 COUNT = int(os.environ.get("LFM2VL_TEST_SCHEMAS", "40"))
@@ -41,15 +41,9 @@ def encoded() -> Iterator[list[EncodedImage]]:
 def asked(encoded: list[EncodedImage], number: int, max_tokens: int) -> tuple[dict[str, Any], str | None]:
     """Return a random schema and the answer under it, or None if it was truncated; half of them are greedy."""
     schema = random_schema(random.Random(number))
-    options: AskOptions = {
-        "schema": schema,
-        "seed": number,
-        "max_tokens": max_tokens,
-        "temperature": 1.0,
-        "min_p": 0.0,
-    }
-    if number % 2:
-        options = {"schema": schema, "seed": number, "max_tokens": max_tokens, **GREEDY}
+    sampling = GREEDY if number % 2 else SamplingOptions(temperature=1.0, min_p=0.0)
+    own: AskOptions = {"schema": schema, "seed": number, "max_tokens": max_tokens}
+    options: AskOptions = {**sampling, **own}
     chunks = encoded[number % len(encoded)].stream(QUESTIONS[number % len(QUESTIONS)], **options)
     try:
         first = next(chunks)
