@@ -74,6 +74,12 @@ class EngineSettings:
 class LlamaEngine:
     """See `lfm2vl_edge.engine.Engine`. Only `cancel` may be called while another thread uses it.
 
+    Args:
+        model: the language file, or one that is being read already.
+        mmproj: the vision file.
+        settings: how they are opened.
+        vision: the vision file's metadata.
+
     Raises:
         EngineError: llama.cpp refuses a file, and the message has its reason; or it has no such GPU.
     """
@@ -84,27 +90,13 @@ class LlamaEngine:
     """A ggml callback that receives every tensor that is computed; libmtmd encodes views then."""
 
     def __init__(
-        self,
-        model: Path | LanguageFile,
-        mmproj: Path,
-        settings: EngineSettings,
-        vision: Mapping[str, Any],
+        self, model: Path | LanguageFile, mmproj: Path, settings: EngineSettings, vision: Mapping[str, Any]
     ) -> None:
-        """Open both files.
-
-        Args:
-            model: the language file, or one that is being read already.
-            mmproj: the vision file.
-            settings: how they are opened.
-            vision: the vision file's metadata.
-        """
-        self._vision = vision
+        self._mmproj, self._settings, self._vision = mmproj, settings, vision
         self._model: Any = None
         self._context: Any = None
         self._encoder: Encoder | None = None
         self._n_ctx = 0
-        self._mmproj = mmproj
-        self._settings = settings
         self._view_tokens = settings.max_view_tokens
         self._abort = AbortFlag()
         if isinstance(model, Path):

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,39 +76,47 @@ def quantize_file(
     Raises:
         EngineError: llama.cpp refuses; the message has its reason.
     """
-    job: dict[str, Any] = {"source": str(source), "target": str(target), "kind": kind, "requantize": requantize}
+    weights = importance.weights if importance else {}
+    job = {
+        "source": str(source),
+        "target": str(target),
+        "kind": kind,
+        "requantize": requantize,
+        "overrides": list(overrides),
+        "weights": {name: len(values) for name, values in weights.items()},
+        "notes": dict(importance.notes) if importance else {},
+    }
+    failure = _run_job(job, weights.values(), advance)
+    if failure:
+        raise EngineError(_explained(failure, source, target))
+
+
+def _run_job(job: Mapping[str, Any], weights: Iterable[Floats], advance: Callable[[int], None]) -> str:
+    """Run a job in another process; return the reason of a failure, or an empty string."""
     code = f"import sys; sys.path[:] = {sys.path!r}; from lfm2vl_edge.engine.quantize import work; work()"
-    job |= {"overrides": list(overrides), "weights": {}, "notes": {}}
-    if importance is not None:
-        job |= {"weights": {name: len(one) for name, one in importance.weights.items()}, "notes": {**importance.notes}}
-    command = [sys.executable, "-c", code, json.dumps(job)]
     with subprocess.Popen(  # noqa: S603  # this interpreter and package
-        command,
+        [sys.executable, "-c", code, json.dumps(job)],
         stdin=subprocess.PIPE,  # stays open: the child ends when it is closed
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # the log arrives through stdout
         start_new_session=True,  # Ctrl-C reaches only this process, which kills the child
     ) as child:
         try:
-            if importance is not None:
-                _send(child.stdin, importance)
+            _send(child.stdin, weights)
             failure = _follow(child.stdout, advance)
             child.wait()
         except BaseException:
             child.kill()
             raise
-    if not failure and child.returncode != 0:
-        failure = f": its process ended with code {child.returncode}"
-    if failure:
-        raise EngineError(_explained(failure, source, target))
+    return failure or (f": its process ended with code {child.returncode}" if child.returncode else "")
 
 
-def _send(pipe: IO[bytes] | None, importance: Importance) -> None:
+def _send(pipe: IO[bytes] | None, weights: Iterable[Floats]) -> None:
     """Send the weights to the child; they are too large for its command line."""
     if pipe is not None:
         with suppress(BrokenPipeError):  # it has ended, and its exit code is read later
-            for weights in importance.weights.values():
-                pipe.write(np.ascontiguousarray(weights, np.float32).tobytes())
+            for values in weights:
+                pipe.write(np.ascontiguousarray(values, np.float32).tobytes())
             pipe.flush()
 
 

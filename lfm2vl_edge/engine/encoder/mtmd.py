@@ -26,6 +26,15 @@ mtmd.mtmd_helper_log_set(LOG.callback, None)
 class MtmdEncoder:
     """Owns an mtmd context; `close` frees it.
 
+    Args:
+        mmproj: the vision file.
+        model: llama.cpp's language model, which must outlive the encoder: mtmd takes the ids of markers from it.
+        n_threads: threads that compute.
+        view_tokens: image tokens of the largest view; the memory that mtmd reserves grows with them.
+        use_gpu: whether a GPU computes.
+        gpu: ggml's handle of that GPU; None leaves the choice to llama.cpp.
+        observer: a ggml callback that receives every tensor of the encoder's graph.
+
     Raises:
         EngineError: mtmd refuses the file, and the message has its reason.
     """
@@ -41,17 +50,6 @@ class MtmdEncoder:
         gpu: int | None = None,
         observer: Any = None,
     ) -> None:
-        """Open the vision file.
-
-        Args:
-            mmproj: the file.
-            model: llama.cpp's language model, which must outlive the encoder: mtmd takes the ids of markers from it.
-            n_threads: threads that compute.
-            view_tokens: image tokens of the largest view; the memory that mtmd reserves grows with them.
-            use_gpu: whether a GPU computes.
-            gpu: ggml's handle of that GPU; None leaves the choice to llama.cpp.
-            observer: a ggml callback that receives every tensor of the encoder's graph.
-        """
         LOG.forget()
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.device = use_gpu, gpu
