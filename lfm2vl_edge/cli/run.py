@@ -74,14 +74,18 @@ def run(
             images = [opened.preprocess(one) for one in pixels] if len(questions) > 1 else pixels
             turns = []
             for question in questions:
-                turn = show_answer(opened.chat(_messages(images, question, system), **options), quiet=as_json)
-                if not as_json:
-                    note_truncation(turn)
-                if verbose:
-                    typer.echo("\n".join(statistics(turn, opened)), err=True)
-                turns.append(turn)
+                chunks = opened.chat(_messages(images, question, system), **options)
+                turns.append(show_answer(chunks, quiet=as_json))
+                _explain(turns[-1], opened, as_json=as_json, verbose=verbose)
             if as_json:
                 sys.stdout.write(_as_json(turns, questions if ask else None, opened))
+
+
+def _explain(turn: Turn, model: Model, *, as_json: bool, verbose: int) -> None:
+    if not as_json:
+        note_truncation(turn)
+    if verbose:
+        typer.echo("\n".join(statistics(turn, model)), err=True)
 
 
 def split_arguments(arguments: Sequence[str], prompt: str | None) -> tuple[list[str], str]:
