@@ -6,11 +6,10 @@ The image settings keep the names of the checkpoints' processor_config.json. The
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, TypedDict
 
 from lfm2vl_edge.errors import ConfigError
@@ -81,8 +80,9 @@ def is_integer(value: object, least: int) -> bool:
 
 def is_finite(value: object) -> bool:
     """Return whether a value is a finite int or float."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and not math.isnan(value) and abs(value) <= sys.float_info.max
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # also of integers that are too large for a float; NaN compares false
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +173,7 @@ class ImageConfig:
         Raises:
             ConfigError: a field is unknown, or the new values do not fit together.
         """
-        known = {field.name for field in fields(self)}
+        known = {one.name for one in fields(self)}
         for name in changes:
             require(name in known, f"unknown image setting {name!r}; known: {', '.join(sorted(known))}")
         return replace(self, **changes)
@@ -208,9 +208,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            require(is_finite(value), f"{field.name} is {value!r}; it must be a finite number")
+        for one in fields(self):
+            value = getattr(self, one.name)
+            require(is_finite(value), f"{one.name} is {value!r}; it must be a finite number")
         require(self.temperature >= 0, f"temperature is {self.temperature}; it must be 0 or more")
         require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must be between 0 and 1")
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
@@ -237,6 +237,7 @@ class Options:
         grammar: GBNF, llama.cpp's notation, starting at `root`: the answer matches it, and comes in one piece. Use
             grammars only from people you trust: one can be written so that the engine never ends.
         schema: JSON schema: the answer is JSON that matches it, and comes in one piece; see `lfm2vl_edge.structured`.
+        template_options: variables of the model's chat template, such as `{"keep_past_thinking": True}`.
 
     Raises:
         ConfigError: a value is out of range.
@@ -252,6 +253,7 @@ class Options:
     stop: tuple[str, ...] = ()
     grammar: str | None = None
     schema: Mapping[str, Any] | None = None
+    template_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._check_structure()
@@ -278,13 +280,18 @@ class Options:
             f"schema is {str(self.schema)[:40]!r}; it must be a JSON schema as a dictionary",
         )
         require(
+            self.template_options is None
+            or (isinstance(self.template_options, Mapping) and all(map(_is_variable, self.template_options))),
+            f"template_options is {str(self.template_options)[:40]!r}; it must be a dictionary of template variables",
+        )
+        require(
             self.schema is None or (self.grammar is None and not self.stop),
             "schema cannot be combined with grammar or stop: the answer is JSON, whole and nothing else; drop one",
         )
 
     def sampling(self, default: Sampling) -> Sampling:
         """Return `default` (the model's own) with what the caller chose."""
-        chosen = {field.name: getattr(self, field.name) for field in fields(Sampling)}
+        chosen = {one.name: getattr(self, one.name) for one in fields(Sampling)}
         return replace(default, **{name: value for name, value in chosen.items() if value is not None})
 
     @classmethod
@@ -294,10 +301,15 @@ class Options:
         Raises:
             ConfigError: a keyword is unknown or a value is out of range.
         """
-        known = [field.name for field in fields(cls)]
+        known = [one.name for one in fields(cls)]
         for name in values:
             require(name in known, f"unknown option {name!r}; known: {', '.join(known)}")
         return cls(**values)
+
+
+def _is_variable(name: object) -> bool:
+    """Return whether a template variable may be set: not what this program gives the template itself."""
+    return isinstance(name, str) and name.isidentifier() and name not in ("messages", "tools")
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -311,6 +323,7 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | None
     max_tokens: int
     stop: str | Sequence[str]
+    template_options: Mapping[str, Any] | None
 
 
 class AskOptions(SamplingOptions, total=False):
@@ -426,14 +439,14 @@ class ModelConfig:
         n_vocab: entries of the vocabulary.
         n_ctx_train: longest context that the model was trained for, tokens.
         chat_template: Jinja source that turns messages into a prompt.
-        bos_token: text of the begin-of-text token, which the template writes itself.
-        eos_token: text of the end-of-turn token.
+        special_tokens: variable of the template -> text, such as `bos_token`, which the template writes itself.
         control_tokens: text -> id of every control token, image markers included.
         image: how images become views.
         image_source: where these settings come from, as a phrase.
         sampling: the model's own decoding defaults.
         is_float32: whether the language tower's matrices are float32: such a file is for exactness, not speed.
         boxes: how it is asked for boxes, and writes them.
+        named_templates: name -> Jinja source of templates for other purposes, such as `tool_use`.
     """
 
     name: str
@@ -441,11 +454,15 @@ class ModelConfig:
     n_vocab: int
     n_ctx_train: int
     chat_template: str
-    bos_token: str
-    eos_token: str
+    special_tokens: Mapping[str, str]
     control_tokens: Mapping[str, int]
     image: ImageConfig
     image_source: str
     sampling: Sampling
     is_float32: bool
     boxes: BoxFormat = FRACTION_BOXES
+    named_templates: Mapping[str, str] = field(default_factory=dict)
+
+    def template_for(self, *, tools: bool) -> str:
+        """Return the template of a conversation: with tools the one called `tool_use`, if there is one."""
+        return self.named_templates.get("tool_use", self.chat_template) if tools else self.chat_template

@@ -156,7 +156,8 @@ def _stream(
     with watch.phase("preprocess"):
         parsed = parse_messages(messages)
         images = [preprocess_image(image, config.image, runtime.budget) for image in images_in(parsed)]
-        prompt = tokenize(engine, config, render(parsed, images, config, tools))
+        segments = render(parsed, images, config, tools, options.template_options)
+        prompt = tokenize(engine, config, segments)
 
     # The prompt goes through encoder and language tower; what is known from earlier answers is restored instead.
     room = _make_room(engine, config, prompt, options.max_tokens)

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -392,14 +392,21 @@ class Model:
             self._fingerprint = fingerprint_of(self._files, info, image, self.budget, self._digests)
         return self._fingerprint
 
-    def token_ids(self, messages: Sequence[Message], *, tools: Sequence[ToolInput] = ()) -> list[int]:
+    def token_ids(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[ToolInput] = (),
+        template_options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Return the prompt's ids as transformers' input_ids: the image token repeated for every embedding.
 
         Raises:
             EdgeError: see `stream`.
         """
         with self._exclusive():
-            return prepare(self.engine, self.config, messages, as_tools(tools), self.budget).token_ids
+            prompt = prepare(self.engine, self.config, messages, as_tools(tools), self.budget, template_options)
+            return prompt.token_ids
 
     def embed_image(self, image: AnyImage) -> Floats:
         """Return float32 `[n, n_embd]`: the embeddings of all views of an image, in prompt order.

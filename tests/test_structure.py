@@ -261,7 +261,7 @@ def test_public_records_list_their_fields() -> None:
     for record in records:
         attributes = (inspect.getdoc(record) or "").partition("Attributes:")[2]
         for field in fields(record):
-            assert f"    {field.name}: " in attributes, f"{record.__name__}.{field.name}"
+            assert f"    {field.name}: " in attributes, f"{record}.{field.name}"
 
 
 def signature_names(value: typing.Any) -> Iterator[str]:

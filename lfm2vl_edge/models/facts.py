@@ -43,6 +43,23 @@ _TOOL_MARKERS: Final = (
     *("<|tool_response_start|>", "<|tool_response_end|>"),
 )
 """Special tokens around tools, tool calls and their results."""
+_SPECIAL_TOKENS: Final[Mapping[str, str]] = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "sep_token": "tokenizer.ggml.seperator_token_id",
+    "mask_token": "tokenizer.ggml.mask_token_id",
+}
+"""Variable of chat templates, as in transformers -> key of its id; `seperator` is llama.cpp's spelling."""
+_IMAGE_VARIABLES: Final[Mapping[str, str]] = {
+    "image_token": IMAGE_TOKEN,
+    "image_start_token": IMAGE_START,
+    "image_end_token": IMAGE_END,
+    "image_thumbnail_token": THUMBNAIL,
+}
+"""Variables that the tokenizers of these models add."""
+_NAMED_TEMPLATE: Final = "tokenizer.chat_template."
 _SAMPLING_KEYS: Final[Mapping[str, str]] = {
     "temperature": "general.sampling.temp",
     "min_p": "general.sampling.min_p",
@@ -84,14 +101,18 @@ def read_facts(pair: Pair) -> ModelFacts:
         n_vocab=len(tokens),
         n_ctx_train=int(_need(language, "lfm2.context_length", pair.model)),
         chat_template=str(_need(language, "tokenizer.chat_template", pair.model)),
-        bos_token=_token_text(tokens, language.get("tokenizer.ggml.bos_token_id")),
-        eos_token=_token_text(tokens, language.get("tokenizer.ggml.eos_token_id")),
+        special_tokens=_special_tokens(tokens, language),
         control_tokens=controls,
         image=image,
         image_source=source,
         sampling=_sampling(language, published),
         is_float32=language.get("general.file_type") == _ALL_F32,
         boxes=FRACTION_BOXES if published is None else published.boxes,
+        named_templates={
+            key.removeprefix(_NAMED_TEMPLATE): str(value)
+            for key, value in language.items()
+            if key.startswith(_NAMED_TEMPLATE)
+        },
     )
     return ModelFacts(config=config, language=language, vision=vision)
 
@@ -185,6 +206,12 @@ def _control_tokens(path: Path, language: Mapping[str, Any]) -> dict[str, int]:
     controls = {tokens[int(index)]: int(index) for index in np.flatnonzero(types == _CONTROL)}
     others = {text: tokens.find(text) for text in (*_IMAGE_TOKEN_KEYS, *_TOOL_MARKERS) if text not in controls}
     return controls | {text: index for text, index in others.items() if index is not None and types[index] != _NORMAL}
+
+
+def _special_tokens(tokens: Strings, language: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables that transformers gives a template for the special tokens of a tokenizer."""
+    found = {name: _token_text(tokens, language.get(key)) for name, key in _SPECIAL_TOKENS.items()}
+    return {**{name: text for name, text in found.items() if text}, **_IMAGE_VARIABLES}
 
 
 def _token_text(tokens: Strings, token: object) -> str:

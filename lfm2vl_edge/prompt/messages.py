@@ -1,10 +1,17 @@
-"""Messages, parsed once: whatever form a caller uses, the rest of the package sees `ParsedMessage`."""
+"""Messages, parsed once: whatever form a caller uses, the rest of the package sees `ParsedMessage`.
+
+Accepted is what transformers, the OpenAI client (chat and responses) and their relatives write: dictionaries, or
+objects with fields (pydantic models, dataclasses); content as text, null or a list of parts; parts with or without a
+type; and images under any of the names of `_IMAGE_KEYS`. Fields that are null count as missing. A part that cannot be
+shown to the model (audio, video, a file) is an error, never dropped.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from lfm2vl_edge.errors import PromptError
 from lfm2vl_edge.image.load import ImageInput
@@ -12,10 +19,15 @@ from lfm2vl_edge.image.tiles import PreprocessedImage
 from lfm2vl_edge.prompt.tools import tool_calls_of
 
 Message: TypeAlias = Mapping[str, Any]
-"""Hugging Face form: `role`, and `content` as a string or a list of `{"type": "image" | "text", ...}`. A turn of the
-model may have `tool_calls`; the result of a tool has the role `tool`."""
+"""`role`, and `content` as a string or a list of parts such as `{"type": "image", "image": ...}` and
+`{"type": "text", "text": ...}`; the forms of the OpenAI client are accepted too. A turn of the model may have
+`tool_calls`; the result of a tool has the role `tool`."""
 AnyImage: TypeAlias = "ImageInput | PreprocessedImage"
 """What an image part may hold."""
+_TEXT_TYPES: Final = frozenset({"text", "input_text", "output_text", "refusal"})
+_IMAGE_TYPES: Final = frozenset({"image", "image_url", "input_image"})
+_IMAGE_KEYS: Final = ("image", "url", "path", "base64", "image_url")
+"""Where a part may hold its image, the first that is there counts, as in transformers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +60,10 @@ def parse_messages(messages: Sequence[Message]) -> list[ParsedMessage]:
     """Return the messages of a conversation, parsed.
 
     Raises:
-        PromptError: there is no message, or one does not have the Hugging Face form; the error shows it.
+        PromptError: there is no message, or one is of an unknown form; the error shows it.
     """
+    if not isinstance(messages, (list, tuple)):
+        raise PromptError(f"the messages are of type {type(messages).__name__}; give a list of them")
     if not messages:
         raise PromptError("there is no message to answer; give at least one")
     return [_parsed(message) for message in messages]
@@ -60,16 +74,28 @@ def images_in(messages: Sequence[ParsedMessage]) -> list[AnyImage]:
     return [part.image for message in messages for part in message.parts if isinstance(part, ImagePart)]
 
 
-def _parsed(message: Message) -> ParsedMessage:
-    role = message.get("role") if isinstance(message, Mapping) else None
-    if not isinstance(role, str) or not role.isidentifier():
+def _fields(given: object) -> dict[str, Any] | None:
+    """Return the fields of a dictionary or an object that are not null; None if it has none."""
+    if isinstance(given, Mapping):
+        found: Mapping[Any, Any] = given
+    elif dataclasses.is_dataclass(given) and not isinstance(given, type):
+        found = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    elif callable(dump := getattr(given, "model_dump", None)) and not isinstance(given, type):
+        dumped = dump()
+        found = dumped if isinstance(dumped, Mapping) else {}
+    else:
+        return None
+    return {str(name): value for name, value in found.items() if value is not None}
+
+
+def _parsed(message: object) -> ParsedMessage:
+    fields = _fields(message)
+    role = None if fields is None else fields.get("role")
+    if fields is None or not isinstance(role, str) or not role.isidentifier():
         raise PromptError(f'a message is {_short(message)}; it must be {{"role": "user", "content": ...}}')
-    fields = {name: value for name, value in message.items() if name != "content"}
-    if fields.get("tool_calls"):
-        fields["tool_calls"] = [call.as_dict() for call in tool_calls_of(fields["tool_calls"])]
-    content = message.get("content")
-    if content is None and fields.get("tool_calls"):
-        content = ""
+    content = fields.pop("content", "")
+    if calls := fields.get("tool_calls"):
+        fields["tool_calls"] = [call.as_dict() for call in tool_calls_of(calls)]
     if isinstance(content, str):
         return ParsedMessage(parts=(content,), is_list=False, fields=fields)
     if not isinstance(content, (list, tuple)):
@@ -77,16 +103,36 @@ def _parsed(message: Message) -> ParsedMessage:
     return ParsedMessage(parts=tuple(map(_part, content)), is_list=True, fields=fields)
 
 
-def _part(part: object) -> str | ImagePart:
-    if isinstance(part, Mapping):
-        if part.get("type") == "text" and isinstance(part.get("text"), str):
-            return str(part["text"])
-        if part.get("type") == "image" and part.get("image") is not None:
-            return ImagePart(image=part["image"])
+def _part(given: object) -> str | ImagePart:
+    if isinstance(given, str):
+        return given
+    part = _fields(given) or {}
+    kind = part.get("type")
+    if kind in _IMAGE_TYPES or (kind in (None, "text") and "text" not in part):
+        image = _image(part)
+        if image is not None:
+            return ImagePart(image=image)
+    text = part.get("refusal" if kind == "refusal" else "text")
+    if (kind is None or kind in _TEXT_TYPES) and isinstance(text, str):
+        return text
     raise PromptError(
-        f"a part of a message is {_short(part)}; "
+        f"a part of a message is {_short(given)}; "
         'it must be {"type": "text", "text": "..."} or {"type": "image", "image": ...}'
     )
+
+
+def _image(part: Mapping[str, Any]) -> AnyImage | None:
+    """Return what a part holds as its image; None if it holds none."""
+    key = next((key for key in _IMAGE_KEYS if key in part), None)
+    if key is None:
+        return None
+    value = part[key]
+    if key == "image_url" and not isinstance(value, str):
+        value = (_fields(value) or {}).get("url")
+    if key == "base64" and isinstance(value, str) and value[:5].lower() != "data:":
+        value = f"data:;base64,{value}"
+    image: AnyImage | None = value
+    return image
 
 
 def _short(value: object) -> str:

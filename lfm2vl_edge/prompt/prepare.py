@@ -8,8 +8,9 @@ the answer once more, in one run, after the state that the question left.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lfm2vl_edge.cache.memory import Piece
 from lfm2vl_edge.config import IMAGE_TOKEN, ModelConfig
@@ -53,6 +54,7 @@ def prepare(
     messages: Sequence[Message],
     tools: Sequence[Tool] = (),
     budget: ImageBudget = NO_BUDGET,
+    template_options: Mapping[str, Any] | None = None,
 ) -> Prompt:
     """Return the prompt of a conversation: messages parsed, images preprocessed, template rendered, text tokenized.
 
@@ -62,7 +64,7 @@ def prepare(
     """
     parsed = parse_messages(messages)
     images = [preprocess_image(image, config.image, budget) for image in images_in(parsed)]
-    return tokenize(engine, config, render(parsed, images, config, tools))
+    return tokenize(engine, config, render(parsed, images, config, tools, template_options))
 
 
 def tokenize(engine: Engine, config: ModelConfig, segments: Sequence[Segment]) -> Prompt:

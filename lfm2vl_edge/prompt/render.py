@@ -52,6 +52,7 @@ def render(
     images: Sequence[PreprocessedImage],
     config: ModelConfig,
     tools: Sequence[Tool] = (),
+    template_options: Mapping[str, Any] | None = None,
 ) -> list[Segment]:
     """Return the prompt of a conversation, up to and including the opening of the model's next turn.
 
@@ -60,6 +61,7 @@ def render(
         images: one for each image of the messages, in order.
         config: gives the template and the control tokens.
         tools: what the model may call; the template lists them.
+        template_options: variables of the template, such as `keep_past_thinking`.
 
     Raises:
         PromptError: the template refuses the messages or does not support tools.
@@ -68,7 +70,7 @@ def render(
     breaker = _unused_character(messages, definitions)
     guard = functools.partial(_break, control=_control_pattern(frozenset(config.control_tokens)), breaker=breaker)
     shown = [_with_calls(_guarded(message, guard, breaker), config, breaker) for message in messages]
-    prompt = _run_template(config, shown, _map_texts(definitions, guard))
+    prompt = _run_template(config, shown, _map_texts(definitions, guard), template_options or {})
     return list(_segments(prompt, breaker, images, config))
 
 
@@ -125,7 +127,7 @@ def _guarded(message: ParsedMessage, guard: Callable[[str], str], breaker: str) 
 
 def _with_calls(message: dict[str, Any], config: ModelConfig, breaker: str) -> dict[str, Any]:
     """Return a guarded message whose tool calls are part of its content, unless the template writes them itself."""
-    if not message.get("tool_calls") or uses_name(config.chat_template, "tool_calls"):
+    if not message.get("tool_calls") or uses_name(config.template_for(tools=True), "tool_calls"):
         return message
     if TOOL_CALL_START not in config.control_tokens or TOOL_CALL_END not in config.control_tokens:
         raise PromptError(f"the model has no token {TOOL_CALL_START}, so its prompt cannot hold a tool call")
@@ -190,7 +192,10 @@ def _marker(tile: Tile, controls: Mapping[str, int]) -> int:
 
 
 def _run_template(
-    config: ModelConfig, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    config: ModelConfig,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
 ) -> str:
     """Return the prompt that a model's chat template makes of messages and definitions of tools.
 
@@ -198,18 +203,14 @@ def _run_template(
         PromptError: the template refuses them, or there are tools and it does not use them.
     """
     try:
-        if tools and not uses_name(config.chat_template, "tools"):
+        source = config.template_for(tools=bool(tools))
+        if tools and not uses_name(source, "tools"):
             raise PromptError(
                 "the model's chat template does not support tools; use a model whose template does, "
                 "or describe them in a system message"
             )
-        return _compiled(config.chat_template).render(
-            messages=messages,
-            tools=tools or None,
-            add_generation_prompt=True,
-            bos_token=config.bos_token,
-            eos_token=config.eos_token,
-        )
+        variables = {**config.special_tokens, "documents": None, "add_generation_prompt": True, **options}
+        return _compiled(source).render({**variables, "messages": messages, "tools": tools or None})
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
         raise PromptError(f"the model's chat template refuses these messages: {error}") from error
 
@@ -253,9 +254,15 @@ def uses_name(source: str, name: str) -> bool:
     return name in jinja2.meta.find_undeclared_variables(tree) | fields | texts
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """Jinja's own filter escapes for HTML; transformers' does not."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes for HTML; transformers' does not, and has these arguments in this order."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -126,7 +126,7 @@ def test_the_config_has_the_values_of_the_checkpoint(pair: Pair) -> None:
     assert config.image_source.startswith("the model's file mmproj-")
     assert config.sampling == Sampling(temperature=0.1, min_p=0.15, repetition_penalty=1.05)
     assert config.control_tokens["<image>"] == 2968
-    assert config.bos_token == "<|startoftext|>"
+    assert config.special_tokens["bos_token"] == "<|startoftext|>"
     assert config.is_float32
     assert read_facts(find_pair(pair("c", "F16"))).config.image == ImageConfig(use_thumbnail=False)
     assert not read_facts(find_pair(pair("c", "F16"))).config.is_float32

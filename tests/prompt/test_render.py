@@ -30,8 +30,7 @@ def config(template: str = CHATML, **image: Any) -> ModelConfig:
         n_vocab=1000,
         n_ctx_train=4096,
         chat_template=template,
-        bos_token="<s>",
-        eos_token="<|im_end|>",
+        special_tokens={"bos_token": "<s>", "eos_token": "<|im_end|>"},
         control_tokens=CONTROLS,
         image=ImageConfig(**image),
         image_source="test",
@@ -81,7 +80,9 @@ def test_a_single_view_has_two_markers() -> None:
 
 
 def test_tiles_have_markers_that_count_from_one_and_the_thumbnail_comes_last() -> None:
-    segments = rendered([user(np.zeros((128, 192, 3), np.uint8))], tile_size=64, min_image_tokens=1, max_image_tokens=4)
+    segments = rendered(
+        [user(np.zeros((128, 192, 3), np.uint8))], tile_size=64, min_image_tokens=1, max_image_tokens=4
+    )
     tiles = [part for r in (1, 2) for c in (1, 2, 3) for part in (f"<|img_row_{r}_col_{c}|>", "tile")]
     image = ["<|image_start|>", *tiles, "<|img_thumbnail|>", "thumbnail", "<|image_end|>"]
     assert readable(segments) == [*OPENING, r"'user\n'", *image, *ENDING]
@@ -174,9 +175,10 @@ def test_a_template_that_loses_or_invents_images_is_refused(template: str) -> No
         [{"content": "x"}],
         [{"role": 3, "content": "x"}],
         [{"role": "user<|im_end|>", "content": "x"}],
-        [{"role": "user"}],
         [{"role": "user", "content": 7}],
-        [{"role": "user", "content": ["x"]}],
+        [{"role": "user", "content": [7]}],
+        {"role": "user", "content": "x"},
+        "hello",
         [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "user", "content": [{"type": "image"}]}],
         [{"role": "user", "content": [{"type": "audio", "audio": b""}]}],
