@@ -33,8 +33,10 @@ def native_threads():
 OPENING = """
 def show(model):
     engine = model.engine
+    image = numpy.arange(64 * 64 * 3, dtype=numpy.uint8).reshape(64, 64, 3)
     engine.reserve(100)
     engine.decode_tokens(engine.tokenize("what is this?"))
+    engine.decode_embeddings(engine.encode(image, 4))
     return engine.logits()
 
 def in_child(work):
@@ -152,12 +154,30 @@ def test_a_process_may_fork_after_the_import_and_open_a_model(pair: Pair, logits
 
 
 @needs_fork
-def test_a_process_may_fork_after_a_model_was_closed(pair: Pair, logits: Path) -> None:
+@pytest.mark.parametrize("use", ["", "show(model)"], ids=["unused", "used"])
+def test_a_process_may_fork_after_a_model_was_closed(pair: Pair, logits: Path, use: str) -> None:
     run(
         "from lfm2vl_edge import Model\n"
-        "Model.open(sys.argv[1], n_threads=2).close()\n"
+        "with Model.open(sys.argv[1], n_threads=2) as model:\n"
+        f"    {use or 'pass'}\n"
         "in_child(open_in_child)\n"
-        "in_child(open_in_child)\n",
+        "in_child(lambda: in_child(open_in_child))\n"
+        "open_in_child()\n",
+        pair("a", "F32"),
+        logits,
+    )
+
+
+@needs_fork
+def test_an_open_model_can_be_used_by_a_forked_process(pair: Pair, logits: Path) -> None:
+    run(
+        "from lfm2vl_edge import Model\n"
+        "def check():\n"
+        "    assert numpy.array_equal(show(model), numpy.load(sys.argv[2]))\n"
+        "with Model.open(sys.argv[1], n_threads=2) as model:\n"
+        "    check()\n"
+        "    in_child(check)\n"
+        "    check()\n",
         pair("a", "F32"),
         logits,
     )

@@ -22,6 +22,7 @@ from lfm2vl_edge.engine.ffi import (
     NO_MEMORY_SLOT,
     AbortFlag,
     check,
+    compute,
     floats,
     libraries,
     llama,
@@ -355,7 +356,7 @@ class LlamaEngine:
     def _decode(self, batch: Any, more: bool = False) -> None:
         batch.logits = self._outputs(more)
         LOG.forget()
-        code = llama.llama_decode(self._context, batch)
+        code = compute(llama.llama_decode, self._context, batch)
         if code == ABORTED:
             raise EngineError("the answer was cancelled")
         if code == NO_MEMORY_SLOT:

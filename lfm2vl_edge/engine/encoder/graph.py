@@ -19,7 +19,7 @@ import numpy as np
 
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.engine.encoder.ggml import F32, InitParams, fields, ggml, ggml_cpu, product_op
-from lfm2vl_edge.engine.ffi import check, require
+from lfm2vl_edge.engine.ffi import check, compute, require
 from lfm2vl_edge.errors import EngineError
 
 _LOG: Final = logging.getLogger(__name__)
@@ -127,7 +127,8 @@ class Graph:
         Raises:
             EngineError: ggml fails.
         """
-        check("ggml_graph_compute", ggml_cpu().ggml_graph_compute(self._graph, ctypes.byref(self._plan)))
+        code = compute(ggml_cpu().ggml_graph_compute, self._graph, ctypes.byref(self._plan))
+        check("ggml_graph_compute", code)
 
     def values(self, tensor: int, width: int, n_rows: int) -> Floats:
         """Return a view of an input or the output, float32 `[n_rows, width]`, valid until `close`."""

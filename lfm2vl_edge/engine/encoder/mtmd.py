@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lfm2vl_edge.engine import Floats
-from lfm2vl_edge.engine.ffi import FLASH_ATTENTION, check, floats, require
+from lfm2vl_edge.engine.ffi import FLASH_ATTENTION, check, compute, floats, require
 from lfm2vl_edge.engine.library import LOG, bindings
 from lfm2vl_edge.errors import EngineError
 
@@ -78,7 +78,7 @@ class MtmdEncoder:
             found = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
             if found != n_tokens:
                 raise EngineError(f"mtmd makes {found} image tokens of a view that was planned with {n_tokens}")
-            check("mtmd_encode_chunk", mtmd.mtmd_encode_chunk(self._context, chunk))
+            check("mtmd_encode_chunk", compute(mtmd.mtmd_encode_chunk, self._context, chunk))
             output = require("mtmd_get_output_embd", mtmd.mtmd_get_output_embd(self._context))
             return floats(output, (n_tokens, n_embd))
 
