@@ -55,7 +55,7 @@ def chat(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = 0,
 ) -> None:
-    """Conversation about images: lfm2vl-edge chat photo.jpg -m MODEL.
+    """Have a conversation about images: lfm2vl-edge chat photo.jpg -m MODEL.
 
     Every line is a question; /help lists the commands, among them /image, /reset and /save.
     Ctrl-C stops an answer, Ctrl-D leaves. Each turn decodes only what is new.
