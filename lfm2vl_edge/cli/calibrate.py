@@ -82,7 +82,7 @@ def _examples(data: Path | None, limit: int | None) -> tuple[Iterator[tuple[Sequ
 
     if data is None:
         count = COUNT if limit is None else limit
-        rendered = (([scene.pixels], scene.question, scene.answer) for scene in scenes(count))
+        rendered = (([pixels], question, answer) for pixels, question, answer in scenes(count))
         return rendered, count, f"{count} scenes drawn by lfm2vl-edge, seed {SEED}"  # quote
     rows = read_rows(data, needs_answers=False)[:limit]
     return ((row.images, row.question, "".join(row.answers[:1])) for row in rows), len(rows), str(data)

@@ -7,7 +7,6 @@ downloaded, and the same seed gives the same pixels.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -35,16 +34,6 @@ _WORDS: Final = ("OPEN", "EXIT", "Platform", "Room", "Bus stop", "Bakery", "No p
 _LABELS: Final = ("January", "March", "June", "October", "December")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scene:
-    """A synthetic image with a question and its answer."""
-
-    pixels: Pixels
-    """uint8 `[height, width, 3]`."""
-    question: str
-    answer: str
-
-
 def sample_image(height: int, width: int) -> Pixels:
     """Return a circle, a square and a triangle on a gradient, uint8 `[height, width, 3]`."""
     rows, columns = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None, :]
@@ -58,8 +47,8 @@ def sample_image(height: int, width: int) -> Pixels:
     return np.asarray(image)
 
 
-def scenes(count: int = COUNT, seed: int = SEED) -> Iterator[Scene]:
-    """Yield scenes; each is rendered when the iterator reaches it."""
+def scenes(count: int = COUNT, seed: int = SEED) -> Iterator[tuple[Pixels, str, str]]:
+    """Yield scenes: pixels (uint8 `[height, width, 3]`), question and answer; each is rendered when it is reached."""
     kinds = (_shapes, _sign, _chart, _pattern)
     for number in range(count):
         rng = np.random.default_rng((seed, number))
@@ -67,7 +56,7 @@ def scenes(count: int = COUNT, seed: int = SEED) -> Iterator[Scene]:
         image = Image.fromarray(_gradient(height, width, rng))
         kind = kinds[(number + number // len(_SIZES)) % len(kinds)]  # so that each kind meets each size
         question, answer = kind(image, rng)
-        yield Scene(pixels=np.asarray(image), question=question, answer=answer)
+        yield np.asarray(image), question, answer
 
 
 def _gradient(height: int, width: int, rng: np.random.Generator) -> Pixels:
