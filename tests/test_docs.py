@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -278,6 +279,15 @@ def test_the_python_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) 
     if calling:
         assert namespace["messages"][-1]["role"] == "tool"
         assert json.loads(namespace["messages"][-1]["content"]) == {"rain": True, "days": 1}
+
+
+@pytest.mark.usefixtures("here")
+def test_the_one_liner_of_the_quick_start_prints_what_it_shows() -> None:
+    lines = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8").splitlines()
+    number = next(number for number, line in enumerate(lines) if line.startswith("    $ python -c "))
+    code = shlex.split(lines[number])[3]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
+    assert done.stdout.strip() == lines[number + 1].strip()
 
 
 def anchor(heading: str) -> str:
