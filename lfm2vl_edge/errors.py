@@ -16,8 +16,34 @@ EdgeError
 ├── DataError            questions and results of an evaluation
 └── ConvertError         a checkpoint
 
-Each message is one line that names the value and the remedy.
+Each message is one line that names the value and the remedy; `shorten` and `clip` bound what it repeats of its input.
 """
+
+from __future__ import annotations
+
+from typing import Final
+
+_LONGEST: Final = 80
+"""Characters of an input that a message repeats."""
+
+
+def shorten(value: object) -> str:
+    """Return the repr of a value for a message, in at most 80 characters."""
+    try:
+        return clip(repr(value[: 2 * _LONGEST] if isinstance(value, str | bytes) else value))
+    except Exception:  # noqa: BLE001  # integers of more than 4,300 digits, deep nesting, a caller's own class
+        return f"a value of type {clip(type(value).__name__)} that cannot be displayed"
+
+
+def clip(text: str) -> str:
+    """Return a text for a message, in at most 80 printable characters."""
+    text = printable(text[: _LONGEST + 1])
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """Return a text with ? for each character that moves the cursor, is invisible or is half a surrogate pair."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 class EdgeError(Exception):

@@ -99,7 +99,7 @@ class StateCache:
         return known
 
     def longest(self, keys: Sequence[Key]) -> tuple[int, State] | None:
-        """Return the length of the longest known prefix of a chain, in pieces, and its state; None if there is none."""
+        """Return the length, in pieces, of the longest known prefix of a chain, and its state; None if unknown."""
         for length in range(len(keys), 0, -1):
             state = self.get(keys[length - 1])
             if state is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lfm2vl_edge.config import Box
-from lfm2vl_edge.errors import EdgeError
+from lfm2vl_edge.errors import EdgeError, printable
 from lfm2vl_edge.host import write_whole
 from lfm2vl_edge.image.load import Pixels
 from lfm2vl_edge.planning.geometry import TilePlan, View
@@ -59,7 +59,7 @@ def draw_boxes(pixels: Pixels, boxes: Sequence[Box]) -> Pixels:
     for box in boxes:
         canvas.rectangle((box.left, box.top, box.right - 1, box.bottom - 1), outline=_LINE, width=line)
     for box in boxes:  # after all frames, so that no frame crosses a label
-        label = "".join(character if character.isprintable() else "?" for character in box.label[:_MAX_LABEL])
+        label = printable(box.label[:_MAX_LABEL])
         _draw_label(canvas, (box.left + 3 * line, box.top + 3 * line), label, line, font)
     return np.asarray(image)
 

@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from lfm2vl_edge.errors import ImageError
+from lfm2vl_edge.errors import ImageError, printable
 from lfm2vl_edge.host import start_worker
 
 _URL: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
@@ -64,8 +64,7 @@ def display_url(url: str) -> str:
     except ValueError:
         return "the URL"
     text = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text[:_MAX_DISPLAYED] + ("?..." if parts.query else "")
+    return printable(text[:_MAX_DISPLAYED]) + ("?..." if parts.query else "")
 
 
 def error_text(error: Exception) -> str:

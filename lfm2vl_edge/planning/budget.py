@@ -245,6 +245,8 @@ def cheaper_plans(tile_plan: TilePlan, config: ImageConfig) -> list[tuple[Detail
     ways: list[tuple[Detail | None, TilePlan]] = []
     if tile_plan.is_tiled:
         ways.append((None, plan(*untiled_size(height, width, config), config)))
-    for detail in reversed(DETAILS):
-        ways.append((detail, plan(height, width, config.with_changes(detail_changes(config, detail)))))
+    ways.extend(
+        (detail, plan(height, width, config.with_changes(detail_changes(config, detail))))
+        for detail in reversed(DETAILS)
+    )
     return [way for way in ways if way[1].n_image_tokens < tile_plan.n_image_tokens]

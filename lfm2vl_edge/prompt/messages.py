@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from lfm2vl_edge.errors import PromptError
+from lfm2vl_edge.errors import PromptError, shorten
 from lfm2vl_edge.image.load import ImageInput
 from lfm2vl_edge.image.tiles import PreprocessedImage
 from lfm2vl_edge.prompt.tools import tool_calls_of
@@ -92,14 +92,14 @@ def _parsed(message: object) -> ParsedMessage:
     fields = _fields(message)
     role = None if fields is None else fields.get("role")
     if fields is None or not isinstance(role, str) or not role.isidentifier():
-        raise PromptError(f'a message is {_short(message)}; it must be {{"role": "user", "content": ...}}')
+        raise PromptError(f'a message is {shorten(message)}; it must be {{"role": "user", "content": ...}}')
     content = fields.pop("content", "")
     if calls := fields.get("tool_calls"):
         fields["tool_calls"] = [call.as_dict() for call in tool_calls_of(calls)]
     if isinstance(content, str):
         return ParsedMessage(parts=(content,), is_list=False, fields=fields)
     if not isinstance(content, (list, tuple)):
-        raise PromptError(f"a message's content is {_short(content)}; it must be a string or a list of parts")
+        raise PromptError(f"a message's content is {shorten(content)}; it must be a string or a list of parts")
     return ParsedMessage(parts=tuple(map(_part, content)), is_list=True, fields=fields)
 
 
@@ -116,7 +116,7 @@ def _part(given: object) -> str | ImagePart:
     if (kind is None or kind in _TEXT_TYPES) and isinstance(text, str):
         return text
     raise PromptError(
-        f"a part of a message is {_short(given)}; "
+        f"a part of a message is {shorten(given)}; "
         'it must be {"type": "text", "text": "..."} or {"type": "image", "image": ...}'
     )
 
@@ -133,8 +133,3 @@ def _image(part: Mapping[str, Any]) -> AnyImage | None:
         value = f"data:;base64,{value}"
     image: AnyImage | None = value
     return image
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from lfm2vl_edge.config import Box, BoxFormat
-from lfm2vl_edge.errors import AnswerError
+from lfm2vl_edge.errors import AnswerError, shorten
 
 _LOG: Final = logging.getLogger(__name__)
 _MAX_ANSWER: Final = 1 << 15
@@ -48,7 +48,7 @@ def read_boxes(answer: str, boxes: BoxFormat, height: int, width: int) -> list[B
         raise AnswerError(f"the answer has {len(answer)} characters, too many for a list of boxes; ask again")
     entries = [match[0] for match in _ENTRY.finditer(answer)]
     if not entries and not _EMPTY.search(answer):
-        raise AnswerError(f"the answer holds no boxes: {_short(answer)}; ask again, or ask another model")
+        raise AnswerError(f"the answer holds no boxes: {shorten(answer)}; ask again, or ask another model")
     return list(_boxes(entries, boxes, height, width))
 
 
@@ -57,7 +57,7 @@ def _boxes(entries: Sequence[str], boxes: BoxFormat, height: int, width: int) ->
         found = read_entry(_parsed(entry), boxes)
         fractions = None if found is None else _fractions(*found[1:])
         if found is None or fractions is None:
-            _LOG.warning("left out of the answer, as it is not a valid box of the image: %s", _short(entry))
+            _LOG.warning("left out of the answer, as it is not a valid box of the image: %s", shorten(entry))
             continue
         left, right = _pixels(fractions[0::2], width)
         top, bottom = _pixels(fractions[1::2], height)
@@ -123,8 +123,3 @@ def _pixels(ends: Sequence[float], side: int) -> tuple[int, int]:
     """Return the first pixel along a side and the one after the last; at least one is between."""
     first = min(round(ends[0] * side), side - 1)
     return first, max(round(ends[1] * side), first + 1)
-
-
-def _short(text: str) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from fractions import Fraction
 from typing import Any, Final, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from lfm2vl_edge.errors import AnswerError, ConfigError
+from lfm2vl_edge.errors import AnswerError, ConfigError, clip, shorten
 from lfm2vl_edge.structured.schema import (
     AnyOf,
     Array,
@@ -39,7 +39,7 @@ def parse_answer(text: str, schema: Schema) -> Any:
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise AnswerError(
-            f"the answer {_short(text)} is not valid JSON ({error}); ask again with another seed"
+            f"the answer {shorten(text)} is not valid JSON ({error}); ask again with another seed"
         ) from error
     fault = fault_of(value, schema.root, schema)
     if fault is not None:
@@ -70,20 +70,20 @@ def _faults(value: Any, node: Node, schema: Schema, path: str) -> Iterator[str]:
     if isinstance(node, AnyOf):
         n_matches = sum(next(_faults(value, one, schema, path), None) is None for one in node.nodes)
         if n_matches == 0 or (node.exactly_one and n_matches > 1):
-            yield f"{path} is {_short(value)}, which matches {n_matches} of {len(node.nodes)} alternatives"
+            yield f"{path} is {_displayed(value)}, which matches {n_matches} of {len(node.nodes)} alternatives"
     elif isinstance(node, Enum):
         if json.dumps(value, ensure_ascii=False) not in node.texts:
-            yield f"{path} is {_short(value)}, which is not one of {_truncated(', '.join(node.texts))}"
+            yield f"{path} is {_displayed(value)}, which is not one of {clip(', '.join(node.texts))}"
     elif not _is_kind(value, node):
         name = "integer" if isinstance(node, Number) and node.is_integer else type(node).__name__.lower()
-        yield f"{path} is {_short(value)}, which is not of type {name}"
+        yield f"{path} is {_displayed(value)}, which is not of type {name}"
     elif isinstance(node, Array):
         yield from _array_faults(value, node, schema, path)
     elif isinstance(node, Object):
         yield from _object_faults(value, node, schema, path)
     else:
         rules = _number_faults(value, node) if isinstance(node, Number) else _string_faults(value, node)
-        yield from (f"{path} is {_short(value)}, {rule}" for rule in rules)
+        yield from (f"{path} is {_displayed(value)}, {rule}" for rule in rules)
 
 
 def _is_kind(value: Any, node: Number | String | Array | Object) -> bool:
@@ -129,19 +129,15 @@ def _array_faults(value: list[Any], node: Array, schema: Schema, path: str) -> I
 
 def _object_faults(value: Mapping[str, Any], node: Object, schema: Schema, path: str) -> Iterator[str]:
     properties = node.properties
-    yield from (f"{path} has {_short(name)}, which is not a property" for name in value if name not in properties)
+    yield from (f"{path} has {shorten(name)}, which is not a property" for name in value if name not in properties)
     yield from (f"{path} lacks {name}" for name in properties if name in node.required and name not in value)
     for name, part in properties.items():
         if name in value:
             yield from _faults(value[name], part, schema, f"{path}.{name}")
 
 
-def _short(value: object) -> str:
-    return _truncated(json.dumps(value, ensure_ascii=False))
-
-
-def _truncated(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+def _displayed(value: object) -> str:
+    return clip(json.dumps(value, ensure_ascii=False))
 
 
 _PLAIN: Final[Mapping[Any, str]] = {

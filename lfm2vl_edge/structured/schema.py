@@ -5,13 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import reprlib
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from lfm2vl_edge.errors import ConfigError
+from lfm2vl_edge.errors import ConfigError, shorten
 
 _DATE: Final = '[12] [0-9]{3} "-" ("0" [1-9] | "1" [0-2]) "-" ("0" [1-9] | [12] [0-9] | "3" [01])'
 _TIME: Final = (
@@ -198,7 +197,7 @@ class _Reader:
     def read(self, schema: object, path: str, depth: int) -> Node:
         """Return the node of a part of the schema at `path`."""
         if not isinstance(schema, Mapping):
-            raise ConfigError(f"the schema at {path} is {_short(schema)}; it must be an object that states a type")
+            raise ConfigError(f"the schema at {path} is {shorten(schema)}; it must be an object that states a type")
         self._count += 1
         if depth > _MAX_DEPTH or self._count > _MAX_NODES:
             raise ConfigError(f"the schema is too large at {path}: at most {_MAX_NODES} parts, {_MAX_DEPTH} deep")
@@ -226,7 +225,9 @@ class _Reader:
         _refuse_others(keywords, {"$ref"}, path)
         target = keywords["$ref"]
         if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
-            raise ConfigError(f"$ref at {path} is {_short(target)}; only parts of the same schema (#/...) can be used")
+            raise ConfigError(
+                f"$ref at {path} is {shorten(target)}; only parts of this schema (#/...) can be used"
+            )
         if target not in self._started:
             self._started.add(target)
             self.targets[target] = self.read(self._resolved(target, path), target, depth + 1)
@@ -274,7 +275,7 @@ class _Reader:
         if len(described) > _MAX_PROPERTIES:
             raise ConfigError(f"the object at {path} has {len(described)} properties; the limit is {_MAX_PROPERTIES}")
         if not isinstance(required, list) or not set(map(str, required)) <= set(described):
-            raise ConfigError(f"required at {path} is {_short(required)}; it must be a list of names in properties")
+            raise ConfigError(f"required at {path} is {shorten(required)}; it must be a list of names in properties")
         properties = {
             json.loads(_json(str(name), path)): self.read(part, f"{path}/properties/{name}", depth + 1)
             for name, part in described.items()
@@ -287,7 +288,7 @@ class _Reader:
         low, high = _counts(keywords, "minItems", "maxItems", path)
         unique = keywords.get("uniqueItems", False)
         if not isinstance(unique, bool):
-            raise ConfigError(f"uniqueItems at {path} is {_short(unique)}; it must be true or false")
+            raise ConfigError(f"uniqueItems at {path} is {shorten(unique)}; it must be true or false")
         items = self.read(keywords["items"], f"{path}/items", depth + 1)
         return Array(items=items, min_items=low, max_items=high, unique_items=unique)
 
@@ -295,7 +296,7 @@ class _Reader:
         low, high = _counts(keywords, "minLength", "maxLength", path)
         name = keywords.get("format")
         if name is not None and (not isinstance(name, str) or name not in FORMATS):
-            raise ConfigError(f"format {_short(name)} at {path} is not supported; known: {', '.join(FORMATS)}")
+            raise ConfigError(f"format {shorten(name)} at {path} is not supported; known: {', '.join(FORMATS)}")
         return String(min_length=low, max_length=high, format=name)
 
     def _number(self, keywords: _Keywords, path: str, _: int) -> Node:
@@ -309,7 +310,7 @@ def _limits(keywords: _Keywords, path: str, *, is_integer: bool) -> Number:
     for keyword, value in keywords.items():
         if not _is_of(value, "number") or abs(value) > LARGEST or (keyword == "multipleOf" and value <= 0):
             least = "above 0" if keyword == "multipleOf" else f"-{LARGEST}"
-            raise ConfigError(f"{keyword} at {path} is {_short(value)}; it must be a number, {least} to {LARGEST}")
+            raise ConfigError(f"{keyword} at {path} is {shorten(value)}; it must be a number, {least} to {LARGEST}")
     number = Number(
         is_integer=is_integer,
         minimum=keywords.get("minimum"),
@@ -347,7 +348,7 @@ def _counts(keywords: _Keywords, minimum: str, maximum: str, path: str) -> tuple
     for keyword in (minimum, maximum):
         value = keywords.get(keyword, 0)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ConfigError(f"{keyword} at {path} is {_short(value)}; it must be an integer, 0 or more")
+            raise ConfigError(f"{keyword} at {path} is {shorten(value)}; it must be an integer, 0 or more")
     low, high = keywords.get(minimum, 0), keywords.get(maximum)
     if low > _MAX_MINIMUM:
         raise ConfigError(f"{minimum} at {path} is {low}; at most {_MAX_MINIMUM} is possible")
@@ -358,7 +359,7 @@ def _counts(keywords: _Keywords, minimum: str, maximum: str, path: str) -> tuple
 
 def _parts(value: object, path: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise ConfigError(f"{path} is {_short(value)}; it must be a list of schemas")
+        raise ConfigError(f"{path} is {shorten(value)}; it must be a list of schemas")
     return value
 
 
@@ -387,15 +388,8 @@ def _json(value: object, path: str) -> str:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:  # also half of a surrogate pair
-        raise ConfigError(f"the value {_short(value)} at {path} is not valid JSON: {error}") from error
+        raise ConfigError(f"the value {shorten(value)} at {path} is not valid JSON: {error}") from error
     return text
-
-
-def _short(value: object) -> str:
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python does not print integers of more than 4,300 digits
-        return f"{type(value).__name__} of thousands of digits"
 
 
 def _check_alternatives(schema: Schema) -> None:
