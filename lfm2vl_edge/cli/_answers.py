@@ -106,8 +106,3 @@ def answering(
 def note_nothing_found() -> None:
     """Write to stderr why stdout is empty."""
     typer.echo("note: the model finds nothing of that kind in the image", err=True)
-
-
-def printable(label: str) -> str:
-    """Return a model's label without characters that end a line or control a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in label)

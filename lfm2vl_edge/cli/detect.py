@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._answers import Free, Image, Prompt, What, answering, note_nothing_found, printable
+from lfm2vl_edge.cli._answers import Free, Image, Prompt, What, answering, note_nothing_found
 from lfm2vl_edge.cli._output import refuse_drawing, reporting
+from lfm2vl_edge.errors import printable
 
 
 @opt.takes_groups

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._answers import printable
 from lfm2vl_edge.cli._loading import opening
 from lfm2vl_edge.cli._output import EXIT_FAILED, Interrupt, at_once, progress_bar, reporting
+from lfm2vl_edge.errors import printable
 
 if TYPE_CHECKING:
     from lfm2vl_edge.evaluate import Result, Summary, Tally

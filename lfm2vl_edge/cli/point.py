@@ -8,7 +8,8 @@ from dataclasses import asdict
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._answers import Free, Image, Prompt, What, answering, note_nothing_found, printable
+from lfm2vl_edge.cli._answers import Free, Image, Prompt, What, answering, note_nothing_found
+from lfm2vl_edge.errors import printable
 
 
 @opt.takes_groups

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._answers import printable
 from lfm2vl_edge.cli._loading import megabytes
 from lfm2vl_edge.cli._output import reporting
+from lfm2vl_edge.errors import printable
 
 if TYPE_CHECKING:
     from lfm2vl_convert import Checkpoint

@@ -14,7 +14,7 @@ import numpy as np
 
 from lfm2vl_edge.config import Sampling
 from lfm2vl_edge.engine import EngineInfo, Floats, State
-from lfm2vl_edge.engine.encoder.graph import graph_failure
+from lfm2vl_edge.engine.encoder.ggml import graph_failure
 from lfm2vl_edge.engine.encoder.vision import VERSION, GraphEncoder
 from lfm2vl_edge.engine.ffi import (
     ABORTED,

@@ -225,9 +225,7 @@ class _Reader:
         _refuse_others(keywords, {"$ref"}, path)
         target = keywords["$ref"]
         if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
-            raise ConfigError(
-                f"$ref at {path} is {shorten(target)}; only parts of this schema (#/...) can be used"
-            )
+            raise ConfigError(f"$ref at {path} is {shorten(target)}; only parts of this schema (#/...) can be used")
         if target not in self._started:
             self._started.add(target)
             self.targets[target] = self.read(self._resolved(target, path), target, depth + 1)

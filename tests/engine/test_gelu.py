@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from lfm2vl_edge.engine import Floats, ffi
-from lfm2vl_edge.engine.encoder.graph import Graph, gelu_of_sum
+from lfm2vl_edge.engine.encoder.ggml import Graph, gelu_of_sum
 
 WIDTH = 96
 

@@ -17,7 +17,7 @@ from lfm2vl_edge import Model
 from lfm2vl_edge.cli._answers import statistics
 from lfm2vl_edge.diagnose import doctor, facts
 from lfm2vl_edge.engine import Floats, ffi
-from lfm2vl_edge.engine.encoder import ggml, graph
+from lfm2vl_edge.engine.encoder import ggml
 from lfm2vl_edge.engine.encoder.mtmd import MtmdEncoder
 from lfm2vl_edge.engine.encoder.vision import GraphEncoder, read_tower
 from lfm2vl_edge.engine.language import LanguageFile
@@ -203,10 +203,10 @@ def other_llama_cpp() -> Iterator[None]:
     """Simulate a llama.cpp without a function of ggml that the encoder's graph needs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ggml._CPU, "ggml_graph_plan_of_the_future", (None, []))
-        for function in (ggml.ggml_cpu, graph.graph_failure):
+        for function in (ggml.ggml_cpu, ggml.graph_failure):
             function.cache_clear()
         yield
-    for function in (ggml.ggml_cpu, graph.graph_failure):
+    for function in (ggml.ggml_cpu, ggml.graph_failure):
         function.cache_clear()
 
 
@@ -249,7 +249,7 @@ def test_the_fallback_to_mtmd_is_logged_once_and_shown(
 def test_the_graph_is_shown_and_not_warned_about(
     model: Model, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    graph.graph_failure.cache_clear()
+    ggml.graph_failure.cache_clear()
     model.ask(view(1, 1), max_tokens=1)
     assert model.last is not None
     assert "encoder    ggml graph" in statistics(model.last, model)
@@ -290,7 +290,7 @@ def test_an_unknown_layout_of_tensors_is_a_failure_of_graphs(monkeypatch: pytest
     def refuse() -> int:
         raise EngineError("unknown")
 
-    monkeypatch.setattr(graph, "product_op", refuse)
-    graph.graph_failure.cache_clear()
-    assert graph.graph_failure() == "unknown"
-    graph.graph_failure.cache_clear()
+    monkeypatch.setattr(ggml, "product_op", refuse)
+    ggml.graph_failure.cache_clear()
+    assert ggml.graph_failure() == "unknown"
+    ggml.graph_failure.cache_clear()

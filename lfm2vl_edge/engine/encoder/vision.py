@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lfm2vl_edge.engine import Floats
-from lfm2vl_edge.engine.encoder.graph import Graph, gelu_of_sum
+from lfm2vl_edge.engine.encoder.ggml import Graph, gelu_of_sum
 from lfm2vl_edge.engine.encoder.weights import Weights
 from lfm2vl_edge.errors import EngineError
 from lfm2vl_edge.image.resample import resize_grid
