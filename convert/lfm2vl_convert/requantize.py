@@ -10,9 +10,9 @@ from pathlib import Path
 from lfm2vl_convert.convert import Progress, Quantizer, byte_counter, check_overrides, refuse_existing
 from lfm2vl_convert.recipes import Overrides, Rule, recipe_of
 from lfm2vl_convert.write import remove_leftovers, write_together
-from lfm2vl_edge.config import ENCODER_TYPES, FLOAT_TYPES, LANGUAGE_TYPES
+from lfm2vl_edge.config import FLOAT_TYPES
 from lfm2vl_edge.errors import ConvertError
-from lfm2vl_edge.models.gguf import StoredTensor, read_tensors
+from lfm2vl_edge.models.gguf import StoredTensor, read_tensors, split_file_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +80,7 @@ def _job(source: Path, kind: str, output: Path) -> Requantized:
 
 def _family(path: Path) -> str:
     """Return a file's name without the type at its end."""
-    start, _, end = path.stem.rpartition("-")
-    return start if start and end.upper() in (*LANGUAGE_TYPES, *ENCODER_TYPES) else path.stem
+    return split_file_name(path.name)[0] or path.stem
 
 
 def _check(job: Requantized, overrides: Overrides, *, requantize: bool) -> None:

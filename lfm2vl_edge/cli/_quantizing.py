@@ -86,7 +86,7 @@ def quantizer_with(imatrix: Path | None, types: Sequence[str], *, requantize: bo
         ConvertError: it does not exist, is a file of another kind, or has values that are not valid.
     """
     from lfm2vl_convert.imatrix import read_imatrix, weights_for
-    from lfm2vl_edge.engine.quantize import Importance, quantize_file
+    from lfm2vl_edge.engine.quantize import quantize_file
 
     if imatrix is None:
         return functools.partial(quantize_file, requantize=requantize)
@@ -101,8 +101,8 @@ def quantizer_with(imatrix: Path | None, types: Sequence[str], *, requantize: bo
 
     def quantize(source: Path, target: Path, kind: str, overrides: Any, advance: Any) -> None:
         weights = {} if kind in FLOAT_TYPES else weights_for(known, source)
-        importance = Importance(weights=weights, notes=notes) if weights else None
-        quantize_file(source, target, kind, overrides, advance, requantize=requantize, importance=importance)
+        noted = notes if weights else {}
+        quantize_file(source, target, kind, overrides, advance, requantize=requantize, weights=weights, notes=noted)
 
     return quantize
 

@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -39,16 +38,8 @@ _FAST_BF16: Final = "AVX512_BF16"
 have it too, and llama.cpp reports no such feature of ARM processors."""
 _NOTE_BYTES: Final = 127
 """Longest text that llama.h's llama_model_kv_override can hold."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Importance:
-    """An importance matrix: how much the columns of matrices count."""
-
-    weights: Mapping[str, Floats]
-    """Matrix -> float32 `[columns]`: the mean square of each column's inputs."""
-    notes: Mapping[str, str | int]
-    """Metadata for the quantized file; texts are truncated to 127 bytes."""
+_NO_WEIGHTS: Final[Mapping[str, Floats]] = {}
+_NO_NOTES: Final[Mapping[str, str | int]] = {}
 
 
 def quantize_file(
@@ -59,7 +50,8 @@ def quantize_file(
     advance: Callable[[int], None],
     *,
     requantize: bool = False,
-    importance: Importance | None = None,
+    weights: Mapping[str, Floats] = _NO_WEIGHTS,
+    notes: Mapping[str, str | int] = _NO_NOTES,
 ) -> None:
     """Write a quantized copy of a GGUF file, with the same bytes as llama-quantize.
 
@@ -71,12 +63,13 @@ def quantize_file(
             match decides. llama.cpp honours them for block types only.
         advance: called with the size in `source`, bytes, of each tensor that is done.
         requantize: whether quantized tensors may be quantized again.
-        importance: weights of the quantization error; without it all columns have the same weight.
+        weights: of the quantization error: matrix -> float32 `[columns]`, the mean square of each column's inputs;
+            the columns of other matrices have the same weight.
+        notes: metadata for the quantized file; texts are truncated to 127 bytes.
 
     Raises:
         EngineError: llama.cpp refuses; the message has its reason.
     """
-    weights = importance.weights if importance else {}
     job = {
         "source": str(source),
         "target": str(target),
@@ -84,7 +77,7 @@ def quantize_file(
         "requantize": requantize,
         "overrides": list(overrides),
         "weights": {name: len(values) for name, values in weights.items()},
-        "notes": dict(importance.notes) if importance else {},
+        "notes": dict(notes),
     }
     failure = _run_job(job, weights.values(), advance)
     if failure:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, overload
 
 from lfm2vl_edge.config import ImageConfig, require
@@ -77,6 +78,9 @@ class Strings(Sequence[str]):
             if self._starts[index] == at:  # and not within another text
                 return index
         return None
+
+
+_TYPE_IN_NAME: Final = re.compile(r"(?:^|[-._])((?:BF16|F16|F32|I?Q\d|TQ\d|MXFP4)\w*)$", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,3 +346,17 @@ def stated_image_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def states_tiling(stated: Mapping[str, Any]) -> bool:
     """Return whether any of the settings that decide how images are tiled is among `stated`."""
     return any(name not in _ALWAYS_PRESENT for name in stated)
+
+
+def split_file_name(file: str) -> tuple[str, str | None]:
+    """Split the name of a GGUF file into the model's name and the quantization type at its end.
+
+    Args:
+        file: name or path, such as `mmproj-LFM2.5-VL-450m-Q8_0.gguf`.
+
+    Returns:
+        The name without type and suffix, and the type in upper case, or None.
+    """
+    stem = PurePosixPath(file).stem
+    found = _TYPE_IN_NAME.search(stem)
+    return (stem[: found.start()], found[1].upper()) if found else (stem, None)

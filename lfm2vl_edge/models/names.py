@@ -11,6 +11,7 @@ from typing import Final, TypeAlias
 
 from lfm2vl_edge.errors import ModelNotFound, ModelNotPulled
 from lfm2vl_edge.host import has_fast_bf16
+from lfm2vl_edge.models.gguf import split_file_name
 from lfm2vl_edge.models.manifest import ManifestEntry, find_entry, read_manifest
 from lfm2vl_edge.models.registry import (
     BUILT_IN,
@@ -19,7 +20,6 @@ from lfm2vl_edge.models.registry import (
     known_models,
     parse_name,
     quant_in_name,
-    split_file_name,
 )
 
 LANGUAGE_ARCHITECTURE: Final = "lfm2"

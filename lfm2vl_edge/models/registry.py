@@ -10,11 +10,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final
 
 from lfm2vl_edge.config import BICUBIC, FRACTION_BOXES, SHORT_BOXES, THOUSAND_BOXES, BoxFormat, Sampling
 from lfm2vl_edge.errors import ModelNotFound
+from lfm2vl_edge.models.gguf import split_file_name
 
 BUILT_IN: Final = "tiny"
 """Name of the demonstration model, which is part of the package."""
@@ -23,7 +24,6 @@ RECOMMENDED: Final = "lfm2.5-vl-450m"
 _TABLE: Final = Path(__file__).with_name("registry.json")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _TYPE: Final = re.compile(r"\w{1,24}", re.ASCII)
-_TYPE_IN_NAME: Final = re.compile(r"(?:^|[-._])((?:BF16|F16|F32|I?Q\d|TQ\d|MXFP4)\w*)$", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,20 +159,6 @@ def display_name(repo: str, quant: str | None) -> str:
     known = find_known(repo)
     name = known.name if known else repo
     return f"{name}:{quant}" if quant else name
-
-
-def split_file_name(file: str) -> tuple[str, str | None]:
-    """Split the name of a GGUF file into the model's name and the quantization type at its end.
-
-    Args:
-        file: name or path, such as `mmproj-LFM2.5-VL-450m-Q8_0.gguf`.
-
-    Returns:
-        The name without type and suffix, and the type in upper case, or None.
-    """
-    stem = PurePosixPath(file).stem
-    found = _TYPE_IN_NAME.search(stem)
-    return (stem[: found.start()], found[1].upper()) if found else (stem, None)
 
 
 def quant_in_name(file: str) -> str | None:

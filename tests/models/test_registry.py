@@ -9,6 +9,7 @@ import pytest
 from lfm2vl_edge import ModelNotFound
 from lfm2vl_edge.config import ENCODER_TYPES, LANGUAGE_TYPES
 from lfm2vl_edge.models import download, names
+from lfm2vl_edge.models.gguf import split_file_name
 from lfm2vl_edge.models.registry import (
     RECOMMENDED,
     display_name,
@@ -17,7 +18,6 @@ from lfm2vl_edge.models.registry import (
     known_models,
     parse_name,
     quant_in_name,
-    split_file_name,
 )
 
 
