@@ -368,9 +368,8 @@ def _failure(code: int, log: str) -> str:
 
 def print_engine() -> None:
     """Print the facts about llama.cpp as JSON; `read_engine` runs this in another process."""
-    from lfm2vl_edge.engine.devices import backends, build, gpus
     from lfm2vl_edge.engine.encoder.ggml import graph_failure
-    from lfm2vl_edge.engine.ffi import llama
+    from lfm2vl_edge.engine.ffi import backends, build, gpus, llama
 
     llama.llama_backend_init()
     facts = EngineFacts(

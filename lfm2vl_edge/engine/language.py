@@ -94,7 +94,7 @@ class LanguageFile:
 def _find_gpu(n_gpu_layers: int, device: str | None) -> int | None:
     if n_gpu_layers == 0:
         return None
-    from lfm2vl_edge.engine.devices import find_gpu
+    from lfm2vl_edge.engine.ffi import find_gpu
 
     return find_gpu(n_gpu_layers, device)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lfm2vl_edge import AskOptions, ConfigError, EngineError, Model, ModelNotFound, StateError
-from lfm2vl_edge.engine.devices import find_gpu, gpus
+from lfm2vl_edge.engine.ffi import find_gpu, gpus
 from lfm2vl_edge.host import (
     available_cpus,
     big_cores,
