@@ -2,8 +2,8 @@
 
 Accepted is what transformers, the OpenAI client (chat and responses) and their relatives write: dictionaries, or
 objects with fields (pydantic models, dataclasses); content as text, null or a list of parts; parts with or without a
-type; and images under any of the names of `_IMAGE_KEYS`. Fields that are null count as missing. A part that cannot be
-shown to the model (audio, video, a file) is an error, never dropped.
+type; and images under any of the names of `_IMAGE_KEYS`. Fields that are null count as missing. What the model would
+not see is an error, never dropped: audio, video, a file, a second image or a text beside the image of one part.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AnyImage: TypeAlias = "ImageInput | PreprocessedImage"
 _TEXT_TYPES: Final = frozenset({"text", "input_text", "output_text", "refusal"})
 _IMAGE_TYPES: Final = frozenset({"image", "image_url", "input_image"})
 _IMAGE_KEYS: Final = ("image", "url", "path", "base64", "image_url")
-"""Where a part may hold its image, the first that is there counts, as in transformers."""
+"""Where a part may hold its image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +94,8 @@ def _parsed(message: object) -> ParsedMessage:
     if fields is None or not isinstance(role, str) or not role.isidentifier():
         raise PromptError(f'a message is {shorten(message)}; it must be {{"role": "user", "content": ...}}')
     content = fields.pop("content", "")
+    if call := fields.pop("function_call", None):  # OpenAI's older form
+        fields.setdefault("tool_calls", [{"type": "function", "function": call}])
     if calls := fields.get("tool_calls"):
         fields["tool_calls"] = [call.as_dict() for call in tool_calls_of(calls)]
     if isinstance(content, str):
@@ -107,14 +109,16 @@ def _part(given: object) -> str | ImagePart:
     if isinstance(given, str):
         return given
     part = _fields(given) or {}
-    kind = part.get("type")
-    if kind in _IMAGE_TYPES or (kind in (None, "text") and "text" not in part):
+    kind = part.get("type", "")
+    if isinstance(kind, str) and kind in ("", *_TEXT_TYPES, *_IMAGE_TYPES):
+        text = part.get("refusal" if kind == "refusal" else "text")
         image = _image(part)
+        if image is not None and text is not None:
+            raise PromptError("a part of a message holds a text and an image; give each a part of its own")
         if image is not None:
             return ImagePart(image=image)
-    text = part.get("refusal" if kind == "refusal" else "text")
-    if (kind is None or kind in _TEXT_TYPES) and isinstance(text, str):
-        return text
+        if isinstance(text, str) and kind not in _IMAGE_TYPES:
+            return text
     raise PromptError(
         f"a part of a message is {shorten(given)}; "
         'it must be {"type": "text", "text": "..."} or {"type": "image", "image": ...}'
@@ -123,9 +127,12 @@ def _part(given: object) -> str | ImagePart:
 
 def _image(part: Mapping[str, Any]) -> AnyImage | None:
     """Return what a part holds as its image; None if it holds none."""
-    key = next((key for key in _IMAGE_KEYS if key in part), None)
-    if key is None:
+    keys = [key for key in _IMAGE_KEYS if key in part]
+    if not keys:
         return None
+    if len(keys) > 1:
+        raise PromptError(f"a part of a message holds {' and '.join(keys)}; give each a part of its own")
+    key = keys[0]
     value = part[key]
     if key == "image_url" and not isinstance(value, str):
         value = (_fields(value) or {}).get("url")
