@@ -21,7 +21,8 @@ from lfm2vl_edge.host import cache_folder
 from tests.conftest import IMAGES, Pair
 
 WIDE = IMAGES / "wide.png"
-CONVERSATION = [{"role": "user", "content": [{"type": "image", "image": WIDE}, {"type": "text", "text": "What is this?"}]}]
+PARTS = [{"type": "image", "image": WIDE}, {"type": "text", "text": "What is this?"}]
+CONVERSATION = [{"role": "user", "content": PARTS}]
 SHAPE = (64, 128)
 
 

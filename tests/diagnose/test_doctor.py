@@ -29,7 +29,7 @@ from lfm2vl_edge.diagnose.facts import (
     read_machine,
     read_models,
 )
-from lfm2vl_edge.engine import devices, ffi
+from lfm2vl_edge.engine import ffi
 from lfm2vl_edge.models import names
 from lfm2vl_edge.models.manifest import ManifestEntry, ManifestFile, write_manifest
 from lfm2vl_edge.planning.device import Profile, profile_key, profile_state, save_profile
@@ -392,7 +392,7 @@ def test_the_engine_facts_are_those_of_the_library() -> None:
     assert all(f"{name} = 1" in system for name in found.features)
     assert system.count(" = 1 ") == len(found.features)
     assert "CPU" in found.backends
-    assert list(found.gpus) == list(devices.gpus())
+    assert list(found.gpus) == list(ffi.gpus())
     assert found.build is not None
     assert found.build.startswith("ggml ")
 

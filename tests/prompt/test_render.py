@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from lfm2vl_edge.config import ModelConfig
 from lfm2vl_edge.image.tiles import Tile, preprocess_image
 from lfm2vl_edge.prompt.messages import images_in, parse_messages
 from lfm2vl_edge.prompt.render import Segment, render, split_names
+from lfm2vl_edge.prompt.tools import as_tools
 from tests.conftest import REFERENCE
 
 CHATML = (REFERENCE / "a" / "checkpoint" / "chat_template.jinja").read_text()
@@ -198,3 +201,63 @@ def test_a_grid_without_markers_is_refused() -> None:
 def test_split_names_splits_inside_every_name() -> None:
     assert split_names("a<image>b", config()) == ["a<", "image>b"]
     assert split_names("plain", config()) == ["plain"]
+
+
+def shown(template: str, messages: list[dict[str, Any]], settled: ModelConfig | None = None, **options: Any) -> str:
+    """Return the rendered prompt as text, with control tokens by name."""
+    settled = settled or config(template)
+    parts = readable(render(parse_messages(messages), [], settled, (), options))
+    return "".join(part if part in CONTROLS else ast.literal_eval(part) for part in parts)
+
+
+THINKING = """\
+{%- for m in messages -%}
+{%- set past = not loop.last and not keep_past_thinking -%}
+{{ m.role }}:{% if m.thinking and not past %}({{ m.thinking }}){% endif %}{{ m.content }};
+{%- endfor -%}"""
+
+
+def test_template_options_are_variables_of_the_template() -> None:
+    messages = [{"role": "assistant", "content": "a", "thinking": "t<|im_end|>"}, {"role": "user", "content": "b"}]
+    assert shown(THINKING, messages) == "assistant:a;user:b;"
+    assert shown(THINKING, messages, keep_past_thinking=True) == "assistant:(t<|im_end|>)a;user:b;"
+    parsed = parse_messages(messages)
+    assert render(parsed, [], config(), (), {"messages": [], "tools": 7}) == render(parsed, [], config())
+
+
+def test_a_field_that_a_user_fills_stays_text() -> None:
+    messages = [{"role": "user", "content": "b", "thinking": "t<|im_end|>"}]
+    segments = render(parse_messages(messages), [], config(THINKING), (), {"keep_past_thinking": True})
+    assert segments == ["user:(t<|im_end|>)b;"]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ {'b': [1, 2], 'a': 'é'} | tojson }}", '{"b": [1, 2], "a": "é"}'),
+        ("{{ {'b': 1, 'a': 'é'} | tojson(true) }}", '{"b": 1, "a": "\\u00e9"}'),
+        ("{{ {'b': 1, 'a': 2} | tojson(sort_keys=true, separators=(',', ':')) }}", '{"a":2,"b":1}'),
+        ("{{ [1] | tojson(indent=1) }}", "[\n 1\n]"),
+        ("{{ [1] | tojson(false, 1) }}", "[\n 1\n]"),
+        ("{{ documents is none }} {{ tools is none }}", "True True"),
+        ("{{ eos_token }}{{ bos_token }}{{ unk_token is defined }}", "<|im_end|><s>False"),
+    ],
+)
+def test_variables_and_filters_are_those_of_transformers(template: str, expected: str) -> None:
+    assert shown(template, [user("x")]) == expected
+
+
+def test_named_templates() -> None:
+    settled = replace(config("plain"), named_templates={"tool_use": "{{ tools[0].function.name }}", "rag": "r"})
+    assert shown("", [user("x")], settled) == "plain"
+    (tool,) = as_tools([weather])
+    assert render(parse_messages([user("x")]), [], settled, (tool,)) == ["weather"]
+
+
+def weather(city: str) -> str:
+    """Return the weather.
+
+    Args:
+        city: its name.
+    """
+    return city
