@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lfm2vl_convert.jsonfile import Section
-from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.errors import ConvertError, clip, shorten
 
 MAX_LAYERS: Final = 512
 """llama.cpp's limit."""
@@ -19,6 +19,14 @@ _CONVOLUTION: Final = "conv"
 _VISION_ACTIVATION: Final = "gelu_pytorch_tanh"
 _PROJECTOR_ACTIVATIONS: Final = ("gelu", _VISION_ACTIVATION)
 """A GGUF file does not state which: CPUs compute the exact form, GPUs the tanh form, within 5e-4 of it."""
+_DECISION_MODEL: Final = "D1Model"
+"""Architecture of Liquid AI's d1 models; `model_type` is that of the model they were made from."""
+_OTHER_MODELS: Final = {
+    "lfm3": "; LFM3 needs a newer llama-cpp-python and a newer lfm2vl-edge",
+    "lfm2_vl": "",
+    "lfm2": "; this one is text-only: convert it with llama.cpp's convert_hf_to_gguf.py",
+}
+"""Starts of `model_type` -> what to do; the first one counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +56,7 @@ class TextConfig:
     rope_theta: float
     """Base of the rotary position angles."""
     tied: bool
-    """Whether the output matrix is the embedding matrix."""
+    """Whether the output matrix is the embedding matrix: as the config states it, then as the tensors decide it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,8 +176,10 @@ def _rope_theta(text: Section) -> float:
 
 
 def _tied(root: Section, text: Section) -> bool:
+    """Return what the whole model's config states; as in transformers, that of the language tower has no effect."""
     spellings = ("tie_embedding", "tie_word_embeddings")
-    return root.flag(*spellings, default=text.flag(*spellings, default=True))
+    text.flag(*spellings, default=True)
+    return root.flag(*spellings, default=True)
 
 
 def read_vision_config(root: Section) -> VisionConfig:
@@ -239,16 +249,19 @@ def refuse_foreign(root: Section) -> None:
     """Check that a checkpoint is LFM2-VL.
 
     Raises:
-        ConvertError: it is another model, quantized, or has other parts; the message names what it is.
+        ConvertError: it is another model or has other parts; the message names what it is.
     """
     kind = root.text("model_type")
     architectures = ", ".join(str(name) for name in root.items("architectures"))
+    if _DECISION_MODEL in architectures:
+        raise ConvertError(
+            f"{root.where} is the config of a d1 model ({clip(architectures)}), which decides between options and does "
+            "not write text; convert the LFM2-VL checkpoint that it was made from"
+        )
     if kind.replace("-", "_") != "lfm2_vl" and (kind or architectures != "Lfm2VlForConditionalGeneration"):
-        what = f"{kind or 'unknown'!r} model" + (f" ({architectures})" if architectures else "")
-        raise ConvertError(f"{root.where} is the config of a {what}; only LFM2-VL checkpoints can be converted")
-    if "quantization_config" in root:
-        method = root.section("quantization_config").text("quant_method", "unknown method")
-        raise ConvertError(f"{root.where}: the checkpoint is quantized already ({method}); convert the original one")
+        what = f"{shorten(kind or 'unknown')} model" + (f" ({clip(architectures)})" if architectures else "")
+        hint = next((hint for start, hint in _OTHER_MODELS.items() if kind.startswith(start)), "")
+        raise ConvertError(f"{root.where} is the config of a {what}; only LFM2-VL checkpoints can be converted{hint}")
     for part, known in (("text_config", "lfm2"), ("vision_config", "siglip2_vision_model")):
         section = root.section(part)
         if section.text("model_type", known) != known:

@@ -37,6 +37,8 @@ class ConvertResult:
     """Tensors of the checkpoint that neither file needs, such as a copy of tied embeddings."""
     plan: Plan
     """Source and target of every tensor."""
+    notes: tuple[str, ...]
+    """Sentences about what the checkpoint contains and the conversion left out or chose."""
 
 
 def convert_checkpoint(
@@ -85,7 +87,7 @@ def convert_checkpoint(
     remove_leftovers(target, (folder.name, f"mmproj-{folder.name}"))
     n_bytes = sum(tensor.n_bytes * (2 if output.quantize else 1) for output in outputs for tensor in output.tensors)
     write_files(outputs, target, byte_counter(n_bytes, progress))
-    return ConvertResult(model=paths[0], mmproj=paths[1], unused=plan.unused, plan=plan)
+    return ConvertResult(model=paths[0], mmproj=paths[1], unused=plan.unused, plan=plan, notes=source.notes)
 
 
 def plan_conversion(
@@ -107,11 +109,15 @@ def plan_conversion(
     norm = projector.layer_norm
     if norm is None:
         norm = any(canonical(name).startswith("multi_modal_projector.layer_norm.") for name in checkpoint.tensors)
-    unused = mmproj.unused_prefixes(vision) + ((lm.OUTPUT,) if text.tied else ())
+    unused = (*mmproj.unused_prefixes(vision), lm.VALUE_HEAD, *((lm.OUTPUT,) if text.tied else ()))
     width = mmproj.feed_forward_width(vision, mmproj_quant, pad)
     plan = make_plan(
         checkpoint.tensors,
-        model=(lm.required_tensors(text), _written_type(checkpoint, quant), _written_overrides(quant, tensor_types)),
+        model=(
+            lm.required_tensors(text, checkpoint.embedding),
+            _written_type(checkpoint, quant),
+            _written_overrides(quant, tensor_types),
+        ),
         mmproj=(
             mmproj.required_tensors(vision, projector, text.hidden, norm, width),
             _written_type(checkpoint, mmproj_quant),

@@ -17,6 +17,9 @@ MAX_TOKENIZER_BYTES: Final = 128 * 2**20
 MAX_COUNT: Final = 2**24
 """Limit of integers, far above every width, count and vocabulary of the published models."""
 
+LFS_POINTER: Final = "version https://git-lfs.github.com/spec/"
+"""The start of the file that Git leaves in place of a large file that it has not downloaded."""
+
 
 def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     """Return a text file's content.
@@ -29,13 +32,21 @@ def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
             raise ConvertError(
                 f"{path} has more than {max_bytes} bytes, too many for a {path.name}; download it again"
             )
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConvertError(f"{path} is missing; download the whole checkpoint") from None
     except UnicodeDecodeError as error:
         raise ConvertError(f"{path} is not valid UTF-8 ({error.reason}); download it again") from None
     except OSError as error:
         raise ConvertError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
+    if text.startswith(LFS_POINTER):
+        raise lfs_error(path)
+    return text
+
+
+def lfs_error(path: Path) -> ConvertError:
+    """Return the error for a file that Git has not downloaded."""
+    return ConvertError(f"{path} is a Git LFS pointer instead of the file; run git lfs pull in its folder")
 
 
 def load_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Section:

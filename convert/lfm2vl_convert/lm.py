@@ -10,7 +10,10 @@ from lfm2vl_convert.plan import Rearrangement, RequiredTensor
 
 ARCHITECTURE: Final = "lfm2"
 OUTPUT: Final = "lm_head.weight"
-"""The output matrix of an untied model; a tied one may store a copy of the embedding under this name."""
+"""The output matrix of an untied model; a tied one may store the embedding under this name, also or only."""
+EMBEDDING: Final = "language_model.embed_tokens.weight"
+VALUE_HEAD: Final = "v_head."
+"""Prefix of TRL's value head, which writes no text and which transformers ignores too."""
 
 _NORMS: Final[Mapping[str, str]] = {
     "operator_norm": "attn_norm",
@@ -22,15 +25,20 @@ _HEAD_NORMS: Final[Mapping[str, str]] = {
 }
 
 
-def required_tensors(config: TextConfig) -> Iterator[RequiredTensor]:
-    """Yield the tensors of the language file, layer by layer; shapes of matrices are `[out, in]`."""
-    yield _same("embed_tokens", "token_embd", config.vocabulary, config.hidden)
+def required_tensors(config: TextConfig, embedding: str = EMBEDDING) -> Iterator[RequiredTensor]:
+    """Yield the tensors of the language file, layer by layer; shapes of matrices are `[out, in]`.
+
+    Args:
+        config: the language tower.
+        embedding: canonical name of the tensor that is the embedding.
+    """
+    shape = (config.vocabulary, config.hidden)
+    yield RequiredTensor(source=embedding, shape=shape, target="token_embd.weight", target_shape=shape)
     yield _same("embedding_norm", "token_embd_norm", config.hidden)
     for layer, is_attention in enumerate(config.attention):
         yield from _feed_forward(config, layer)
         yield from _attention(config, layer) if is_attention else _convolution(config, layer)
     if not config.tied:
-        shape = (config.vocabulary, config.hidden)
         yield RequiredTensor(source=OUTPUT, shape=shape, target="output.weight", target_shape=shape)
 
 

@@ -16,6 +16,11 @@ from lfm2vl_edge.errors import ConvertError
 UNUSED_ANYWHERE: Final = (".rotary_emb.inv_freq", ".position_ids")
 """Name endings of buffers that older versions of transformers saved; they are computed, not learned."""
 
+_INNER_WRAPPERS: Final = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""Parts of names that torch.compile and FSDP insert anywhere."""
+_OUTER_WRAPPERS: Final = ("module.", "base_model.model.")
+"""Prefixes of data parallel training and of peft."""
+
 
 class Rearrangement(str, Enum):
     """How a tensor's values are rearranged, besides the change of type."""
@@ -89,9 +94,18 @@ class Plan:
 
 
 def canonical(name: str) -> str:
-    """Return a tensor's name in one spelling, whatever version of transformers saved it."""
-    name = name.removeprefix("model.")
+    """Return a tensor's name in one spelling, whatever version of transformers or training wrapper saved it."""
+    name = without_wrappers(name).removeprefix("model.")
     return name.replace("vision_tower.vision_model.", "vision_tower.", 1) if name.startswith("vision_tower.") else name
+
+
+def without_wrappers(name: str) -> str:
+    """Return a tensor's name without the prefixes of torch.compile, data parallel training, FSDP and peft."""
+    for inner in _INNER_WRAPPERS:
+        name = name.replace(inner, "")
+    while name.startswith(_OUTER_WRAPPERS):
+        name = name.removeprefix("module.").removeprefix("base_model.model.")
+    return name
 
 
 def make_plan(

@@ -239,7 +239,7 @@ def test_a_field_that_a_user_fills_stays_text() -> None:
         ("{{ {'b': 1, 'a': 2} | tojson(sort_keys=true, separators=(',', ':')) }}", '{"a":2,"b":1}'),
         ("{{ [1] | tojson(indent=1) }}", "[\n 1\n]"),
         ("{{ [1] | tojson(false, 1) }}", "[\n 1\n]"),
-        ("{{ documents is none }} {{ tools is none }}", "True True"),
+        ("{{ documents or 0 }} {{ tools or 0 }}", "0 0"),
         ("{{ eos_token }}{{ bos_token }}{{ unk_token is defined }}", "<|im_end|><s>False"),
     ],
 )

@@ -117,7 +117,7 @@ def test_a_name_of_a_control_token_stays_text_wherever_it_comes_from() -> None:
     assert "\ufdd0" not in text
 
 
-def call(tool: str, **arguments: Any) -> dict[str, Any]:
+def call(tool: str, /, **arguments: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": tool, "arguments": arguments}}
 
 
