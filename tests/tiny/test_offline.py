@@ -92,14 +92,14 @@ def test_python_opens_by_name_without_a_network(run: Run, tmp_path: Path) -> Non
     code = (
         "import json; from lfm2vl_edge import Model, pull\n"
         f"name, image = {NAME!r}, {str(EXAMPLE)!r}\n"
-        "with Model.open(name) as model, Model.open() as last:\n"
-        "    answers = [one.ask(image, 'What color is the star?') for one in (model, last)]\n"
+        "with Model.open(name) as model, Model.open() as last, Model.open(pull(name)) as pulled:\n"
+        "    answers = [one.ask(image, 'What color is the star?') for one in (model, last, pulled)]\n"
         "print(json.dumps([*answers, pull(name).model.name]))\n"
     )
     done = run("-c", code)
     assert network_calls(tmp_path) == ""
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == ["Blue", "Blue", "lfm2vl-tiny-Q8_0.gguf"]
+    assert json.loads(done.stdout) == ["Blue", "Blue", "Blue", "lfm2vl-tiny-Q8_0.gguf"]
 
 
 def test_the_audit_hook_sees_a_download(run: Run, tmp_path: Path) -> None:
