@@ -463,6 +463,16 @@ class ModelConfig:
     boxes: BoxFormat = FRACTION_BOXES
     named_templates: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def bos_token(self) -> str:
+        """Text of the token at the start of a prompt; empty if the model has none."""
+        return self.special_tokens.get("bos_token", "")
+
+    @property
+    def eos_token(self) -> str:
+        """Text of the token that ends an answer; empty if the model has none."""
+        return self.special_tokens.get("eos_token", "")
+
     def template_for(self, *, tools: bool) -> str:
         """Return the template of a conversation: with tools the one called `tool_use`, if there is one."""
         return self.named_templates.get("tool_use", self.chat_template) if tools else self.chat_template

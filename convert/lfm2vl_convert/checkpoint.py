@@ -51,6 +51,11 @@ _QUANTIZED_PARTS: Final[Mapping[str, str]] = {
     ".scales": "MLX or MXFP4",
 }
 """Endings of the names of tensors that belong to quantized weights -> how they were quantized."""
+_IGNORED: Final = (
+    *("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"),
+    *("forced_bos_token_id", "forced_eos_token_id", "penalty_alpha"),
+)
+"""Keys of generation_config.json that change answers in transformers and have no counterpart here."""
 _SCORE_HEADS: Final = ("score.", "classifier.", "value_head.", "reward_head.", "decision_head.", "d1_head.")
 """Prefixes of heads that write numbers instead of text."""
 
@@ -111,7 +116,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         ConvertError: a file is missing or damaged, a value is not valid, or the model is not LFM2-VL.
     """
-    root, notes = load_json(folder / "config.json"), []
+    notes: list[str] = []
+    root = load_json(folder / "config.json")
     refuse_foreign(root)
     vision, projector = read_vision_config(root), read_projector_config(root)
     settings = _image_settings(folder, vision, projector, notes)
@@ -120,6 +126,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     _refuse_other_tensors(folder, root, tensors)
     _note_leftovers(folder, root, tensors, notes)
     tied, embedding = _tie(text, tensors, notes)
+    generation = load_json_if_present(folder / "generation_config.json")
+    notes += [f"{key} in generation_config.json is ignored" for key in _IGNORED if generation.values.get(key)]
     return Checkpoint(
         folder=folder,
         root=root,
@@ -129,7 +137,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         image_settings=settings,
         image=image,
         image_token_id=_image_token_id(root),
-        generation=load_json_if_present(folder / "generation_config.json"),
+        generation=generation,
         tensors=tensors,
         embedding=embedding,
         notes=tuple(notes),
@@ -186,9 +194,7 @@ def _quantization(root: Section) -> str:
     return ""
 
 
-def _note_leftovers(
-    folder: Path, root: Section, tensors: Mapping[str, SourceTensor], notes: list[str]
-) -> None:
+def _note_leftovers(folder: Path, root: Section, tensors: Mapping[str, SourceTensor], notes: list[str]) -> None:
     """Append a note on each thing beside the weights that has no effect."""
     if method := _quantization(root):
         notes.append(f"config.json states quantization ({method}), but the weights are not quantized; it is ignored")

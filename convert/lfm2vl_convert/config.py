@@ -118,7 +118,7 @@ def read_text_config(root: Section) -> TextConfig:
         kernel=text.integer("conv_L_cache", default=3),
         norm_eps=text.number("norm_eps", default=1e-5),
         rope_theta=_rope_theta(text),
-        tied=_tied(root, text),
+        tied=_tied(root),
     )
     return _checked_heads(text, config)
 
@@ -175,11 +175,9 @@ def _rope_theta(text: Section) -> float:
     return text.number("rope_theta", "theta", default=1e6)
 
 
-def _tied(root: Section, text: Section) -> bool:
+def _tied(root: Section) -> bool:
     """Return what the whole model's config states; as in transformers, that of the language tower has no effect."""
-    spellings = ("tie_embedding", "tie_word_embeddings")
-    text.flag(*spellings, default=True)
-    return root.flag(*spellings, default=True)
+    return root.flag("tie_embedding", "tie_word_embeddings", default=True)
 
 
 def read_vision_config(root: Section) -> VisionConfig:
@@ -255,8 +253,8 @@ def refuse_foreign(root: Section) -> None:
     architectures = ", ".join(str(name) for name in root.items("architectures"))
     if _DECISION_MODEL in architectures:
         raise ConvertError(
-            f"{root.where} is the config of a d1 model ({clip(architectures)}), which decides between options and does "
-            "not write text; convert the LFM2-VL checkpoint that it was made from"
+            f"{root.where} is the config of a d1 model ({clip(architectures)}), which chooses between options "
+            "and writes no text; convert the LFM2-VL checkpoint that it was made from"
         )
     if kind.replace("-", "_") != "lfm2_vl" and (kind or architectures != "Lfm2VlForConditionalGeneration"):
         what = f"{shorten(kind or 'unknown')} model" + (f" ({clip(architectures)})" if architectures else "")

@@ -83,11 +83,13 @@ def convert_checkpoint(
     source = read_checkpoint(folder)
     plan = plan_conversion(source, quant=quant, mmproj_quant=mmproj_quant, tensor_types=tensor_types, pad=pad)
     quantizes = _quantize(quant, tensor_types, quantizer), _quantize(mmproj_quant, tensor_types, quantizer)
-    outputs = _outputs(source, plan, paths, quants, quantizes)
+    tokenizer = vocabulary.read_tokenizer(source.folder, source.root, source.text.vocabulary)
+    outputs = _outputs(source, tokenizer, plan, paths, tuple(zip(quants, quantizes, strict=True)))
     remove_leftovers(target, (folder.name, f"mmproj-{folder.name}"))
     n_bytes = sum(tensor.n_bytes * (2 if output.quantize else 1) for output in outputs for tensor in output.tensors)
     write_files(outputs, target, byte_counter(n_bytes, progress))
-    return ConvertResult(model=paths[0], mmproj=paths[1], unused=plan.unused, plan=plan, notes=source.notes)
+    notes = (*source.notes, *tokenizer.notes)
+    return ConvertResult(model=paths[0], mmproj=paths[1], unused=plan.unused, plan=plan, notes=notes)
 
 
 def plan_conversion(
@@ -199,14 +201,13 @@ def refuse_existing(target: Path, paths: Sequence[Path], *, force: bool) -> None
 
 def _outputs(
     checkpoint: Checkpoint,
+    tokenizer: vocabulary.Tokenizer,
     plan: Plan,
     paths: tuple[Path, Path],
-    quants: tuple[str, str],
-    quantizes: tuple[Quantize | None, Quantize | None],
+    types: tuple[tuple[str, Quantize | None], ...],
 ) -> tuple[Output, Output]:
     """Return both files with their metadata, checked: only the weights are missing."""
-    tokenizer = vocabulary.read_tokenizer(checkpoint.folder, checkpoint.root, checkpoint.text.vocabulary)
-    written = tuple(_written_type(checkpoint, quant) for quant in quants)
+    written = tuple(_written_type(checkpoint, quant) for quant, _ in types)
     language = _writer(checkpoint, lm.ARCHITECTURE, plan.model, kind="model", quant=written[0])
     lm.add_metadata(language, checkpoint.text)
     vocabulary.add_metadata(language, tokenizer)
@@ -216,8 +217,8 @@ def _outputs(
     for writer in (language, encoder):
         general.check_values(writer)
     return (
-        Output(path=paths[0], writer=language, tensors=plan.model, quantize=quantizes[0]),
-        Output(path=paths[1], writer=encoder, tensors=plan.mmproj, quantize=quantizes[1]),
+        Output(path=paths[0], writer=language, tensors=plan.model, quantize=types[0][1]),
+        Output(path=paths[1], writer=encoder, tensors=plan.mmproj, quantize=types[1][1]),
     )
 
 

@@ -20,6 +20,14 @@ FILE_TYPES: Final = {
 }
 """Values of `general.file_type`."""
 _MODEL_CARD: Final = "README.md"
+_SAMPLING: Final = {
+    "temperature": "sampling_temp",
+    "min_p": "sampling_min_p",
+    "repetition_penalty": "sampling_penalty_repeat",
+    "top_k": "sampling_top_k",
+    "top_p": "sampling_top_p",
+}
+"""Key of generation_config.json -> field of `gguf.Metadata`."""
 _FORMATS: Final = {
     gguf.GGUFValueType.UINT32: "<I",
     gguf.GGUFValueType.INT32: "<i",
@@ -56,10 +64,29 @@ def _add_description(writer: Any, folder: Path, generation: Section, kind: str) 
     metadata = gguf.Metadata.load(None, folder, None, parameters[0])
     metadata.name = metadata.name or folder.name
     metadata.size_label = metadata.size_label or gguf.size_label(*parameters)
-    if metadata.sampling_penalty_repeat is None:  # gguf before 0.20 does not read transformers' name of it
-        metadata.sampling_penalty_repeat = generation.values.get("repetition_penalty")
+    sampling = stated_sampling(generation)
+    for name, field in _SAMPLING.items():
+        setattr(metadata, field, sampling.get(name))
     writer.add_type(kind)
     metadata.set_gguf_meta_model(writer)
+
+
+def stated_sampling(generation: Section) -> dict[str, Any]:
+    """Return the fields of `Sampling` that generation_config.json states, as transformers understands them.
+
+    `do_sample` false takes the most likely token. With `do_sample` true, what is not stated has transformers'
+    defaults, but for `top_k`: 50 only if no other limit is stated. Without `do_sample`, it is the model's own.
+
+    Raises:
+        ConvertError: `do_sample` is neither true nor false.
+    """
+    stated = {name: generation.values[name] for name in _SAMPLING if name in generation}
+    if "do_sample" not in generation:
+        return stated
+    if not generation.flag("do_sample", default=False):
+        return {"temperature": 0.0, "repetition_penalty": stated.get("repetition_penalty", 1.0)}
+    limit = {} if stated.keys() & {"min_p", "top_k", "top_p"} else {"top_k": 50}
+    return {"temperature": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, **limit, **stated}
 
 
 def check_values(writer: Any) -> None:

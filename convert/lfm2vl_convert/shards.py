@@ -142,11 +142,9 @@ def have_equal_values(one: SourceTensor, other: SourceTensor) -> bool:
     """Return whether two matrices have the same shape and values; the types may differ."""
     if one.shape != other.shape:
         return False
-    step = max(1, 2**20 // max(1, one.shape[-1]))
-    return all(
-        np.array_equal(read_rows(one, start, start + step), read_rows(other, start, start + step))
-        for start in range(0, one.shape[0], step)
-    )
+    step, n_rows = max(1, 2**20 // max(1, one.shape[-1])), one.shape[0]
+    parts = ((start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+    return all(np.array_equal(read_rows(one, *part), read_rows(other, *part), equal_nan=True) for part in parts)
 
 
 def _read_index(path: Path) -> dict[str, str]:

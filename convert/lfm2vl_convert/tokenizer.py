@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from lfm2vl_convert.jsonfile import (
     load_json_if_present,
     read_text,
 )
-from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.errors import ConvertError, clip, shorten
 
 MODEL: Final = "gpt2"
 """llama.cpp's name of byte-level BPE."""
@@ -44,6 +45,10 @@ _SPECIAL: Final = ("bos", "eos", "unk", "sep", "pad", "mask")
 """Special tokens that have a key in GGUF."""
 _REQUIRED: Final = ("bos", "eos")
 """Without these, llama.cpp uses the ids of another vocabulary."""
+_KNOWN_ENDS: Final = ("<|im_end|>", "<|endoftext|>")
+"""Tokens of these vocabularies at which llama.cpp ends every answer."""
+_TEMPLATE: Final = "chat_template.jinja"
+_MORE_TEMPLATES: Final = "additional_chat_templates"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +67,14 @@ class Tokenizer:
     """Text -> id, without padding."""
     special: Mapping[str, int]
     """Kind (bos, eos, pad, ...) -> id of the special tokens that the checkpoint names."""
+    ends: tuple[int, ...]
+    """Ids of other tokens that end an answer, besides `eos` and those that llama.cpp knows by their text."""
     added: Mapping[str, bool]
     """Kind (bos, eos, sep) -> whether tokenizing a text adds it."""
-    chat_template: str | list[dict[str, str]]
-    """Jinja source, or several with names."""
+    chat_templates: Mapping[str, str]
+    """Name -> Jinja source; one of them is called `default`."""
+    notes: tuple[str, ...]
+    """Sentences about what has no effect."""
 
 
 def read_tokenizer(folder: Path, root: Section, n_vocab: int) -> Tokenizer:
@@ -81,11 +90,12 @@ def read_tokenizer(folder: Path, root: Section, n_vocab: int) -> Tokenizer:
     """
     source = load_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
     config = load_json_if_present(folder / "tokenizer_config.json")
+    notes: list[str] = []
     _check_splitting(source)
     model = source.section("model")
     ids, types = _vocabulary(source, model, n_vocab)
     texts = {number: text for text, number in ids.items()}
-    special = _special_ids(config, root, ids, n_vocab)
+    special = _special_ids(_special_texts(folder, config), root, ids, n_vocab)
     special_texts = {kind: texts[number] for kind, number in special.items() if number in texts}
     return Tokenizer(
         tokens=tuple(texts.get(number, f"[PAD{number}]") for number in range(n_vocab)),
@@ -94,8 +104,10 @@ def read_tokenizer(folder: Path, root: Section, n_vocab: int) -> Tokenizer:
         merges=_merges(model, ids),
         ids=ids,
         special=special,
+        ends=_other_ends(folder, root, texts, special["eos"], notes),
         added=_added_tokens(source.section("post_processor"), config, special_texts),
-        chat_template=_chat_template(folder, config),
+        chat_templates=_chat_templates(folder, config, notes),
+        notes=tuple(notes),
     )
 
 
@@ -110,7 +122,10 @@ def add_metadata(writer: Any, tokenizer: Tokenizer) -> None:
         getattr(writer, f"add_{kind}_token_id")(number)
     for kind, value in tokenizer.added.items():
         getattr(writer, f"add_add_{kind}_token")(value)
-    writer.add_chat_template(tokenizer.chat_template)
+    for number, add in zip(tokenizer.ends, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+        add(number)
+    templates = [{"name": name, "template": text} for name, text in sorted(tokenizer.chat_templates.items())]
+    writer.add_chat_template(templates if len(templates) > 1 else templates[0]["template"])
 
 
 def _check_splitting(source: Section) -> None:
@@ -194,8 +209,19 @@ def _merge(pair: object, ids: Mapping[str, int]) -> str:
     return " ".join(part.replace(" ", "\u0120") for part in parts)
 
 
+def _special_texts(folder: Path, config: Section) -> Section:
+    """Return the section that states the texts of special tokens.
+
+    As in transformers, special_tokens_map.json takes precedence, unless tokenizer_config.json lists all added tokens.
+    """
+    if "added_tokens_decoder" in config:
+        return config
+    stated = load_json_if_present(folder / "special_tokens_map.json").values
+    return Section({**config.values, **stated}, config.where)
+
+
 def _special_ids(config: Section, root: Section, ids: Mapping[str, int], n_vocab: int) -> dict[str, int]:
-    """Return the ids of the special tokens: tokenizer_config.json states their texts, config.json their ids."""
+    """Return the ids of the special tokens: the tokenizer's files state their texts, config.json their ids."""
     found: dict[str, int] = {}
     for kind in _SPECIAL:
         text = _special_text(config, f"{kind}_token")
@@ -203,16 +229,35 @@ def _special_ids(config: Section, root: Section, ids: Mapping[str, int], n_vocab
             found[kind] = ids[text]
             continue
         for section in (root, root.section("text_config")):
-            key = f"{kind}_token_id"
-            # eos may be a list, for which GGUF has no key
-            if kind not in found and isinstance(section.values.get(key), int):
-                found[kind] = _token_id(section, key, n_vocab)
+            stated = _ids(section, f"{kind}_token_id", n_vocab)
+            if kind not in found and stated:
+                found[kind] = stated[0]
     for kind in _REQUIRED:
         if kind not in found:
             raise ConvertError(
                 f"{config.where}: {kind}_token is missing or not in the vocabulary; download the whole checkpoint"
             )
     return found
+
+
+def _ids(section: Section, key: str, n_vocab: int) -> list[int]:
+    """Return the token ids under a key: one, several, or none."""
+    value = section.values.get(key)
+    several = value if isinstance(value, list) else [value] if value is not None else []
+    return [_token_id(Section({key: one}, section.where), key, n_vocab) for one in several]
+
+
+def _other_ends(folder: Path, root: Section, texts: Mapping[int, str], eos: int, notes: list[str]) -> tuple[int, ...]:
+    """Return the ids at which transformers ends an answer and llama.cpp would not; a GGUF file has keys for two."""
+    key, n_vocab = "eos_token_id", max(texts) + 1
+    generation = load_json_if_present(folder / "generation_config.json")
+    sections = (generation, root, root.section("text_config"))
+    stated = next((ids for section in sections if (ids := _ids(section, key, n_vocab))), [])
+    ends = [one for one in dict.fromkeys(stated) if one != eos and texts.get(one) not in _KNOWN_ENDS]
+    if len(ends) > 2:
+        names = ", ".join(clip(texts.get(one, str(one))) for one in ends[2:4])
+        notes.append(f"answers do not end at {names}: a GGUF file has room for two more end tokens; use --stop")
+    return tuple(ends[:2])
 
 
 def _special_text(config: Section, key: str) -> str:
@@ -257,15 +302,46 @@ def _piece(item: Section) -> str:
     return item.section("SpecialToken").text("id") or item.section("Sequence").text("id")
 
 
-def _chat_template(folder: Path, config: Section) -> str | list[dict[str, str]]:
-    """Return the chat template; as in transformers, its own file takes precedence over tokenizer_config.json."""
-    if (folder / "chat_template.jinja").is_file():
-        return read_text(folder / "chat_template.jinja")
-    for section in (load_json_if_present(folder / "chat_template.json"), config):
-        value = section.values.get("chat_template")
-        if isinstance(value, list):
-            templates = section.sections("chat_template")
-            return [{"name": item.text("name"), "template": item.text("template")} for item in templates]
-        if value is not None:
-            return section.text("chat_template")
-    raise ConvertError(f"{folder} has no chat template; download chat_template.jinja too")
+def _chat_templates(folder: Path, config: Section, notes: list[str]) -> dict[str, str]:
+    """Return the chat templates by name, `default` among them.
+
+    As in transformers, the processor's templates take precedence over the tokenizer's.
+    """
+    files = {path.stem: read_text(path) for path in sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))}
+    if (folder / _TEMPLATE).is_file():
+        files["default"] = read_text(folder / _TEMPLATE)
+    of_tokenizer = files or _templates_in(config)
+    stated = [load_json_if_present(folder / name) for name in ("processor_config.json", "chat_template.json")]
+    first = next((section for section in stated if "chat_template" in section), None)
+    found = {**of_tokenizer, **(_templates_in(first) if first else {})}
+    if first and found.get("default") != of_tokenizer.get("default", found.get("default")):
+        notes.append(f"the chat template is that of {first.where}; {_TEMPLATE} or tokenizer_config.json has another")
+    if not found:
+        raise ConvertError(f"{folder} has no chat template; download chat_template.jinja too")
+    if "default" not in found:
+        names = ", ".join(map(clip, found))
+        raise ConvertError(f"{folder} has no chat template called default, only {names}; add a {_TEMPLATE}")
+    return _named_for_gguf(folder, found)
+
+
+def _templates_in(section: Section) -> dict[str, str]:
+    """Return the templates under `chat_template`: one text, a list of names and texts, or an object of them."""
+    value = section.values.get("chat_template")
+    if value is None:
+        return {}
+    if isinstance(value, list):
+        return {item.text("name"): item.text("template") for item in section.sections("chat_template")}
+    if isinstance(value, dict):
+        return {name: section.section("chat_template").text(name) for name in value}
+    return {"default": section.text("chat_template")}
+
+
+def _named_for_gguf(folder: Path, templates: Mapping[str, str]) -> dict[str, str]:
+    """Return the templates with the names that gguf writes: other characters than letters and digits become `_`."""
+    named: dict[str, str] = {}
+    for name, text in templates.items():
+        key = re.sub("[^a-zA-Z0-9]", "_", name)
+        if not key or key in named:
+            raise ConvertError(f"{folder}: the chat template's name {shorten(name)} is empty or repeated; rename it")
+        named[key] = text
+    return named

@@ -12,7 +12,7 @@ import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._loading import checkpoint_files
-from lfm2vl_edge.cli._output import progress_bar, reporting
+from lfm2vl_edge.cli._output import progress_bar, reporting, write_line
 from lfm2vl_edge.cli._quantizing import (
     AUTO,
     DEFAULT_QUANT,
@@ -125,6 +125,8 @@ def _convert(
 def _show_result(result: ConvertResult, *, as_json: bool, quiet: bool) -> None:
     from lfm2vl_convert.report import planned_rows, report_file
 
+    for note in () if quiet else result.notes:
+        typer.echo(f"note: {note}", err=True)
     groups = report_file(result.model, planned_rows(result.plan.model))
     groups += report_file(result.mmproj, planned_rows(result.plan.mmproj))
     show_report((result.model, result.mmproj), groups, as_json=as_json, quiet=quiet)
@@ -150,7 +152,7 @@ def _promote(
             if not promoted:
                 break
             for one in () if quiet else promoted:
-                typer.echo(one, err=True)
+                write_line(one)
             overrides = with_promotions(overrides, promoted)
             result = make(overrides, True)
             verification = checks.verify(result, baseline)

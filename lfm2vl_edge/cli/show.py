@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -14,12 +13,11 @@ import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._loading import megabytes
-from lfm2vl_edge.cli._output import reporting
+from lfm2vl_edge.cli._output import on_line, reporting, to_json, write_out
 from lfm2vl_edge.errors import printable
 
 if TYPE_CHECKING:
     from lfm2vl_convert import Checkpoint
-    from lfm2vl_convert.tokenizer import Tokenizer
     from lfm2vl_edge.config import BoxFormat, ImageConfig
     from lfm2vl_edge.models.names import Pair
 
@@ -49,7 +47,7 @@ def show(
     with reporting():
         is_checkpoint = (Path(model) / "config.json").is_file()
         shown = _checkpoint(Path(model)) if is_checkpoint else _pair(resolve_model(model, mmproj).pair)
-        typer.echo(json.dumps(shown, ensure_ascii=False) if as_json else "\n".join(_lines(shown)))
+        write_out(to_json(shown) if as_json else "\n".join(_lines(shown)))
 
 
 def _pair(pair: Pair) -> dict[str, Any]:
@@ -174,29 +172,20 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         **_checkpoint_sampling(checkpoint),
         **_boxes(published.boxes if published else FRACTION_BOXES),
         "tools": TOOL_CALL_START in tokenizer.ids,
-        "chat_template": _template(tokenizer),
+        "chat_template": tokenizer.chat_templates["default"],
         "converted": _converted(checkpoint),
     }
 
 
 def _checkpoint_sampling(checkpoint: Checkpoint) -> dict[str, Any]:
+    from lfm2vl_convert.general import stated_sampling
     from lfm2vl_edge.config import Sampling
 
-    values = checkpoint.generation.values
-    known = [field.name for field in fields(Sampling)]
-    stated: dict[str, Any] = {name: values[name] for name in known if values.get(name) is not None}
+    stated = stated_sampling(checkpoint.generation)
     return {
         "sampling": asdict(Sampling(**stated)),
         "sampling_source": "the checkpoint's generation_config.json" if stated else _CARDS,
     }
-
-
-def _template(tokenizer: Tokenizer) -> str:
-    """Return the chat template; of several, the default one."""
-    if isinstance(tokenizer.chat_template, str):
-        return tokenizer.chat_template
-    templates = {one["name"]: one["template"] for one in tokenizer.chat_template}
-    return templates.get("default", "")
 
 
 def _converted(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -218,7 +207,7 @@ def _lines(shown: Mapping[str, Any]) -> Iterator[str]:
     yield f"model      {printable(shown['model'])}"
     for file in shown["files"]:
         parameters = f"{file['parameters'] / 1e6:,.1f} million parameters"
-        yield f"{file['part']:<9}  {file['path']}: {megabytes(file['bytes'])}, {file['type']}, {parameters}"
+        yield f"{file['part']:<9}  {on_line(file['path'])}: {megabytes(file['bytes'])}, {file['type']}, {parameters}"
     if converted := shown.get("converted"):
         sizes = " and ".join(f"{megabytes(file['bytes'])} ({file['part']})" for file in converted)
         yield f"convert    without loss to {converted[0]['type']}: {sizes}; smaller with --quant"

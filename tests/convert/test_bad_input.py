@@ -123,7 +123,6 @@ CASES: dict[str, tuple[Edit, str]] = {
     "unknown model": (root(model_type=None, architectures=None), "unknown"),
     "mixture of experts": (text(model_type="lfm2_moe"), "lfm2_moe.*'lfm2' was expected"),
     "another encoder": (vision(model_type="clip_vision_model"), "clip_vision_model"),
-    "quantized": (root(quantization_config={"quant_method": "gptq"}), "quantized already .gptq."),
     "auto_map only": (root(model_type="evil", auto_map={"AutoModel": "evil.Model"}), "'evil' model"),
     "width as text": (text(hidden_size="128"), "hidden_size is '128'; an integer"),
     "width as a fraction": (text(hidden_size=128.5), "hidden_size is 128.5"),

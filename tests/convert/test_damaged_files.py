@@ -142,7 +142,8 @@ def test_no_folder_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"), [("pytorch_model.bin", "pickled weights"), ("", "no .safetensors file")]
+    ("weights", "message"),
+    [("pytorch_model.bin", "pytorch_model.bin; a pickle.*safetensors"), ("", "no .safetensors file")],
 )
 def test_no_weights(weights: str, message: str, parted: Parted, tmp_path: Path) -> None:
     folder = unshared(parted, tmp_path / "checkpoint")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -301,28 +302,42 @@ def test_key_and_value_heads_mark_the_attention_layers(originals: Originals) -> 
     assert originals["b"].value("lfm2.attention.head_count_kv") == [0, 3, 0, 3, 0]
 
 
-def test_settings_of_both_processor_files_are_merged(parted: Parted, convert: Convert) -> None:
+PREPROCESSOR = {"resample": 3, "max_tiles": 6, "max_pixels_tolerance": 1.7, "image_mean": [0, 0.25, 0.5]}
+TRANSFORMERS_DEFAULTS = {
+    "do_image_splitting": True,
+    "min_tiles": 2,
+    "max_tiles": 10,
+    "use_thumbnail": True,
+    "min_image_tokens": 64,
+    "max_image_tokens": 256,
+    "tile_size": 512,
+    "encoder_patch_size": 16,
+    "downsample_factor": 2,
+    "max_pixels_tolerance": 2.0,
+    "resample": 2,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
+"""The attributes of `Lfm2VlImageProcessor`, transformers 5.24."""
+
+
+@pytest.mark.parametrize(
+    ("processor", "preprocessor", "expected"),
+    [
+        ({"image_processor": {"max_tiles": 4}}, PREPROCESSOR, {"max_tiles": 4}),
+        ({"image_processor": {}, "max_tiles": 5}, PREPROCESSOR, {}),
+        ({"image_processor": None, "max_tiles": 5}, {"max_tiles": 6, "min_tiles": None}, {"max_tiles": 6}),
+        ({"use_thumbnail": False}, {}, {}),
+        (None, {**PREPROCESSOR, "image_mean": 0.25}, {**PREPROCESSOR, "image_mean": (0.25,) * 3}),
+        (None, {"image_processor": {"max_tiles": 4}}, {}),
+    ],
+)
+def test_image_settings_come_from_one_file_as_in_transformers(
+    processor: Any, preprocessor: Any, expected: dict[str, Any], parted: Parted, convert: Convert
+) -> None:
     parts = parted("a")
-    parts.json["processor_config.json"] = {"image_processor": {"resample": 3, "max_tiles": None}}
-    parts.json["preprocessor_config.json"] = {
-        "resample": 2,
-        "max_tiles": 6,
-        "max_pixels_tolerance": 1.7,
-        "use_thumbnail": False,
-        "image_mean": [0, 0.25, 0.5],
-        "do_resize": True,
-    }
-    found = convert(parts)
-    assert stated_image_settings(found.metadata[1]) == {
-        "resample": 3,
-        "max_tiles": 6,
-        "max_pixels_tolerance": 1.7,
-        "use_thumbnail": False,
-        "image_mean": (0.0, 0.25, 0.5),
-        "image_std": (0.5, 0.5, 0.5),
-        "encoder_patch_size": 16,
-        "downsample_factor": 2,
-    }
+    parts.json |= {"processor_config.json": processor, "preprocessor_config.json": preprocessor}
+    assert stated_image_settings(convert(parts).metadata[1]) == {**TRANSFORMERS_DEFAULTS, **expected}
 
 
 def test_without_any_processor_file_only_the_encoder_is_described(parted: Parted, convert: Convert) -> None:
