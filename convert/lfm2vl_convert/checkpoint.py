@@ -173,10 +173,10 @@ def _refuse_mlx(folder: Path, tensors: Mapping[str, SourceTensor]) -> None:
 
 def _refuse_quantized(folder: Path, root: Section, tensors: Mapping[str, SourceTensor]) -> None:
     for name, tensor in tensors.items():
-        sign = next((how for part, how in _QUANTIZED_PARTS.items() if name.endswith(part)), None)
+        method = next((how for part, how in _QUANTIZED_PARTS.items() if name.endswith(part)), None)
         is_packed = tensor.dtype not in FLOAT_TYPES and name.endswith("weight")
-        if sign or tensor.dtype.startswith("F8") or (is_packed and _quantization(root)):
-            how = _quantization(root) or sign or "FP8"
+        if method or tensor.dtype.startswith("F8") or (is_packed and _quantization(root)):
+            how = _quantization(root) or method or "FP8"
             raise ConvertError(
                 f"{folder}: the checkpoint is quantized already ({how}: {clip(name)} is {tensor.dtype}); convert the "
                 'original one, or merge and save it in 16 bits (unsloth: save_method="merged_16bit")'

@@ -115,17 +115,17 @@ def _only_file(folder: Path) -> str:
     raise ConvertError(f"{folder} has no .safetensors file; download the whole checkpoint")
 
 
-def adapter_error(folder: Path, sign: str) -> ConvertError:
+def adapter_error(folder: Path, part: str) -> ConvertError:
     """Return the error for a LoRA adapter.
 
     Args:
         folder: the checkpoint.
-        sign: the file or tensor that shows what it is.
+        part: the file or tensor that shows what it is.
     """
     base = load_json_if_present(folder / "adapter_config.json").values.get("base_model_name_or_path")
     of = f" of {clip(base)}" if isinstance(base, str) and base else ""
     return ConvertError(
-        f"{folder} is a LoRA adapter{of} ({clip(sign)}), not a whole model; merge it into its base model "
+        f"{folder} is a LoRA adapter{of} ({clip(part)}), not a whole model; merge it into its base model "
         "(peft: merge_and_unload, then save_pretrained), save the processor there too, and convert that folder"
     )
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from lfm2vl_edge.cli._options import STDIN, ImageOptions, ModelOptions
+from lfm2vl_edge.cli._options import STDIN, ImageOptions, ModelOptions, read_stdin
 from lfm2vl_edge.cli._output import progress_bar, warnings_to_stderr, write_line
 from lfm2vl_edge.errors import DownloadError, ModelNotPulled
 from lfm2vl_edge.host import CACHE_VARIABLE, cache_folder, start_worker
@@ -52,7 +52,7 @@ def chosen_model(options: ModelOptions) -> ResolvedModel:
 
     located = find_model(options.model, options.mmproj)
     if located.is_fallback:
-        typer.echo(f"note: {FALLBACK_NOTE}", err=True)
+        write_line(f"note: {FALLBACK_NOTE}")
     return located
 
 
@@ -133,7 +133,7 @@ def load_argument(argument: str, max_pixels: int) -> Pixels:
     """Return the pixels of an image: a path, an http(s) URL, a data URL, or - for stdin."""
     from lfm2vl_edge.image.load import load_image
 
-    source: ImageInput = sys.stdin.buffer.read() if argument == STDIN else argument
+    source: ImageInput = read_stdin() if argument == STDIN else argument
     return load_image(source, max_pixels=max_pixels)
 
 
@@ -174,7 +174,7 @@ def checkpoint_files(name: str, revision: str | None, *, quiet: bool) -> Iterato
             raise DownloadError(f"--revision is for checkpoints of the hub; {name!r} is a local path")
         yield Path(name)
         return
-    from lfm2vl_edge.models.download import download_checkpoint
+    from lfm2vl_edge.models.download import CHAT_TEMPLATES, download_checkpoint
 
     warnings_to_stderr()
     with progress_bar("downloading", quiet=quiet) as progress:
@@ -184,7 +184,9 @@ def checkpoint_files(name: str, revision: str | None, *, quiet: bool) -> Iterato
         folder = Path(temporary) / name.rpartition("/")[2]
         folder.mkdir()
         for file in files:
-            (folder / file.name).symlink_to(file)
+            link = folder / file.parent.name / file.name if file.match(CHAT_TEMPLATES) else folder / file.name
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(file)
         yield folder
 
 

@@ -48,9 +48,12 @@ _CHECKPOINT_FILES: Final = frozenset(
         "chat_template.json",
         "README.md",
         "model.safetensors.index.json",
+        "adapter_config.json",
     }
 )
 """The files of a checkpoint that the converter reads, besides *.safetensors."""
+CHAT_TEMPLATES: Final = "additional_chat_templates/*.jinja"
+"""The chat templates of a checkpoint that have names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,14 +296,19 @@ def download_checkpoint(
 
 
 def _checkpoint_files(repository: Repository) -> tuple[RemoteFile, ...]:
-    """Return the files at the top of a repository that the converter reads, the small ones first."""
+    """Return the files of a repository that the converter reads, the small ones first.
+
+    As in transformers, model.safetensors takes precedence over other weights.
+    """
     top = [file for file in repository.files if "/" not in file.path]
     weights = [file for file in top if file.path.endswith(".safetensors")]
+    weights = [file for file in weights if file.path == "model.safetensors"] or weights
+    templates = [file for file in repository.files if PurePosixPath(file.path).match(CHAT_TEMPLATES)]
     if not weights or not any(file.path == "config.json" for file in top):
         raise DownloadError(
             f"{repository.repo} has no checkpoint in safetensors form; give the id of one, or pull a GGUF pair"
         )
-    return (*(file for file in top if file.path in _CHECKPOINT_FILES), *weights)
+    return (*(file for file in top if file.path in _CHECKPOINT_FILES), *templates, *weights)
 
 
 def remove(name: str) -> tuple[str, int]:

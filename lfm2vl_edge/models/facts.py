@@ -21,9 +21,9 @@ from lfm2vl_edge.config import (
     ModelConfig,
     Sampling,
 )
-from lfm2vl_edge.errors import ConfigError
+from lfm2vl_edge.errors import ConfigError, clip
 from lfm2vl_edge.models.gguf import Strings, read_metadata, stated_image_settings, states_tiling
-from lfm2vl_edge.models.names import LANGUAGE_ARCHITECTURE, Pair
+from lfm2vl_edge.models.names import NEWER_ENGINE, Pair, check_language_kind
 from lfm2vl_edge.models.registry import Published, find_by_shape, find_published
 
 _ALL_F32: Final = 0
@@ -159,13 +159,13 @@ def _need(metadata: Mapping[str, Any], key: str, path: Path) -> Any:
 
 
 def _check_kinds(pair: Pair, language: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
-    kind = language.get("general.architecture")
-    if kind != LANGUAGE_ARCHITECTURE:
-        raise ConfigError(f"{pair.model} is a {kind!r} model, not the language tower of an LFM2-VL model")
+    check_language_kind(pair.model, language)
     kind = vision.get("general.architecture")
     if kind != "clip":
         raise ConfigError(f"{pair.mmproj} is a {kind!r} model, not an mmproj file (vision encoder and projector)")
     projector = vision.get("clip.projector_type", vision.get("clip.vision.projector_type"))
+    if isinstance(projector, str) and projector.startswith("lfm3"):
+        raise ConfigError(f"{pair.mmproj} is the mmproj of an LFM3 model ({clip(projector)}): {NEWER_ENGINE}")
     if projector != "lfm2":
         raise ConfigError(f"{pair.mmproj} has a {projector!r} projector; LFM2-VL needs 'lfm2'")
 

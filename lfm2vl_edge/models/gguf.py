@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _MAGIC: Final = b"GGUF"
+_LFS_MAGIC: Final = b"vers"
+"""The start of the text that Git leaves in place of a large file that it has not downloaded."""
 _VERSIONS: Final = (2, 3)
 """Version 1 had 32-bit counts and has not been written since 2023."""
 _SCALARS: Final = {
@@ -139,7 +141,7 @@ class _Header:
 
     def __init__(self, buffer: mmap.mmap, path: Path) -> None:
         self._buffer = buffer
-        self._path = path
+        self.path = path
         self._at = 0
 
     def take(self, size: int) -> bytes:
@@ -195,7 +197,7 @@ class _Header:
         found = [self._tensor() for _ in range(count)]
         first = -(-self._at // alignment) * alignment
         for name, shape, kind, offset in found:
-            tensor = StoredTensor(name=name, file=self._path, shape=shape, type=kind, offset=first + offset)
+            tensor = StoredTensor(name=name, file=self.path, shape=shape, type=kind, offset=first + offset)
             if tensor.offset + tensor.n_bytes > len(self._buffer):
                 raise self.damaged(f"it ends inside tensor {name!r}")
             yield tensor
@@ -214,7 +216,7 @@ class _Header:
             raise self.damaged(f"tensor {name!r} has the unknown type {kind}") from None
 
     def damaged(self, how: str) -> ConfigError:
-        return ConfigError(f"{self._path} is truncated or corrupt: {how}; download or convert it again")
+        return ConfigError(f"{self.path} is truncated or corrupt: {how}; download or convert it again")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -273,7 +275,10 @@ def _opened(path: Path) -> Iterator[_Header]:
 
 def _counts(header: _Header) -> tuple[int, int]:
     """Return the number of tensors and of metadata keys."""
-    if header.take(4) != _MAGIC:
+    magic = header.take(4)
+    if magic == _LFS_MAGIC:
+        raise ConfigError(f"{header.path} is a Git LFS pointer instead of the file; run git lfs pull in its folder")
+    if magic != _MAGIC:
         raise header.damaged("it does not start with GGUF")
     version = header.number("<I")
     if version not in _VERSIONS:

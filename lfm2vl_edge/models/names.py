@@ -7,11 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from lfm2vl_edge.errors import ModelNotFound, ModelNotPulled
+from lfm2vl_edge.config import IMAGE_TOKEN
+from lfm2vl_edge.errors import ConfigError, ModelNotFound, ModelNotPulled, clip, shorten
 from lfm2vl_edge.host import has_fast_bf16
-from lfm2vl_edge.models.gguf import split_file_name
+from lfm2vl_edge.models.gguf import Strings, read_metadata, split_file_name
 from lfm2vl_edge.models.manifest import ManifestEntry, find_entry, read_manifest
 from lfm2vl_edge.models.registry import (
     BUILT_IN,
@@ -24,6 +25,8 @@ from lfm2vl_edge.models.registry import (
 
 LANGUAGE_ARCHITECTURE: Final = "lfm2"
 """llama.cpp's name of the language model's architecture."""
+NEWER_ENGINE: Final = "it needs a newer llama-cpp-python and a newer lfm2vl-edge; give an LFM2-VL model"
+"""What to do about a model of LFM3."""
 MODEL_VARIABLE: Final = "LFM2VL_MODEL"
 """The environment variable that names the default model."""
 TINY: Final = Path(__file__).parent / "tiny"
@@ -141,14 +144,41 @@ def mmprojs_beside(model: Path) -> list[Path]:
 
     Raises:
         ModelNotFound: there is no mmproj file.
+        ConfigError: it is missing, and the language file is not that of an LFM2-VL model.
     """
     found = [path for path in _ggufs(model.parent) if _is_mmproj(path)]
     if not found:
+        if stamp(model)[0]:
+            check_language_kind(model, read_metadata(model))
         raise ModelNotFound(
             f"no mmproj beside {model}: the model cannot see images without it; put its mmproj-*.gguf there or "
             "give its path (--mmproj)"
         )
     return [path for path in found if _base_name(path) == _base_name(model)] or found
+
+
+def check_language_kind(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Check that a language file is that of an LFM2-VL model.
+
+    Raises:
+        ConfigError: it is another model; the message names what it is.
+    """
+    kind = metadata.get("general.architecture")
+    if isinstance(kind, str) and kind.startswith("lfm3"):
+        raise ConfigError(f"{path} is an LFM3 model ({clip(kind)}): {NEWER_ENGINE}")
+    if metadata.get("general.type") == "adapter":
+        raise ConfigError(f"{path} is a LoRA adapter, not a whole model; merge it into its base model first")
+    if kind != LANGUAGE_ARCHITECTURE:
+        raise ConfigError(f"{path} is a {shorten(kind)} model, not the language tower of an LFM2-VL model")
+    decision = metadata.get(f"{kind}.decision.type")
+    if decision is not None:
+        raise ConfigError(
+            f"{path} is a d1 model ({shorten(decision)}), which chooses between options and writes no text; "
+            "give an LFM2-VL model"
+        )
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, Strings) and tokens.find(IMAGE_TOKEN) is None:
+        raise ConfigError(f"{path} has no token {IMAGE_TOKEN}; it is a text-only LFM2 model, not LFM2-VL")
 
 
 def _base_name(path: Path) -> str:
