@@ -15,10 +15,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from lfm2vl_edge.errors import ImageError, printable
+from lfm2vl_edge.errors import ImageError, clip, shorten
 from lfm2vl_edge.host import start_worker
 
-_URL: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+_URL: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://|(?i:file):/")
 """At least two letters: a single letter and a colon is a Windows drive."""
 _SCHEMES: Final = ("http", "https")
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
@@ -27,8 +27,6 @@ _READ_TIMEOUT: Final = 15.0
 _UNCOMPRESSED: Final = "identity"  # quote
 _HEADERS: Final = {"User-Agent": "lfm2vl-edge", "Accept-Encoding": _UNCOMPRESSED}
 """Images are compressed already, and a body compressed by the server could grow without limit when it is unpacked."""
-_MAX_DISPLAYED: Final = 200
-"""Characters of a URL in a message."""
 _BY_PATH: Final = "download the image and give its path"
 _OR_BY_PATH: Final = f"or {_BY_PATH}"
 _INVALID: Final = "the URL of the image is not valid; its form is https://host/path, special characters as %XX"
@@ -58,19 +56,21 @@ def is_url(text: str) -> bool:
 
 
 def display_url(url: str) -> str:
-    """Return a URL for messages: without user name, password, query and fragment, which may be secret."""
+    """Return a URL for messages, in at most 80 characters.
+
+    It is without user name, password, query and fragment, which may be secret.
+    """
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError:
         return "the URL"
     text = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    return printable(text[:_MAX_DISPLAYED]) + ("?..." if parts.query else "")
+    return clip(text + ("?..." if parts.query else ""))
 
 
 def error_text(error: Exception) -> str:
-    """Return the message of an exception as one line of at most 200 characters, or its type if it has no message."""
-    text = " ".join(str(error).split())
-    return f"{text:.200}" if text else type(error).__name__
+    """Return the message of an exception as one line of at most 80 characters, or its type if it has no message."""
+    return clip(" ".join(str(error)[:1000].split())) or type(error).__name__
 
 
 def fetch(url: str, limits: Limits = _LIMITS) -> bytes:
@@ -105,10 +105,10 @@ def _parse(url: str) -> _Target:
     except ValueError:
         raise ImageError(_INVALID) from None
     if parts.scheme not in _SCHEMES:
-        raise ImageError(
-            f"{display_url(url)} cannot be downloaded: only http and https are supported; give such a URL, "
-            f"{_OR_BY_PATH}"
-        )
+        remedy = f"give such a URL, {_OR_BY_PATH}"
+        if parts.scheme == "file":
+            remedy = f"give the path: {shorten(_path_of(parts))}"
+        raise ImageError(f"{display_url(url)} cannot be downloaded: only http and https are supported; {remedy}")
     if not has_host:
         raise ImageError(_INVALID)
     login = None
@@ -116,6 +116,14 @@ def _parse(url: str) -> _Target:
         login = (urllib.parse.unquote(parts.username or ""), urllib.parse.unquote(parts.password or ""))
     bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="")
     return urllib.parse.urlunsplit(bare), login
+
+
+def _path_of(parts: urllib.parse.SplitResult) -> str:
+    """Return the path that a file URL names."""
+    from urllib.request import url2pathname
+
+    host = "" if parts.hostname in (None, "localhost") else f"//{parts.netloc}"
+    return host + url2pathname(parts.path)
 
 
 def _check_online(url: str) -> None:

@@ -22,7 +22,7 @@ from lfm2vl_edge.engine.encoder.mtmd import MtmdEncoder
 from lfm2vl_edge.engine.encoder.vision import GraphEncoder, read_tower
 from lfm2vl_edge.engine.language import LanguageFile
 from lfm2vl_edge.errors import EngineError
-from lfm2vl_edge.image.resample import resize_grid
+from lfm2vl_edge.image.tiles import resize_grid
 from lfm2vl_edge.models.gguf import read_metadata
 from lfm2vl_edge.models.names import find_pair
 from tests.conftest import Pair

@@ -244,6 +244,10 @@ def test_a_password_is_sent_to_its_host_only_and_never_displayed(site: Site, cap
     [
         ("ftp://host/x.png", "ftp://host/x.png cannot be downloaded: only http and https are"),
         ("file:///etc/hostname", "file:///etc/hostname cannot be downloaded"),
+        ("file:///a%20b/c%C3%A9.png", "give the path: '/a b/cé.png'"),
+        ("FILE:/a%23b.png", "give the path: '/a#b.png'"),
+        ("file://localhost/a.png", "give the path: '/a.png'"),
+        ("file://server/a.png", "give the path: '//server/a.png'"),
         ("s3://bucket/x.png", "cannot be downloaded"),
         ("http://", "is not valid"),
         ("https:///x.png", "is not valid"),
@@ -263,11 +267,11 @@ def test_an_invalid_url_is_refused_without_a_request(url: str, message: str) -> 
 
 
 def test_which_texts_are_urls_and_how_they_are_displayed() -> None:
-    assert [*map(is_url, ["http://h/x", "HTTPS://h", "ftp://h", "file:///x"])] == [True] * 4
+    assert [*map(is_url, ["http://h/x", "HTTPS://h", "ftp://h", "file:///x", "FILE:/x"])] == [True] * 5
     assert not any(map(is_url, ["C://x.png", "x.png", "a/http://h", "//h/x", "data:image/png,x", "", "what?"]))
     assert display_url("https://me:secret@host:8000/a/b.png?token=secret#secret") == "https://host:8000/a/b.png?..."
     assert display_url("https://host/\x1b[31m.png") == "https://host/?[31m.png"
-    assert len(display_url("https://host/" + "x" * 1000)) == 200
+    assert len(display_url("https://host/" + "x" * 1000)) == 80
 
 
 def test_no_connection_is_opened_offline(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

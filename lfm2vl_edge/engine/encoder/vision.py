@@ -20,7 +20,7 @@ from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.engine.encoder.ggml import Graph, gelu_of_sum
 from lfm2vl_edge.engine.encoder.weights import Weights
 from lfm2vl_edge.errors import EngineError
-from lfm2vl_edge.image.resample import resize_grid
+from lfm2vl_edge.image.tiles import resize_grid
 
 if TYPE_CHECKING:
     from lfm2vl_edge.image.load import Pixels
