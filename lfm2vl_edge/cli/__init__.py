@@ -1,18 +1,18 @@
-"""The command line: one file per command, imported only if it is run, so that every start is quick."""
+"""The command line: one file per command, imported only if it is run, so that every start is quick.
+
+Importing this package imports nothing else: `main` makes Ctrl-C quiet before the first slow import.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Iterable
 from importlib import import_module
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import typer
-
-from lfm2vl_edge.cli._output import EXIT_FAILED, report_os_error
-from lfm2vl_edge.cli._start import prepare_process
+if TYPE_CHECKING:
+    import typer
 
 COMMANDS: Final = (
     "run",
@@ -37,12 +37,17 @@ COMMANDS: Final = (
     "cache",
 )
 """In the order of the help. Each has a module of its name, which has a function or an app of the same name."""
+_EXIT_INTERRUPTED: Final = 130
 _FUNCTIONS: Final = {"eval": "evaluate"}
 """Command -> name of its function, if it differs."""
 
 
 def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
     """Return the command line with these commands."""
+    import typer
+
+    from lfm2vl_edge.cli._options import common
+
     app = typer.Typer(
         name="lfm2vl-edge",
         help="Ask LFM2-VL vision-language models about images, on this machine.",
@@ -51,7 +56,7 @@ def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
         add_completion=True,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(_common)
+    app.callback()(common)
     for name in names:
         command = getattr(import_module(f"lfm2vl_edge.cli.{name}"), _FUNCTIONS.get(name, name))
         if isinstance(command, typer.Typer):
@@ -67,25 +72,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from lfm2vl_edge import __version__
-
-        typer.echo(f"lfm2vl-edge {__version__}")
-        raise typer.Exit
-
-
-def _common(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
-    ] = False,
-) -> None:
-    pass
-
-
 def main() -> None:
     """Run the command line; only the command that the first argument names is imported."""
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `command &` in a script ignores Ctrl-C
+        signal.signal(signal.SIGINT, lambda *_: os._exit(_EXIT_INTERRUPTED))
+    from lfm2vl_edge.cli._start import prepare_process
+
     prepare_process()
     exits_at_once = not (sys.gettrace() or sys.getprofile())  # a tracer or profiler observes the end too
     named = [word for word in sys.argv[1:2] if word in COMMANDS]
@@ -97,10 +91,14 @@ def main() -> None:
 
 def _exit_code_of(names: Iterable[str], exits_at_once: bool) -> Any:
     """Run the command line and return its exit code; commands free nothing if the process exits at once."""
+    from lfm2vl_edge.cli._output import EXIT_FAILED, report_os_error
+
     try:
-        build(names)(obj=exits_at_once)
-    except SystemExit as end:
-        return end.code
+        try:
+            build(names)(obj=exits_at_once)
+        except SystemExit as end:
+            sys.stdout.flush()
+            return end.code
     except OSError as error:  # stdout does not take the help, for example; commands report their own
         report_os_error(error)
         return EXIT_FAILED
@@ -111,6 +109,8 @@ def _exit_at_once(code: object) -> None:
 
     Return, for an ordinary end, if something would be lost: a thread still works, or output cannot be flushed.
     """
+    import threading
+
     status = 0 if code is None else code
     works = any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
     if not isinstance(status, int) or works:
@@ -118,6 +118,6 @@ def _exit_at_once(code: object) -> None:
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except (AttributeError, OSError, ValueError):  # there is no stdout, it has no reader, or it was closed
+    except (OSError, ValueError):  # it has no reader, or it was closed
         return
     os._exit(status)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._loading import load_argument, opening
-from lfm2vl_edge.cli._output import at_once, reporting
+from lfm2vl_edge.cli._output import at_once, harmless, reporting, write_line
 from lfm2vl_edge.errors import EdgeError
 
 if TYPE_CHECKING:
@@ -20,8 +21,15 @@ if TYPE_CHECKING:
     from lfm2vl_edge.model import Model
 
 Image = Annotated[str, typer.Argument(metavar="IMAGE", help="An image; - is stdin.")]
-What = Annotated[str | None, typer.Argument(metavar="WHAT", help='Such as "red car". Default: everything.')]
-Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="The whole question, instead of the usual one.")]
+What = Annotated[
+    str | None, typer.Argument(parser=opt.as_text, metavar="WHAT", help='Such as "red car". Default: everything.')
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt", "-p", parser=opt.as_text, metavar="TEXT", help="The whole question, instead of the usual one."
+    ),
+]
 Free = Annotated[bool, typer.Option("--free", help="Do not constrain the answer; search it for boxes.")]
 
 
@@ -34,24 +42,32 @@ def show_answer(chunks: Iterable[Chunk], *, quiet: bool = False) -> Turn:
         for chunk in chunks:
             pieces.append(chunk)
             if not quiet:
-                _write(chunk.text)
+                write_answer(chunk.text)
     except (EdgeError, KeyboardInterrupt):
         if not quiet and any(chunk.text for chunk in pieces):
-            _write("\n")  # the error starts on a line of its own
+            write_answer("\n")  # the error starts on a line of its own
         raise
     if not quiet:
-        _write("\n")
+        write_answer("\n")
     return Turn.of(pieces)
+
+
+def note_unused_variables(options: Mapping[str, Any], model: Model) -> None:
+    """Write to stderr which template options the model's chat template does not mention."""
+    names = options.get("template_options") or ()
+    unused = [name for name in names if not re.search(rf"\b{name}\b", model.config.chat_template)]
+    if unused:
+        write_line(f"note: the model's chat template does not use {', '.join(unused)}")
 
 
 def note_truncation(turn: Turn | None) -> None:
     """Write to stderr that an answer is truncated, if it is."""
     if turn is not None and turn.finish_reason == "length":
-        typer.echo("note: the answer is truncated here; --max-tokens allows more", err=True)
+        write_line("note: the answer is truncated here; --max-tokens allows more")
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
+def write_answer(text: str) -> None:
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
@@ -83,6 +99,7 @@ def answering(
     image: str,
     model: opt.ModelOptions,
     images: opt.ImageOptions,
+    answer: opt.SamplingOptions,
     verbose: int,
     cache: bool | None,
 ) -> Iterator[tuple[Model, Pixels]]:
@@ -98,11 +115,12 @@ def answering(
         pixels = load_argument(image, images.max_pixels)
         opened = when_open()
         interrupt.cancel = opened.cancel
+        note_unused_variables(answer.values(), opened)
         yield opened, pixels
         if verbose and opened.last is not None:
-            typer.echo("\n".join(statistics(opened.last, opened)), err=True)
+            write_line("\n".join(statistics(opened.last, opened)))
 
 
 def note_nothing_found() -> None:
     """Write to stderr why stdout is empty."""
-    typer.echo("note: the model finds nothing of that kind in the image", err=True)
+    write_line("note: the model finds nothing of that kind in the image")

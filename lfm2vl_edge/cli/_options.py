@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -13,8 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, cast, get_ar
 
 import typer
 
-from lfm2vl_edge.config import DEFAULT_MAX_TOKENS, DEFAULT_N_CTX, GREEDY, MAX_MEGAPIXELS, RESAMPLE_NAMES
-from lfm2vl_edge.errors import ConfigError
+from lfm2vl_edge.cli._output import write_out
+from lfm2vl_edge.config import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_N_CTX,
+    GREEDY,
+    MAX_MEGAPIXELS,
+    RESAMPLE_NAMES,
+    Options,
+    require,
+)
+from lfm2vl_edge.errors import ConfigError, shorten
 
 if TYPE_CHECKING:
     from lfm2vl_edge.opening import OpenOptions
@@ -44,6 +54,23 @@ def one_of(names: Iterable[str], option: str) -> dict[str, Any]:
         return [name for name in known.values() if name.lower().startswith(incomplete.lower())]
 
     return {"parser": parse, "metavar": "|".join(known.values()), "autocompletion": complete}
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from lfm2vl_edge import __version__
+
+        write_out(f"lfm2vl-edge {__version__}")
+        raise typer.Exit
+
+
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
 
 
 def _detail(value: str) -> Any:
@@ -200,6 +227,37 @@ class ImageOptions:
         return {name: value for name, value in values.items() if value is not None}
 
 
+def as_text(argument: str) -> str:
+    """Return an argument as text: as UTF-8 also if the locale is another; U+FFFD for bytes that are not."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:  # Python keeps bytes that are not in the locale's encoding as halves of surrogates
+        return os.fsencode(argument).decode("utf-8", "replace")
+    return argument
+
+
+def _variable(text: str) -> tuple[str, Any]:
+    """Return name and value of a template variable, `NAME=VALUE`; a value that is not JSON is a text."""
+    name, _, value = as_text(text).partition("=")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def _check_variables(texts: list[str] | None) -> list[str] | None:
+    for text in texts or ():
+        name, is_given, _ = text.partition("=")
+        try:
+            require(bool(is_given), "there is no =")
+            Options(template_options={name: None})
+        except ConfigError as error:
+            raise typer.BadParameter(
+                f"{shorten(text)} is not KEY=VALUE, KEY a variable of the template: keep_past_thinking=true"
+            ) from error
+    return texts
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
     """How the answer is sampled; the fields are those of `Options`."""
@@ -211,17 +269,31 @@ class SamplingOptions:
     top_k: Annotated[int | None, _answer("--top-k", help="Keep this many tokens; 0 keeps all.")] = None
     top_p: Annotated[float | None, _answer("--top-p", help="Keep the likeliest up to this probability.")] = None
     seed: Annotated[int | None, _answer("--seed", help="The same seed gives the same answer.")] = None
+    template_option: Annotated[
+        list[str] | None,
+        _answer(
+            "--template-option",
+            metavar="KEY=VALUE",
+            callback=_check_variables,
+            help="A variable of the model's chat template, JSON or text; may be repeated.",
+        ),
+    ] = None
 
     def values(self) -> dict[str, Any]:
         """Return the options by the names of `Options`' fields."""
-        return {field.name: getattr(self, field.name) for field in fields(SamplingOptions)}
+        values = {field.name: getattr(self, field.name) for field in fields(SamplingOptions)}
+        variables = dict(map(_variable, values.pop("template_option") or ()))
+        return values | {"template_options": variables or None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerOptions(SamplingOptions):
     """How the answer is sampled, what ends it, and what form it has."""
 
-    stop: Annotated[list[str] | None, _answer("--stop", help="End before this text; may be repeated.")] = None
+    stop: Annotated[
+        list[str] | None,
+        _answer("--stop", parser=as_text, metavar="TEXT", help="End before this text; may be repeated."),
+    ] = None
     json_schema: Annotated[
         str | None,
         _answer("--json-schema", metavar="FILE|-", help="Answer in JSON that matches this schema, or fail."),
@@ -309,7 +381,7 @@ def read_text(argument: str, kind: str) -> str:
     """
     try:
         if argument == STDIN:
-            data = sys.stdin.buffer.read(_MAX_BYTES + 1)
+            data = read_stdin(_MAX_BYTES + 1)
         else:
             with Path(argument).open("rb") as file:
                 data = file.read(_MAX_BYTES + 1)
@@ -323,6 +395,18 @@ def read_text(argument: str, kind: str) -> str:
     if not text.strip():
         raise ConfigError(f"the {kind} {argument} is empty; write it, or name another file")
     return text
+
+
+def read_stdin(n_bytes: int = -1) -> bytes:
+    """Return so many bytes of stdin at most, by default all.
+
+    Raises:
+        ConfigError: it is closed, or cannot be read.
+    """
+    try:
+        return sys.stdin.buffer.read(n_bytes)
+    except OSError as error:
+        raise ConfigError(f"cannot read stdin: {error.strerror or error}; give a file, or < FILE") from error
 
 
 def refuse_stdin_twice(arguments: Sequence[str | None]) -> None:

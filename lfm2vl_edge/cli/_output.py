@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 import sys
 import tempfile
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import typer
 
-from lfm2vl_edge.errors import EdgeError
+from lfm2vl_edge.errors import EdgeError, printable
 
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -26,7 +29,8 @@ _GRACE_SECONDS: Final = 0.5
 def reporting() -> Iterator[None]:
     """Turn our errors, and those of the system, into one line on stderr and exit code 1, and Ctrl-C into 130."""
     try:
-        yield
+        with _interruptible():
+            yield
     except EdgeError as error:
         report(error)
         raise typer.Exit(EXIT_FAILED) from None
@@ -40,6 +44,34 @@ def reporting() -> Iterator[None]:
         raise typer.Exit(EXIT_FAILED) from None
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt in the block, so that it cleans up.
+
+    Outside of the block it ends the process, see `main`. A process that ignores Ctrl-C still does.
+    """
+    happened: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> None:
+        happened.append(number)
+        raise KeyboardInterrupt
+
+    previous = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not callable(previous):
+        yield
+        return
+    try:
+        signal.signal(signal.SIGINT, interrupt)
+        yield
+    except (ImportError, SystemError):  # so fail the imports of native modules that are interrupted
+        if happened:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def _drop_output() -> None:
     """Discard what is still to be written to stdout, instead of failing once more at the end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -47,19 +79,52 @@ def _drop_output() -> None:
 
 def report(error: EdgeError) -> None:
     """Write an error as one line on stderr."""
-    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    write_line(f"error: {printable(' '.join(str(error).split()))}")
 
 
 def report_os_error(error: OSError) -> None:
     """Write an error of the system as one line; one without a file name concerns stdout, such as a full disk."""
     if error.filename is None:
         _drop_output()
-    report(EdgeError(f"{error.filename or 'stdout'}: {error.strerror or error}; make room, or check the path"))
+    name = error.filename or "stdout"
+    if error.errno == errno.EBADF:
+        report(EdgeError(f"{name} is closed; redirect it to a file, or to /dev/null"))
+    else:
+        report(EdgeError(f"{name}: {error.strerror or error}; make room, or check the path"))
+
+
+def to_json(value: Any, encoding: str | None = None) -> str:
+    r"""Return a value as one line of JSON, in plain characters if the encoding (default: that of stdout) has them all.
+
+    Else as ASCII: a character, or a byte of a file name that is not text, becomes `\u....`.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(encoding or sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
+
+
+def on_line(path: object) -> str:
+    """Return a path for a line of output: ? for control characters, line ends and bytes that are not text."""
+    return "".join("?" if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") else one for one in str(path))
+
+
+def harmless(text: str) -> str:
+    """Return a text for a terminal: ? for control characters, which could change it, but for line ends and tabs."""
+    return "".join("?" if unicodedata.category(one) == "Cc" and one not in "\n\t" else one for one in text)
+
+
+def write_out(text: str) -> None:
+    """Write a line to stdout, at once."""
+    sys.stdout.write(f"{harmless(text)}\n")
+    sys.stdout.flush()
 
 
 def write_line(text: str) -> None:
     """Write a line to stderr, above a progress bar if there is one; typer.echo would write into the bar's line."""
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{harmless(text)}\n")
 
 
 def warnings_to_stderr() -> None:
@@ -125,7 +190,9 @@ def at_once(grace: float | None = _GRACE_SECONDS) -> Iterator[Interrupt]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    previous_handler = signal.signal(signal.SIGINT, lambda *_: None)
+    previous_handler = signal.getsignal(signal.SIGINT)
+    if callable(previous_handler):  # `command &` in a script ignores Ctrl-C
+        signal.signal(signal.SIGINT, lambda *_: None)
     watcher = threading.Thread(target=interrupt.watch, args=(reader, grace), daemon=True)
     watcher.start()
     try:

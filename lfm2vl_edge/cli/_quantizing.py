@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from lfm2vl_edge.cli._options import one_of
+from lfm2vl_edge.cli._output import on_line, to_json, write_line, write_out
 from lfm2vl_edge.config import ENCODER_TYPES, FLOAT_TYPES, LANGUAGE_TYPES
 from lfm2vl_edge.errors import ConfigError, ConvertError
 
@@ -123,6 +123,5 @@ def show_report(paths: Sequence[Path], groups: Sequence[Group], *, as_json: bool
     from lfm2vl_convert.report import as_dict, as_table
 
     if not quiet:
-        typer.echo("\n".join(as_table(groups)), err=True)
-    for line in [json.dumps(as_dict(paths, groups))] if as_json else paths:
-        typer.echo(line)
+        write_line("\n".join(as_table(groups)))
+    write_out(to_json(as_dict(paths, groups)) if as_json else "\n".join(map(on_line, paths)))

@@ -1,4 +1,4 @@
-"""Settings that make commands start faster and share processors: they change the process, so only `main` makes them.
+"""Settings of the process that `main` makes: standard streams that can be used, a faster start, shared processors.
 
 Two of them concern threads. numpy's BLAS threads would only compete with llama.cpp's. And llama.cpp's threads wait for
 each other hundreds of times per token: GNU's OpenMP lets a waiting thread spin for milliseconds, which is fastest on
@@ -8,13 +8,15 @@ token can take fifty times as long (`docs/performance.md`).
 
 from __future__ import annotations
 
+import _thread
+import io
 import os
 import sys
 import time
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, BinaryIO, Final, cast
 
 from lfm2vl_edge.host import big_cores
 
@@ -32,10 +34,50 @@ _BINDINGS: Final = "llama_cpp"
 
 def prepare_process() -> None:
     """Set up this process for one command; call it before numpy or llama.cpp is loaded."""
+    _prepare_streams()
+    sys.unraisablehook = _report_unraisable
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if os.environ.keys().isdisjoint((_SPIN_COUNT, _WAIT_POLICY)) and is_crowded():
         os.environ[_SPIN_COUNT] = _SHORT_SPIN
     postpone_bindings()
+
+
+class _ErrorOutput(io.FileIO):
+    """The file of stderr: what it does not take is lost, as no other place could report it; the command goes on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:  # a full disk, a closed terminal, a pipe without a reader
+            return len(data)
+
+
+def _prepare_streams() -> None:
+    """Open the standard streams that are closed, and let no text fail for its characters.
+
+    A closed stream refuses to be read or written, instead of being None, or the next file that is opened: a
+    descriptor below 3. Characters that stdout's encoding does not have become escapes, as in stderr.
+    """
+    for name, mode, refusing in (
+        ("stdin", "r", os.O_WRONLY),
+        ("stdout", "w", os.O_RDONLY),
+        ("stderr", "w", os.O_WRONLY),
+    ):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, refusing), mode, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    raw = _ErrorOutput(sys.stderr.fileno(), "w", closefd=False)
+    encoding = sys.stderr.encoding
+    sys.stderr = io.TextIOWrapper(cast("BinaryIO", raw), encoding, "backslashreplace", line_buffering=True)
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """Raise Ctrl-C again if it was raised where Python can only ignore it, in a destructor or a native callback."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        _thread.interrupt_main()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def is_crowded(load: Path = _LOAD) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._loading import chosen_model
-from lfm2vl_edge.cli._output import reporting, warnings_to_stderr
+from lfm2vl_edge.cli._output import reporting, to_json, warnings_to_stderr, write_line, write_out
 
 
 @opt.takes_groups
@@ -29,11 +28,11 @@ def bench(
         resolved = chosen_model(model)
         options = model.open_options(resolved.mmproj)
         opening = decide(resolved, options)
-        rows = measure(opening, options, runs, report=lambda line: None if quiet else typer.echo(line, err=True))
+        rows = measure(opening, options, runs, report=lambda line: None if quiet else write_line(line))
         pair, threads = opening.pair, opening.n_threads
         if as_json:
             facts = {"model": pair.model.name, "mmproj": pair.mmproj.name, "threads": threads}
-            typer.echo(json.dumps(facts | {"rows": [row.as_dict() for row in rows]}, ensure_ascii=False))
+            write_out(to_json(facts | {"rows": [row.as_dict() for row in rows]}))
         else:
-            typer.echo(f"{pair.model.name}, {pair.mmproj.name}, threads: {threads}")
-            typer.echo("\n".join(lines(rows)))
+            write_out(f"{pair.model.name}, {pair.mmproj.name}, threads: {threads}")
+            write_out("\n".join(lines(rows)))

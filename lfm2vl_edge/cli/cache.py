@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._output import reporting
+from lfm2vl_edge.cli._output import on_line, reporting, to_json, write_out
 
 cache = typer.Typer(
     name="cache", help="Show or clear the disk cache of encoded images (run --cache).", no_args_is_help=True
@@ -27,10 +25,10 @@ def info(as_json: opt.Json = False) -> None:
         views, states = (sum(entry.path.suffix == kind for entry in found) for kind in (VIEW, STATE))
         if as_json:
             shown = {"folder": str(folder), "views": views, "states": states, "bytes": n_bytes, "limit": CACHE_BYTES}
-            typer.echo(json.dumps(shown, ensure_ascii=False))
+            write_out(to_json(shown))
         else:
             size = f"{n_bytes / 1e6:.1f} MB of at most {CACHE_BYTES / 1e6:.0f} MB"
-            typer.echo(f"{folder}: {views} views, {states} states, {size}")
+            write_out(f"{on_line(folder)}: {views} views, {states} states, {size}")
 
 
 @cache.command()
@@ -41,4 +39,4 @@ def clear() -> None:
 
     with reporting():
         folder = cache_folder()
-        typer.echo(f"{folder}: {remove_all(folder) / 1e6:.1f} MB removed")
+        write_out(f"{on_line(folder)}: {remove_all(folder) / 1e6:.1f} MB removed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,17 @@ import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._loading import chosen_model
-from lfm2vl_edge.cli._output import at_once, progress_bar, refuse_overwrite, refuse_unwritable, reporting
+from lfm2vl_edge.cli._output import (
+    at_once,
+    on_line,
+    progress_bar,
+    refuse_overwrite,
+    refuse_unwritable,
+    reporting,
+    to_json,
+    write_line,
+    write_out,
+)
 
 if TYPE_CHECKING:
     from lfm2vl_edge.models.names import Pair
@@ -62,9 +71,9 @@ def calibrate(
                 move(done)
         write_imatrix(output, calibration.sums, calibration.counts, [dataset])
         if not quiet:
-            typer.echo(f"{total} examples, {tokens} tokens, {len(calibration.sums)} matrices", err=True)
+            write_line(f"{total} examples, {tokens} tokens, {len(calibration.sums)} matrices")
         found = {"imatrix": str(output), "examples": total, "tokens": tokens, "matrices": len(calibration.sums)}
-        typer.echo(json.dumps(found) if as_json else output)
+        write_out(to_json(found) if as_json else on_line(output))
 
 
 def _widths(pair: Pair) -> dict[str, int]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
-import typer
-
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._answers import Image, answering, note_truncation
+from lfm2vl_edge.cli._answers import Image, answering, note_truncation, write_answer
+from lfm2vl_edge.cli._output import to_json, write_out
 
 
 @opt.takes_groups
@@ -21,8 +18,11 @@ def caption(
     verbose: opt.Verbose = 0,
 ) -> None:
     """Describe an image: lfm2vl-edge caption photo.jpg."""
-    with answering(image, model, images, verbose, cache) as (opened, pixels):
+    with answering(image, model, images, answer, verbose, cache) as (opened, pixels):
         text = opened.caption(pixels, **answer.values())
         shown = {"caption": text, "model": opened.config.name}
-        typer.echo(json.dumps(shown, ensure_ascii=False) if as_json else text)
+        if as_json:
+            write_out(to_json(shown))
+        else:
+            write_answer(f"{text}\n")
         note_truncation(opened.last)

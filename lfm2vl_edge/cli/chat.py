@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
+import shlex
 import sys
+from codecs import lookup
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
+from urllib.parse import unquote
 
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._answers import show_answer, statistics
+from lfm2vl_edge.cli._answers import note_unused_variables, show_answer, statistics
 from lfm2vl_edge.cli._loading import load_argument, opening
-from lfm2vl_edge.cli._output import EXIT_FAILED, Interrupt, at_once, report, reporting
+from lfm2vl_edge.cli._output import EXIT_FAILED, Interrupt, at_once, report, reporting, to_json, write_line
 from lfm2vl_edge.errors import ContextFull, EdgeError
 from lfm2vl_edge.host import data_folder, write_whole
 from lfm2vl_edge.image.web import display_url, is_url
@@ -50,7 +52,10 @@ def chat(
         list[str] | None,
         typer.Argument(metavar="[IMAGE]...", help="Images for the first question: paths or http(s) URLs."),
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="A system prompt before the conversation.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", parser=opt.as_text, metavar="TEXT", help="A system prompt before the conversation."),
+    ] = None,
     cache: opt.Cache = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = 0,
@@ -69,6 +74,7 @@ def chat(
             when_open = stack.enter_context(opening(model, image, verbose, remember=True, cache=cache))
             loaded = [(name, _load(name, image.max_pixels)) for name in images or ()]
             opened = when_open()
+            note_unused_variables(options, opened)
         from lfm2vl_edge.chat import Chat
 
         is_typed = _is_typed()
@@ -124,18 +130,20 @@ class Session:
             EdgeError: it failed; the conversation is unchanged.
             KeyboardInterrupt: the answer was stopped; it stays in the conversation as far as it came.
         """
-        if line.startswith("/"):
+        if dropped := _dropped_files(line):
+            self._add_images(dropped)
+        elif line.startswith("/"):
             word, *rest = line.split(maxsplit=1)
             if word not in self.commands:
                 raise EdgeError(f"no command {word!r:.40}; /help lists them, and a space before / makes it a question")
             self.commands[word][-1](self, "".join(rest).strip())
-        elif question := line.strip():
+        elif question := _as_text(line).strip():
             self._ask(question)
 
     def note(self, text: str) -> None:
         """Write a note to stderr, if a person types the lines and did not choose --quiet."""
         if self._has_notes:
-            typer.echo(text, err=True)
+            write_line(text)
 
     def add_image(self, name: str, pixels: Pixels) -> None:
         """Add an image to the next question."""
@@ -155,16 +163,20 @@ class Session:
         if self._last.finish_reason == "length" and self._last.stats:
             self.note(f"(truncated after {self._last.stats.completion_tokens} tokens; --max-tokens allows more)")
         if self._verbose:
-            typer.echo("\n".join(statistics(self._last, self._chat.model)), err=True)
+            write_line("\n".join(statistics(self._last, self._chat.model)))
 
     def _image(self, rest: str) -> None:
         if not rest:
             raise EdgeError("/image needs an image: /image photo.jpg, or /image https://host/photo.jpg")
-        name = _file_name(rest)
-        self.add_image(name, _load(name, self._max_pixels))
+        self._add_images(_file_names(rest))
+
+    def _add_images(self, names: Sequence[str]) -> None:
+        """Add all images, or none if one cannot be loaded."""
+        for name, pixels in [(name, _load(name, self._max_pixels)) for name in names]:
+            self.add_image(name, pixels)
 
     def _system(self, rest: str) -> None:
-        self._chat.system = rest or None
+        self._chat.system = _as_text(rest) or None
         self.note("the system prompt is set for the next answer" if rest else "there is no system prompt now")
 
     def _reset(self, _rest: str) -> None:
@@ -184,12 +196,12 @@ class Session:
             raise EdgeError("/save needs a file: /save chat.jsonl")
         if not self._chat.messages:
             raise EdgeError("there is no message yet, so there is nothing to save; ask a question first")
-        path = Path(_file_name(rest))
-        lines = [json.dumps(_plain(one, self._names), ensure_ascii=False) + "\n" for one in self._chat.messages]
+        path = Path(_file_name(_unquoted(rest)))
+        lines = [to_json(_plain(one, self._names), "utf-8") + "\n" for one in self._chat.messages]
         try:
             if path.exists() and not replace:
                 raise EdgeError(f"{path} exists already; give another name, or /save! {path} to replace it")
-            write_whole(path, [line.encode("utf-8", "replace") for line in lines])
+            write_whole(path, [line.encode() for line in lines])
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
             why = getattr(error, "strerror", None) or error
             raise EdgeError(f"cannot write {str(path)!r:.200}: {why}; give another name") from error
@@ -202,12 +214,12 @@ class Session:
             used = self._last.stats.prompt_tokens + self._last.stats.completion_tokens
             lines += [f"context    {used} of {model.config.n_ctx_train} tokens after the last answer"]
             lines += statistics(self._last, model)
-        typer.echo("\n".join(lines), err=True)
+        write_line("\n".join(lines))
 
     def _help(self, _rest: str) -> None:
         usages = {f"{word} {argument}".strip(): text for word, (argument, text, _) in self.commands.items()}
         lines = [f"{usage:<{max(map(len, usages))}}  {text}" for usage, text in usages.items()]
-        typer.echo("\n".join([*lines, "Anything else is a question. Ctrl-C stops an answer."]), err=True)
+        write_line("\n".join([*lines, "Anything else is a question. Ctrl-C stops an answer."]))
 
     def _quit(self, _rest: str) -> None:
         raise EOFError
@@ -242,16 +254,63 @@ def _plain(message: Message, names: Mapping[PreprocessedImage, str]) -> dict[str
     return {**message, "content": parts}
 
 
-def _file_name(rest: str) -> str:
-    """Return a file name without the quotation marks of a dragged file, and with ~ expanded."""
-    if len(rest) > 1 and rest[0] == rest[-1] and rest[0] in "'\"":
-        rest = rest[1:-1]
-    if not rest.startswith("~"):
-        return rest
+def _file_names(text: str) -> list[str]:
+    """Return the images that a text names: one as it is or quoted, or several, quoted as for a shell.
+
+    A terminal quotes the names of files that are dropped on it: with quotation marks, or backslashes before spaces.
+    """
+    name = _file_name(text)
+    if _is_file(name):
+        return [name]
+    words = [_file_name(word) for word in _words(text)]
+    several = len(words) > 1 and any(is_url(word) or _is_file(word) for word in words)
+    return words if several else [_file_name(_unquoted(text))]
+
+
+def _dropped_files(line: str) -> list[str]:
+    """Return the files of a line that has only full paths of files, as a terminal types them for dropped files."""
+    if not line.lstrip().startswith(("/", "~/", "file:///", "'", '"')):
+        return []
+    if Path(line.strip()).is_absolute() and _is_file(line.strip()):
+        return [line.strip()]
+    names = [_file_name(word) for word in _words(line)]
+    return names if names and all(Path(name).is_absolute() and _is_file(name) for name in names) else []
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of a text as a shell takes it apart; none if a quotation mark is left open."""
     try:
-        return str(Path(rest).expanduser())
-    except RuntimeError:  # no such user, or no home
-        return rest
+        return shlex.split(text)
+    except ValueError:
+        return []
+
+
+def _unquoted(text: str) -> str:
+    """Return a text without the quotation marks or backslashes of a shell, if it is one word with them."""
+    words = _words(text)
+    return words[0] if len(words) == 1 else text
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
+
+
+def _file_name(name: str) -> str:
+    """Return the path of a file:// URL, and a path with ~ expanded; other names as they are."""
+    if name[:8].lower() == "file:///":
+        name = unquote(name[7:], errors="surrogateescape")
+    elif name.startswith("~"):
+        with suppress(RuntimeError):  # no such user, or no home
+            name = str(Path(name).expanduser())
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))  # the locale may be another
+
+
+def _as_text(line: str) -> str:
+    """Return a line with U+FFFD for bytes that are not UTF-8."""
+    return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _is_typed() -> bool:
@@ -271,7 +330,8 @@ def reading_lines(history: Path) -> Iterator[Callable[[], str]]:
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         with suppress(io.UnsupportedOperation):  # something was read already
-            sys.stdin.reconfigure(errors="replace")
+            is_unknown = lookup(sys.stdin.encoding).name == "ascii"  # no locale was set
+            sys.stdin.reconfigure(encoding="utf-8" if is_unknown else None, errors="surrogateescape")
     if not _is_typed():
         yield _next_line
     elif not sys.stdout.isatty():
@@ -282,7 +342,10 @@ def reading_lines(history: Path) -> Iterator[Callable[[], str]]:
 
 
 def _next_line() -> str:
-    line = sys.stdin.readline(LONGEST_LINE)
+    try:
+        line = sys.stdin.readline(LONGEST_LINE)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "stdin") from error
     if not line:
         raise EOFError
     if len(line) == LONGEST_LINE and not line.endswith("\n"):

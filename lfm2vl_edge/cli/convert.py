@@ -152,7 +152,7 @@ def _promote(
             if not promoted:
                 break
             for one in () if quiet else promoted:
-                write_line(one)
+                write_line(str(one))
             overrides = with_promotions(overrides, promoted)
             result = make(overrides, True)
             verification = checks.verify(result, baseline)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._answers import Free, Image, Prompt, What, answering, note_nothing_found
-from lfm2vl_edge.cli._output import refuse_drawing, reporting
+from lfm2vl_edge.cli._output import refuse_drawing, reporting, to_json, write_out
 from lfm2vl_edge.errors import printable
 
 
@@ -39,7 +38,7 @@ def detect(
     with reporting():
         if draw is not None:
             refuse_drawing(draw, force)
-    with answering(image, model, images, verbose, cache) as (opened, pixels):
+    with answering(image, model, images, answer, verbose, cache) as (opened, pixels):
         boxes = opened.detect(pixels, what, prompt=prompt, free=free, **answer.values())
         if draw is not None:
             from lfm2vl_edge.image.draw import draw_boxes, save_png
@@ -48,9 +47,9 @@ def detect(
         if as_json:
             size = {"height": pixels.shape[0], "width": pixels.shape[1]}
             shown = {"boxes": [asdict(box) for box in boxes], **size, "model": opened.config.name}
-            typer.echo(json.dumps(shown, ensure_ascii=False))
+            write_out(to_json(shown))
             return
         for box in boxes:
-            typer.echo(f"{box.left}\t{box.top}\t{box.right}\t{box.bottom}\t{printable(box.label)}")
+            write_out(f"{box.left}\t{box.top}\t{box.right}\t{box.bottom}\t{printable(box.label)}")
         if not boxes:
             note_nothing_found()

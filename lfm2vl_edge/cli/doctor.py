@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._loading import megabytes
-from lfm2vl_edge.cli._output import EXIT_FAILED, reporting
+from lfm2vl_edge.cli._output import EXIT_FAILED, on_line, reporting, to_json, write_out
 
 if TYPE_CHECKING:
     from lfm2vl_edge.diagnose.doctor import Facts, Finding
@@ -38,9 +37,9 @@ def doctor(as_json: opt.Json = False) -> None:
         works = all(one.level != "broken" for one in findings)
         if as_json:
             found = {"ok": works, "findings": [asdict(one) for one in findings], **asdict(facts)}
-            typer.echo(json.dumps(found, ensure_ascii=False))
+            write_out(to_json(found))
         else:
-            typer.echo("\n".join(_lines(facts, findings)))
+            write_out("\n".join(_lines(facts, findings)))
         if not works:
             raise typer.Exit(EXIT_FAILED)
 
@@ -92,7 +91,7 @@ def _machine(machine: Machine) -> list[str]:
 
 def _folder(one: Folder) -> str:
     state = "writable" if one.writable else "not writable"
-    return f"{one.purpose:<7} {one.path}: {megabytes(one.bytes)}, {state}, {megabytes(one.free)} free"
+    return f"{one.purpose:<7} {on_line(one.path)}: {megabytes(one.bytes)}, {state}, {megabytes(one.free)} free"
 
 
 def _model(one: ModelState, memory: int | None) -> str:

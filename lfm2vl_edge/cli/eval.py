@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -12,8 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lfm2vl_edge.cli import _options as opt
+from lfm2vl_edge.cli._answers import note_unused_variables
 from lfm2vl_edge.cli._loading import opening
-from lfm2vl_edge.cli._output import EXIT_FAILED, Interrupt, at_once, progress_bar, reporting
+from lfm2vl_edge.cli._output import (
+    EXIT_FAILED,
+    Interrupt,
+    at_once,
+    progress_bar,
+    reporting,
+    to_json,
+    write_line,
+    write_out,
+)
 from lfm2vl_edge.errors import printable
 
 if TYPE_CHECKING:
@@ -74,13 +83,15 @@ def evaluate(
         with opening(model, image, 0, remember=True, cache=cache) as when_open:
             opened = when_open()
             interrupt.cancel = opened.cancel
-            results = ask_all(opened, rows, out=out, restart=restart, max_pixels=image.max_pixels, **answer.values())
+            options = answer.values()
+            note_unused_variables(options, opened)
+            results = ask_all(opened, rows, out=out, restart=restart, max_pixels=image.max_pixels, **options)
             summary = summarise(_collect(results, len(rows), interrupt, _how_to_resume(out, restart), quiet))
             name = opened.config.name
-        typer.echo(_as_json(summary, name, data) if as_json else "\n".join(_lines(summary)))
+        write_out(_as_json(summary, name, data) if as_json else "\n".join(_lines(summary)))
     accuracy = 100 * summary.total.normalised
     if min_accuracy is not None and not accuracy + _ROUNDING >= min_accuracy:
-        typer.echo(f"error: accuracy {accuracy:.4g} % is below --min-accuracy {min_accuracy:g}", err=True)
+        write_line(f"error: accuracy {accuracy:.4g} % is below --min-accuracy {min_accuracy:g}")
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -94,7 +105,7 @@ def _collect(
 
         def report_progress() -> None:
             stack.close()  # removes the bar, also if the main thread hangs in a native call
-            typer.echo(f"interrupted after {len(done)} of {n_rows} rows; {how_to_resume}", err=True)
+            write_line(f"interrupted after {len(done)} of {n_rows} rows; {how_to_resume}")
 
         interrupt.on_stop = report_progress
         right = 0
@@ -118,7 +129,7 @@ def _as_json(summary: Summary, model: str, data: Path) -> str:
     shown["groups"] = [{"group": name, **_rounded(tally)} for name, tally in summary.groups.items()]
     shown["failures"] = [{"id": name, "error": error} for name, error in summary.failures.items()]
     shown["resumed"] = summary.resumed
-    return json.dumps(shown, ensure_ascii=False)
+    return to_json(shown)
 
 
 def _rounded(tally: Tally) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._answers import Image, Prompt, answering
-from lfm2vl_edge.cli._output import reporting
+from lfm2vl_edge.cli._output import reporting, to_json, write_out
 
 
 @opt.takes_groups
@@ -32,6 +31,6 @@ def extract(
     with reporting():
         opt.refuse_stdin_twice([image, schema])
         described = opt.read_schema_file(schema)
-    with answering(image, model, images, verbose, cache) as (opened, pixels):
+    with answering(image, model, images, answer, verbose, cache) as (opened, pixels):
         found = opened.extract(pixels, described, prompt, **answer.values())
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        write_out(to_json(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -10,7 +9,7 @@ import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._loading import megabytes
-from lfm2vl_edge.cli._output import reporting
+from lfm2vl_edge.cli._output import reporting, to_json, write_out
 
 if TYPE_CHECKING:
     from lfm2vl_edge.models.manifest import ManifestEntry
@@ -30,9 +29,9 @@ def models(
         memory = total_memory()
         rows = _rows(memory)
         if as_json:
-            typer.echo(json.dumps({"memory": memory, "models": rows}, ensure_ascii=False))
+            write_out(to_json({"memory": memory, "models": rows}))
         else:
-            typer.echo("\n".join(_lines([row for row in rows if every or row["here"] or row["usual"]], memory)))
+            write_out("\n".join(_lines([row for row in rows if every or row["here"] or row["usual"]], memory)))
 
 
 def _rows(memory: int | None) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._loading import find_model, load_argument
-from lfm2vl_edge.cli._output import refuse_drawing, reporting, warnings_to_stderr
+from lfm2vl_edge.cli._output import refuse_drawing, reporting, to_json, warnings_to_stderr, write_out
 from lfm2vl_edge.errors import EdgeError
 
 if TYPE_CHECKING:
@@ -55,10 +54,10 @@ def plan(
             _draw(draw, pixels, tile_plan, force=force)
         if as_json:
             shown = _plan_dict(tile_plan) | _costs_dict(tile_plan, config, costs)
-            typer.echo(json.dumps(shown, ensure_ascii=False))
+            write_out(to_json(shown))
         else:
             lines = [*_plan_lines(tile_plan, budget.described(source)), *_cost_lines(tile_plan, config, costs)]
-            typer.echo("\n".join(lines))
+            write_out("\n".join(lines))
 
 
 def _read(image: str, max_pixels: int) -> tuple[Pixels | None, int, int]:

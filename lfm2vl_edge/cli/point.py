@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-
-import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._answers import Free, Image, Prompt, What, answering, note_nothing_found
+from lfm2vl_edge.cli._output import to_json, write_out
 from lfm2vl_edge.errors import printable
 
 
@@ -29,14 +27,14 @@ def point(
 
     One line for each: x, y in pixels of the upright image, and the label.
     """
-    with answering(image, model, images, verbose, cache) as (opened, pixels):
+    with answering(image, model, images, answer, verbose, cache) as (opened, pixels):
         points = opened.point(pixels, what, prompt=prompt, free=free, **answer.values())
         if as_json:
             size = {"height": pixels.shape[0], "width": pixels.shape[1]}
             shown = {"points": [asdict(one) for one in points], **size, "model": opened.config.name}
-            typer.echo(json.dumps(shown, ensure_ascii=False))
+            write_out(to_json(shown))
             return
         for one in points:
-            typer.echo(f"{one.x}\t{one.y}\t{printable(one.label)}")
+            write_out(f"{one.x}\t{one.y}\t{printable(one.label)}")
         if not points:
             note_nothing_found()

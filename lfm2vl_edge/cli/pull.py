@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._loading import pull_visibly
-from lfm2vl_edge.cli._output import reporting
+from lfm2vl_edge.cli._output import on_line, reporting, to_json, write_out
 
 
 def pull(
@@ -39,6 +38,6 @@ def pull(
         if as_json:
             files = [{"path": str(file.path), "bytes": file.n_bytes, "digest": file.digest} for file in entry.files]
             shown = {"repo": entry.repo, "quant": entry.quant, "revision": entry.revision, "files": files}
-            typer.echo(json.dumps(shown, ensure_ascii=False))
+            write_out(to_json(shown))
         else:
-            typer.echo("\n".join(str(file.path) for file in entry.files))
+            write_out("\n".join(on_line(file.path) for file in entry.files))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lfm2vl_edge.cli._output import reporting
+from lfm2vl_edge.cli._output import reporting, write_out
 
 
 def rm(
@@ -17,4 +17,4 @@ def rm(
 
     with reporting():
         removed, freed = remove(name)
-        typer.echo(f"{removed}: {freed / 1e6:.1f} MB removed")
+        write_out(f"{removed}: {freed / 1e6:.1f} MB removed")

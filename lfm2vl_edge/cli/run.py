@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from itertools import dropwhile
 from pathlib import Path
@@ -12,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._answers import note_truncation, show_answer, statistics
+from lfm2vl_edge.cli._answers import note_truncation, note_unused_variables, show_answer, statistics
 from lfm2vl_edge.cli._loading import load_argument, opening
-from lfm2vl_edge.cli._output import at_once, reporting
+from lfm2vl_edge.cli._output import at_once, reporting, to_json, write_line, write_out
 from lfm2vl_edge.errors import PromptError
 
 if TYPE_CHECKING:
@@ -42,15 +40,29 @@ def run(
         ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The question; every argument is then an image, if any.")
+        str | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            parser=opt.as_text,
+            metavar="TEXT",
+            help="The question; every argument is then an image, if any.",
+        ),
     ] = None,
     ask: Annotated[
         list[str] | None,
         typer.Option(
-            "--ask", "-a", help="A question; may be repeated: the images are encoded once. Every argument is an image."
+            "--ask",
+            "-a",
+            parser=opt.as_text,
+            metavar="TEXT",
+            help="A question; may be repeated: the images are encoded once. Every argument is an image.",
         ),
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="A system prompt before the question.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", parser=opt.as_text, metavar="TEXT", help="A system prompt before the question."),
+    ] = None,
     cache: opt.Cache = None,
     as_json: opt.Json = False,
     verbose: opt.Verbose = 0,
@@ -64,6 +76,7 @@ def run(
         raise typer.BadParameter("give an image, or a question with --prompt", param_hint="'[IMAGE]... [PROMPT]'")
     with reporting(), at_once() as interrupt:
         names, question = split_arguments(arguments or (), questions[0] if questions else None)
+        question = opt.as_text(question)
         questions = questions or [question]
         opt.refuse_stdin_twice([*names, answer.json_schema])
         options = answer.values()
@@ -71,6 +84,7 @@ def run(
             pixels = [load_argument(name, image.max_pixels) for name in names]
             opened = when_open()
             interrupt.cancel = opened.cancel
+            note_unused_variables(options, opened)
             images = [opened.preprocess(one) for one in pixels] if len(questions) > 1 else pixels
             turns = []
             for question in questions:
@@ -78,14 +92,14 @@ def run(
                 turns.append(show_answer(chunks, quiet=as_json))
                 _explain(turns[-1], opened, as_json=as_json, verbose=verbose)
             if as_json:
-                sys.stdout.write(_as_json(turns, questions if ask else None, opened))
+                write_out(_as_json(turns, questions if ask else None, opened))
 
 
 def _explain(turn: Turn, model: Model, *, as_json: bool, verbose: int) -> None:
     if not as_json:
         note_truncation(turn)
     if verbose:
-        typer.echo("\n".join(statistics(turn, model)), err=True)
+        write_line("\n".join(statistics(turn, model)))
 
 
 def split_arguments(arguments: Sequence[str], prompt: str | None) -> tuple[list[str], str]:
@@ -144,6 +158,6 @@ def _as_json(turns: Sequence[Turn], questions: Sequence[str] | None, model: Mode
     ]
     name = {"model": model.config.name}
     if questions is None:
-        return json.dumps(answers[0] | name, ensure_ascii=False) + "\n"
+        return to_json(answers[0] | name)
     listed = [{"question": question} | answer for question, answer in zip(questions, answers, strict=True)]
-    return json.dumps({"answers": listed} | name, ensure_ascii=False) + "\n"
+    return to_json({"answers": listed} | name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._loading import chosen_model
-from lfm2vl_edge.cli._output import reporting, warnings_to_stderr
+from lfm2vl_edge.cli._output import on_line, reporting, to_json, warnings_to_stderr, write_line, write_out
 
 if TYPE_CHECKING:
     from lfm2vl_edge.diagnose.tune import Measurement
@@ -33,7 +32,7 @@ def tune(
 
     def report(line: str) -> None:
         if not quiet:
-            typer.echo(f"measuring {line}", err=True)
+            write_line(f"measuring {line}")
 
     with reporting():
         warnings_to_stderr()
@@ -43,9 +42,9 @@ def tune(
         path = save_profile(profile, profile_key(resolved.model, options.n_gpu_layers, options.device))
         if as_json:
             trials = [asdict(one) for one in measurements]
-            typer.echo(json.dumps({"profile": asdict(profile), "path": str(path), "trials": trials}))
+            write_out(to_json({"profile": asdict(profile), "path": str(path), "trials": trials}))
         else:
-            typer.echo("\n".join(_lines(profile, measurements, path)))
+            write_out("\n".join(_lines(profile, measurements, path)))
 
 
 def _lines(profile: Profile, measurements: Sequence[Measurement], path: Path) -> Iterator[str]:
@@ -60,4 +59,4 @@ def _lines(profile: Profile, measurements: Sequence[Measurement], path: Path) ->
             yield f"{one.threads:>7}  {kind:<6}  {seconds}  {speeds}"
     yield ""
     plural = "s" if profile.threads > 1 else ""
-    yield f"fastest: {profile.threads} thread{plural}, mmproj {profile.mmproj}; stored in {path}"
+    yield f"fastest: {profile.threads} thread{plural}, mmproj {profile.mmproj}; stored in {on_line(path)}"

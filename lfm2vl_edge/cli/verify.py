@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -13,7 +12,7 @@ import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._loading import find_model
-from lfm2vl_edge.cli._output import EXIT_FAILED, reporting
+from lfm2vl_edge.cli._output import EXIT_FAILED, reporting, to_json, write_line, write_out
 from lfm2vl_edge.errors import ModelNotFound
 
 if TYPE_CHECKING:
@@ -86,8 +85,8 @@ def _baseline(against: str | None) -> str | Pair | None:
 def show_verification(result: Verification, *, as_json: bool, quiet: bool) -> None:
     """Print the measurements on stderr and the verdict, or everything as JSON, on stdout; exit with 1 if it is bad."""
     for line in () if quiet else _lines(result):
-        typer.echo(line, err=True)
-    typer.echo(json.dumps(_as_dict(result)) if as_json else result.verdict)
+        write_line(line)
+    write_out(to_json(_as_dict(result)) if as_json else result.verdict)
     if result.complaints:
         raise typer.Exit(EXIT_FAILED)
 
