@@ -135,4 +135,8 @@ class Engine(Protocol):
         """Stop the running or next decode, from any thread; it raises EngineError."""
 
     def close(self) -> None:
-        """Free the native memory; a second call does nothing."""
+        """Free the native memory, from any thread; a second call does nothing.
+
+        What runs in another thread is cancelled, and the memory is freed when it has ended. Later calls of other
+        methods than `info` and `cancel` raise EngineError.
+        """

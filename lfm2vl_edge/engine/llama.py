@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +53,7 @@ _EXACT_ATTENTION: Final = 0
 _NO_LOGITS: Final = ctypes.cast((ctypes.c_int8 * _N_BATCH)(), ctypes.POINTER(ctypes.c_int8))
 _CONTEXT_STEP: Final = 256
 """llama.cpp rounds the length of a context up to a multiple of this, tokens."""
+_CLOSED: Final = "the model is closed; open it again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,10 @@ class EngineSettings:
 
 
 class LlamaEngine:
-    """See `lfm2vl_edge.engine.Engine`. Only `cancel` may be called while another thread uses it.
+    """See `lfm2vl_edge.engine.Engine`. Only `cancel` and `close` may be called while another thread uses it.
+
+    A forked process has an engine of its own, unless another thread was using it when the process forked: then its
+    native memory is half-written, every method raises EngineError, and nothing is freed there.
 
     Args:
         model: the language file, or one that is being read already.
@@ -89,6 +96,7 @@ class LlamaEngine:
     """Most tokens of one decode."""
     observer: Any = None
     """A ggml callback that receives every tensor that is computed; libmtmd encodes views then."""
+    _is_closed = True  # until there is something to close
 
     def __init__(
         self, model: Path | LanguageFile, mmproj: Path, settings: EngineSettings, vision: Mapping[str, Any]
@@ -100,6 +108,9 @@ class LlamaEngine:
         self._n_ctx = 0
         self._view_tokens = settings.max_view_tokens
         self._abort = AbortFlag()
+        self._uses: set[tuple[int, object]] = set()  # of the native memory now, each with its process
+        self._freed = threading.Lock()  # taken once, by the thread that frees
+        self._is_closed = False
         if isinstance(model, Path):
             model = LanguageFile(model, settings.n_gpu_layers, settings.device)
         self._gpu = model.gpu
@@ -115,6 +126,10 @@ class LlamaEngine:
             model.close()
             self.close()
             raise
+
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not self._is_closed and not is_exiting():  # at the end of a process, its memory is freed anyway
+            self.close()
 
     @property
     def info(self) -> EngineInfo:
@@ -136,7 +151,8 @@ class LlamaEngine:
         raw = text.encode("utf-8", "replace")
         room = len(raw) + 8  # a token has at least one byte
         tokens = (llama.llama_token * room)()
-        count = llama.llama_tokenize(self._vocab, raw, len(raw), tokens, room, False, False)
+        with self._in_use():
+            count = llama.llama_tokenize(self._vocab, raw, len(raw), tokens, room, False, False)
         if count < 0:
             raise EngineError(f"llama_tokenize failed with code {count}{LOG.reason()}")
         return list(tokens[:count])
@@ -146,31 +162,37 @@ class LlamaEngine:
         room = 64
         while True:
             buffer = ctypes.create_string_buffer(room)
-            count = llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+            with self._in_use():
+                count = llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
             if count >= 0:
                 return buffer.raw[:count]
             room = -count
 
     def is_end(self, token: int) -> bool:
         """Return whether a token ends the model's turn."""
-        return bool(llama.llama_vocab_is_eog(self._vocab, token))
+        with self._in_use():
+            return bool(llama.llama_vocab_is_eog(self._vocab, token))
 
     def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
         """Return the embeddings of one view; see the protocol."""
-        return self._encoder_for(n_tokens).encode(pixels, n_tokens, self._n_embd)
+        with self._in_use():
+            return self._encoder_for(n_tokens).encode(pixels, n_tokens, self._n_embd)
 
     def reserve(self, n_tokens: int) -> None:
         """Clear the sequence and make room; see the protocol."""
-        self._abort.lower()
         if n_tokens > self._settings.n_ctx_max:
             raise ContextFull(
                 f"the prompt and the answer need {n_tokens} tokens of context; the limit is "
                 f"{self._settings.n_ctx_max}: use fewer or smaller images, a shorter text or fewer max_tokens"
             )
-        if n_tokens > self._n_ctx:
-            self._open_context(max(n_tokens, min(2 * self._n_ctx, self._settings.n_ctx_max)))
-        else:
-            llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
+        with self._in_use():
+            self._abort.lower()
+            if self._is_closed:  # meanwhile
+                self._abort.raise_()
+            if n_tokens > self._n_ctx:
+                self._open_context(max(n_tokens, min(2 * self._n_ctx, self._settings.n_ctx_max)))
+            else:
+                llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
 
     def decode_tokens(self, tokens: Sequence[int], *, more: bool = False) -> None:
         """Append tokens to the sequence; see the protocol."""
@@ -188,22 +210,26 @@ class LlamaEngine:
 
     def logits(self) -> Floats:
         """Return float32 `[n_vocab]`; see the protocol."""
-        pointer = require("llama_get_logits_ith", llama.llama_get_logits_ith(self._context, -1))
-        return floats(pointer, (self._n_vocab,))
+        with self._in_use():
+            pointer = require("llama_get_logits_ith", llama.llama_get_logits_ith(self._context, -1))
+            return floats(pointer, (self._n_vocab,))
 
     def snapshot(self) -> State:
         """Return a copy of the sequence; see the protocol."""
         LOG.forget()
-        return sequence_bytes(self._context)
+        with self._in_use():
+            return sequence_bytes(self._context)
 
     def restore(self, state: State) -> None:
         """Replace the sequence by a snapshot; see the protocol."""
         LOG.forget()
-        set_sequence_bytes(self._context, state)
+        with self._in_use():
+            set_sequence_bytes(self._context, state)
 
     def check_grammar(self, grammar: str) -> None:
         """Check a grammar; see the protocol."""
-        check_grammar(grammar)
+        with self._in_use():
+            check_grammar(grammar)
 
     def sample(
         self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], grammar: str | None = None
@@ -216,7 +242,8 @@ class LlamaEngine:
             batch = llama.llama_batch(n_tokens=1, token=single)
             with self._sampler(chain, grammar) as sample_token:
                 while True:
-                    single[0] = sample_token()
+                    with self._in_use():
+                        single[0] = sample_token()
                     yield single[0]
                     self._decode(batch)
 
@@ -226,7 +253,9 @@ class LlamaEngine:
         if grammar is None:
             yield lambda: int(llama.llama_sampler_sample(chain, self._context, -1))
             return
-        with grammar_sampler(self._vocab, grammar) as native:
+        with ExitStack() as stack:
+            with self._in_use():
+                native = stack.enter_context(grammar_sampler(self._vocab, grammar))
             yield lambda: sample_constrained(chain, native, self._text_tokens, self.logits())
 
     @cached_property
@@ -237,7 +266,8 @@ class LlamaEngine:
         """
         control = llama.LLAMA_TOKEN_ATTR_UNKNOWN | llama.LLAMA_TOKEN_ATTR_CONTROL
         attributes = map(llama.llama_vocab_get_attr, [self._vocab] * self._n_vocab, range(self._n_vocab))
-        ids = (token for token, known in enumerate(attributes) if not known & control or self.is_end(token))
+        is_end = llama.llama_vocab_is_eog
+        ids = (token for token, known in enumerate(attributes) if not known & control or is_end(self._vocab, token))
         return np.fromiter(ids, np.int32)
 
     def cancel(self) -> None:
@@ -245,7 +275,37 @@ class LlamaEngine:
         self._abort.raise_()
 
     def close(self) -> None:
-        """Free the native memory; a second call does nothing."""
+        """Cancel what runs in other threads, and free the native memory once nothing uses it; see the protocol."""
+        self._is_closed = True
+        self._abort.raise_()
+        self._free_if_unused()
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Use the native memory inside the block: it is not freed meanwhile.
+
+        Without a lock, which a fork or a signal handler could find taken for ever. A use is noted before it checks
+        whether the engine is closed, and `close` checks for uses after it has marked it closed: one of them sees the other.
+
+        Raises:
+            EngineError: the engine is closed, or was in use by another thread when this process was forked.
+        """
+        use = os.getpid(), object()
+        self._uses.add(use)
+        try:
+            if self._is_closed:
+                raise EngineError(_CLOSED)
+            if any(pid != use[0] for pid, _ in tuple(self._uses)):
+                raise EngineError("the model was computing in another thread when this process forked; open it again")
+            yield
+        finally:
+            self._uses.discard(use)
+            if self._is_closed:
+                self._free_if_unused()
+
+    def _free_if_unused(self) -> None:
+        if self._uses or not self._freed.acquire(blocking=False):
+            return
         self._close_encoder()
         if self._context:
             llama.llama_free(self._context)
@@ -356,9 +416,10 @@ class LlamaEngine:
     def _decode(self, batch: Any, more: bool = False) -> None:
         batch.logits = self._outputs(more)
         LOG.forget()
-        code = compute(llama.llama_decode, self._context, batch)
+        with self._in_use():
+            code = compute(llama.llama_decode, self._context, batch)
         if code == ABORTED:
-            raise EngineError("the answer was cancelled")
+            raise EngineError(_CLOSED if self._is_closed else "the answer was cancelled")
         if code == NO_MEMORY_SLOT:
             raise ContextFull(f"the context of {self._n_ctx} tokens is full")
         check("llama_decode", code)
