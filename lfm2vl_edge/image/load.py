@@ -330,19 +330,26 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 def _stated_orientation(image: Image.Image) -> int:
     """Return the orientation that Pillow knows of, or that its EXIF bytes state if Pillow cannot read them."""
+    stored = image.info.get("exif")
+    stored = stored if isinstance(stored, bytes) else b""
     try:
-        value = image.getexif().get(ORIENTATION, 1)
+        value = image.getexif().get(ORIENTATION)
+        unchanged = Image.Exif()
+        unchanged.load(stored)
+        if value is None and ORIENTATION in unchanged:
+            return 1  # the caller deleted it
     except Exception:  # noqa: BLE001  # damaged EXIF raises many kinds
-        exif = image.info.get("exif")
-        return read_orientation(exif if isinstance(exif, bytes) else b"")
+        value = None
+    if value is None:
+        return read_orientation(stored)
     return int(value) if value in range(1, 9) else 1
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
     """Return the pixels of a loaded image; alpha and transparent palette colours become white."""
-    mode = image.mode
+    mode, stated = image.mode, image.info.get("transparency")
     if mode.startswith("I") or mode == "F":
-        is_deep = image.format in ("PNG", "PPM", "JPEG2000") or (mode != "I" and mode != "F" and bool(image.format))
+        is_deep = image.format in ("PNG", "PPM", "JPEG2000") or (mode not in ("I", "F") and image.format is not None)
         return _from_array(_to_eight_bits(np.asarray(image), is_deep=is_deep))
     if mode == "LAB":
         from PIL import ImageCms
@@ -350,7 +357,11 @@ def _to_rgb(image: Image.Image) -> Pixels:
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
         return np.asarray(converted)
-    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or (mode == "P" and "transparency" in image.info):
+    is_transparent = mode == "P" and (isinstance(stated, bytes) or (isinstance(stated, int) and 0 <= stated < 256))
+    if "transparency" in image.info and not is_transparent:  # a colour, which is applied later, or not valid
+        image = image.copy()
+        del image.info["transparency"]
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or is_transparent:
         image = image.convert("LA") if mode == "La" else image
         image = _over_white(image.convert("RGBA"))
     return np.asarray(image.convert("RGB"))

@@ -207,7 +207,7 @@ def _clean_webp(data: bytes) -> tuple[bytes, int]:
             exif = body
         elif kind == b"XMP ":
             xmp = body[:_MAX_TEXT]
-        is_next = end >= len(data) - 1 or data[end : end + 4] in (*_WEBP_PIXELS, b"EXIF", b"XMP ", b"ICCP")
+        is_next = abs(end - len(data)) <= 1 or data[end : end + 4] in (*_WEBP_PIXELS, b"EXIF", b"XMP ", b"ICCP")
         at = end if kind in _WEBP_PIXELS or is_next else _next_webp_chunk(data, at + 8, end)
     content = b"".join(kept)
     return b"RIFF" + struct.pack("<I", len(content)) + content, read_orientation(exif, xmp)

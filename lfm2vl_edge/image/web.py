@@ -7,25 +7,33 @@ are not interpreted here: the decoder decides whether they are an image, whateve
 from __future__ import annotations
 
 import concurrent.futures
+import io
 import re
+import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from lfm2vl_edge.errors import ImageError, clip, shorten
+from lfm2vl_edge.errors import EdgeError, ImageError, clip, shorten
 from lfm2vl_edge.host import start_worker
 
 _URL: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://|(?i:file):/")
 """At least two letters: a single letter and a colon is a Windows drive."""
 _SCHEMES: Final = ("http", "https")
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+MIN_BYTES: Final = 1 << 16
+"""Bytes of a large body that a connection must deliver between two checks."""
+_WATCH_SECONDS: Final = 60.0
+"""Time between two checks, seconds."""
+_MAX_REDIRECTS: Final = 10
+"""Most redirects of a hub that are followed."""
 _READ_TIMEOUT: Final = 15.0
 """Seconds without a byte from the server."""
-_UNCOMPRESSED: Final = "identity"  # quote
-_HEADERS: Final = {"User-Agent": "lfm2vl-edge", "Accept-Encoding": _UNCOMPRESSED}
+UNCOMPRESSED: Final = "identity"  # quote
+_HEADERS: Final = {"User-Agent": "lfm2vl-edge", "Accept-Encoding": UNCOMPRESSED}
 """Images are compressed already, and a body compressed by the server could grow without limit when it is unpacked."""
 _BY_PATH: Final = "download the image and give its path"
 _OR_BY_PATH: Final = f"or {_BY_PATH}"
@@ -73,6 +81,88 @@ def error_text(error: Exception) -> str:
     return clip(" ".join(str(error)[:1000].split())) or type(error).__name__
 
 
+@contextmanager
+def response(
+    url: str, headers: Mapping[str, str], timeout: float, received: Callable[[], int] = lambda: 0
+) -> Iterator[Any]:
+    """Send a GET request, follow its redirects, and yield the response of the client, whose body is not read.
+
+    A connection that delivers less than `MIN_BYTES` in `_WATCH_SECONDS` is closed, also if it delivers single bytes all
+    the time; other responses must be complete by then. The bodies of redirects are not read.
+
+    Args:
+        url: an http or https URL.
+        headers: of the request; Authorization is not sent to another host that it redirects to.
+        timeout: seconds without a byte.
+        received: returns how many bytes of a large body have arrived.
+
+    Raises:
+        HTTPError: of the client, also if the connection was closed for its slowness.
+    """
+    from huggingface_hub.errors import HTTPError  # of httpx in 1.x, of httpx2 in 2.x
+
+    client, ended, late = _new_client(), threading.Event(), threading.Event()
+    threading.Thread(target=_watch, args=(client, ended, late, received), daemon=True).start()
+    try:
+        request = client.build_request("GET", url, headers=headers, timeout=timeout, extensions=_stopped_by(late))
+        with closing(_send(client, request)) as found:
+            yield found
+    except Exception as error:
+        if late.is_set() and not isinstance(error, EdgeError):
+            raise HTTPError(f"less than {MIN_BYTES} bytes arrived in {_WATCH_SECONDS:g} s") from error
+        raise
+    finally:
+        ended.set()
+        client.close()
+
+
+def _watch(client: Any, ended: threading.Event, late: threading.Event, received: Callable[[], int]) -> None:
+    """Close the connections of a client if they deliver too little."""
+    before = received()
+    while not ended.wait(_WATCH_SECONDS):
+        if received() < before + MIN_BYTES:
+            late.set()
+            client.close()
+            return
+        before = received()
+
+
+def _send(client: Any, request: Any) -> Any:
+    """Return the response after the redirects."""
+    from huggingface_hub.errors import HTTPError
+
+    for _ in range(_MAX_REDIRECTS + 1):
+        found = client.send(request, stream=True, follow_redirects=False)
+        if found.next_request is None:
+            return found
+        found.close()
+        request = found.next_request
+    raise HTTPError(f"more than {_MAX_REDIRECTS} redirects")
+
+
+def _new_client() -> Any:
+    """Return a client with huggingface_hub's settings, or with those that the program gave to it.
+
+    Unlike the shared one of `get_session`, it can be closed while it receives, which ends its connections.
+    """
+    from huggingface_hub.utils import _http
+
+    return getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)()
+
+
+def _stopped_by(event: threading.Event) -> dict[str, Any]:
+    """Return the extensions of a request that raises a TimeoutError at its next step once an event is set.
+
+    Closing the client does not end a connection that is only being opened; this does.
+    """
+
+    def check(*_: Any) -> None:
+        if event.is_set():
+            raise TimeoutError("the request was stopped")
+
+    return {"trace": check}
+
+
 def fetch(url: str, limits: Limits = _LIMITS) -> bytes:
     """Return the body at an http or https URL.
 
@@ -86,11 +176,15 @@ def fetch(url: str, limits: Limits = _LIMITS) -> bytes:
     target = _parse(url)
     _check_online(url)
     deadline = time.monotonic() + limits.seconds
-    download = start_worker(_follow, url, target, limits, deadline)
+    client, stopped = _new_client(), threading.Event()
+    download = start_worker(_follow, url, target, limits, deadline, client, stopped)
     try:  # only this bounds the time of name resolution, and of headers that arrive byte by byte
         return download.result(limits.seconds)
-    except concurrent.futures.TimeoutError:
+    except (TimeoutError, concurrent.futures.TimeoutError):  # two classes before Python 3.11
         raise _too_slow(url, limits) from None
+    finally:  # ends the thread, too, if it is still receiving
+        stopped.set()
+        client.close()
 
 
 def _parse(url: str) -> _Target:
@@ -133,11 +227,13 @@ def _check_online(url: str) -> None:
         raise ImageError(f"{display_url(url)} is on the web and HF_HUB_OFFLINE is set; unset it, {_OR_BY_PATH}")
 
 
-def _follow(url: str, target: _Target, limits: Limits, deadline: float) -> bytes:
+def _follow(
+    url: str, target: _Target, limits: Limits, deadline: float, client: Any, stopped: threading.Event
+) -> bytes:
     """Follow redirects to a body and return it. Many people copy the URL of the page that shows an image."""
     with _translated(url):
         for _ in range(limits.redirects + 1):
-            received = _request(url, target, limits, deadline)
+            received = _request(url, target, limits, deadline, client, stopped)
             if not isinstance(received, bytes):
                 target = received
             elif received[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")):
@@ -147,13 +243,14 @@ def _follow(url: str, target: _Target, limits: Limits, deadline: float) -> bytes
     raise ImageError(f"{display_url(url)} redirects more than {limits.redirects} times; give the image's own URL")
 
 
-def _request(url: str, target: _Target, limits: Limits, deadline: float) -> bytes | _Target:
+def _request(
+    url: str, target: _Target, limits: Limits, deadline: float, client: Any, stopped: threading.Event
+) -> bytes | _Target:
     """Return the body that the server sends, or the target of its redirect."""
-    from huggingface_hub import get_session
-
-    client = get_session()
     try:
-        request = client.build_request("GET", target[0], headers=_HEADERS, timeout=_READ_TIMEOUT)
+        request = client.build_request(
+            "GET", target[0], headers=_HEADERS, timeout=_READ_TIMEOUT, extensions=_stopped_by(stopped)
+        )
     except Exception:  # noqa: BLE001 - InvalidURL of httpx or httpx2, depending on the version of huggingface_hub
         raise ImageError(_INVALID) from None
     with closing(client.send(request, stream=True, auth=target[1], follow_redirects=False)) as response:
@@ -199,8 +296,8 @@ def _check_headers(url: str, response: Any, limits: Limits) -> None:
         raise ImageError(
             f"{display_url(url)} returns HTTP status {status} instead of an image; try again later, {_OR_BY_PATH}"
         )
-    encoding = headers.get("content-encoding", _UNCOMPRESSED)
-    if encoding != _UNCOMPRESSED:
+    encoding = headers.get("content-encoding", UNCOMPRESSED)
+    if encoding != UNCOMPRESSED:
         raise ImageError(
             f"{display_url(url)} is sent compressed ({encoding!r:.20}) though plain bytes were requested; {_BY_PATH}"
         )
@@ -210,16 +307,14 @@ def _check_headers(url: str, response: Any, limits: Limits) -> None:
 
 
 def _read_body(url: str, response: Any, limits: Limits, deadline: float) -> bytes:
-    blocks: list[bytes] = []
-    n_bytes = 0
+    body = io.BytesIO()  # a list of blocks would take 20 times their size if each has two bytes
     for block in response.iter_raw():
-        blocks.append(block)
-        n_bytes += len(block)
-        if n_bytes > limits.n_bytes:
+        body.write(block)
+        if body.tell() > limits.n_bytes:
             raise _too_large(url, limits)
         if time.monotonic() > deadline:
             raise _too_slow(url, limits)
-    return b"".join(blocks)
+    return body.getvalue()
 
 
 def _too_large(url: str, limits: Limits) -> ImageError:
