@@ -18,10 +18,10 @@ DOCUMENTED := lfm2vl_edge '!lfm2vl_edge\.' lfm2vl_edge.evaluate '!lfm2vl_edge\.e
 TCMALLOC := $(firstword $(wildcard /usr/lib/*/libtcmalloc_minimal.so.4))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format docs parity parity-images train scores clean
+.PHONY: help run test check format docs parity parity-images parity-checkpoints train scores clean
 
 help: ## show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(VENV)/.ready ## answer questions about an image in examples/
 	$(BIN)/lfm2vl-edge run examples/shapes.png -m tiny -v -a "Describe this image." -a "Where is the red circle?"
@@ -52,6 +52,9 @@ parity: $(VENV)/.parity ## compare with transformers and torch, on new random ch
 parity-images: $(IMAGES_VENV)/.ready ## compare 200 whole images with transformers' own processor: installs 5.5 GB
 	$(IMAGES_VENV)/bin/python -m tests.parity.record
 	$(IMAGES_VENV)/bin/pytest -m '' tests/image/test_parity_hashes.py tests/parity/test_processor_faults.py
+
+parity-checkpoints: $(IMAGES_VENV)/.ready ## compare 60 layouts of checkpoints with what transformers loads: installs 5.5 GB
+	$(IMAGES_VENV)/bin/python -m tests.parity.checkpoints
 
 train: $(VENV)/.train ## train the demonstration model, or resume its training: hours; see models/tiny/README.md
 	OMP_PROC_BIND=true GOMP_SPINCOUNT=300000 LD_PRELOAD=$(TCMALLOC) $(BIN)/python -m models.tiny.train

@@ -72,6 +72,7 @@ class Parts:
         """Write the checkpoint; with more than one shard, also the index."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in self.texts.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
         for name, content in self.json.items():
             if content is not None:
@@ -132,6 +133,7 @@ class Converted:
 
     paths: tuple[Path, Path]
     unused: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def metadata(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -164,7 +166,7 @@ class Converted:
 
 def converted(folder: Path, output: Path, quant: str = "F32") -> Converted:
     result = convert_checkpoint(folder, output, quant=quant, mmproj_quant=quant)
-    return Converted((result.model, result.mmproj), result.unused)
+    return Converted((result.model, result.mmproj), result.unused, result.notes)
 
 
 def refused(folder: Path, output: Path, message: str) -> None:

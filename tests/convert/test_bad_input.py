@@ -77,6 +77,21 @@ def no_template(parts: Parts) -> None:
     del parts.texts["chat_template.jinja"]
 
 
+def templates(**texts: str) -> Edit:
+    def edit(parts: Parts) -> None:
+        no_template(parts)
+        listed = [{"name": name, "template": text} for name, text in texts.items()]
+        parts.json["tokenizer_config.json"]["chat_template"] = listed
+
+    return edit
+
+
+def only_more_templates(parts: Parts) -> None:
+    no_template(parts)
+    parts.json["tokenizer_config.json"]["chat_template"] = "without effect"
+    parts.texts["additional_chat_templates/tool_use.jinja"] = "x"
+
+
 def numeric_template(parts: Parts) -> None:
     parts.json["chat_template.json"] = {"chat_template": 5}
     no_template(parts)
@@ -119,7 +134,11 @@ def card(header: str) -> Edit:
 
 CASES: dict[str, tuple[Edit, str]] = {
     "another model": (root(model_type="llama", architectures=["LlamaForCausalLM"]), "'llama' model.*LlamaForCausalLM"),
-    "text only": (root(model_type="lfm2"), "'lfm2' model.*only LFM2-VL"),
+    "text only": (root(model_type="lfm2"), "'lfm2' model.*only LFM2-VL.*text-only: convert it with llama.cpp"),
+    "LFM3": (root(model_type="lfm3_vl"), "'lfm3_vl' model.*needs a newer llama-cpp-python"),
+    "LFM3, text only": (root(model_type="lfm3"), "'lfm3' model.*needs a newer llama-cpp-python"),
+    "d1": (root(architectures=["D1Model"]), "d1 model .D1Model., which chooses between options"),
+    "d1 of LFM3": (root(architectures=["D1Model"], model_type="lfm3_vl"), "d1 model"),
     "unknown model": (root(model_type=None, architectures=None), "unknown"),
     "mixture of experts": (text(model_type="lfm2_moe"), "lfm2_moe.*'lfm2' was expected"),
     "another encoder": (vision(model_type="clip_vision_model"), "clip_vision_model"),
@@ -151,6 +170,9 @@ CASES: dict[str, tuple[Edit, str]] = {
     "image id differs": (root(image_token_id=397), "token 397 in config.json, 396 in tokenizer.json"),
     "patch size differs": (processor(encoder_patch_size=14), "encoder_patch_size is 14; 16, as in config.json"),
     "downsampling differs": (processor(downsample_factor=4), "downsample_factor is 4; 2"),
+    "not normalized": (processor(do_normalize=False), "do_normalize is False; true"),
+    "not rescaled": (processor(do_rescale=False), "do_rescale is False; true"),
+    "rescaled otherwise": (processor(rescale_factor=1 / 127.5), "rescale_factor is 0.00784.*; 1/255"),
     "unknown filter": (processor(resample=7), "resample is 7"),
     "tiles out of order": (processor(min_tiles=11), "min_tiles 11 is above max_tiles 10"),
     "mean of two": (processor(image_mean=[0.5, 0.5]), "image_mean"),
@@ -190,6 +212,12 @@ CASES: dict[str, tuple[Edit, str]] = {
     "no tile marker": (renamed_token("<|img_row_2_col_5|>", "<|gone|>"), "img_row_2_col_5"),
     "no begin-of-text": (no_bos, "bos_token is missing"),
     "no chat template": (no_template, "no chat template"),
+    "no default template": (templates(tool_use="x", rag="y"), "no chat template called default, only tool_use, rag"),
+    "only more templates": (only_more_templates, "no chat template called default, only tool_use"),
+    "template names collide": (templates(default="x", a_b="y", **{"a-b": "z"}), "name 'a-b' is empty or repeated"),
+    "template without name": (templates(default="x", **{"": "z"}), "name '' is empty or repeated"),
+    "do_sample as text": (file("generation_config.json", {"do_sample": "no"}), "do_sample is 'no'; true or false"),
+    "end token outside": (file("generation_config.json", {"eos_token_id": [7, 4096]}), "eos_token_id is 4096"),
     "template is a number": (numeric_template, "chat_template is 5; a string"),
     "tags in the card": (card("tags: [1, {a: b}]"), "general.tags"),
     "card is not YAML": (card("tags: [unclosed"), "README.md"),

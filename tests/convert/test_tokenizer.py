@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 
-from tests.convert.builder import LANGUAGE
+from lfm2vl_edge import Model
+from tests.convert.builder import LANGUAGE, Parts
 from tests.convert.conftest import Convert, Parted
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = (
@@ -128,3 +130,92 @@ def test_special_ids_are_those_of_the_tokenizer(name: str, parted: Parted, origi
     assert value("tokenizer.ggml.padding_token_id") == added["<|pad|>"]
     assert value("lfm2vl.image_token_id") == added["<image>"]
     assert value("lfm2vl.image_thumbnail_token_id") == added["<|img_thumbnail|>"]
+
+
+TEXTS = {"default": "the default", "tool_use": "with tools", "my-own": "another"}
+
+
+def list_in_tokenizer_config(parts: Parts) -> None:
+    del parts.texts["chat_template.jinja"]
+    listed = [{"name": name, "template": text} for name, text in TEXTS.items()]
+    parts.json["tokenizer_config.json"]["chat_template"] = listed
+
+
+def object_in_tokenizer_config(parts: Parts) -> None:
+    del parts.texts["chat_template.jinja"]
+    parts.json["tokenizer_config.json"]["chat_template"] = TEXTS
+
+
+def list_in_json(parts: Parts) -> None:
+    list_in_tokenizer_config(parts)
+    parts.json["chat_template.json"] = {"chat_template": parts.json["tokenizer_config.json"].pop("chat_template")}
+
+
+def folder_of_files(parts: Parts) -> None:
+    names = {name: f"additional_chat_templates/{name}.jinja" for name in TEXTS}
+    parts.texts = {names[name]: text for name, text in TEXTS.items()}
+    parts.texts["chat_template.jinja"] = parts.texts.pop(names["default"])
+    parts.json["tokenizer_config.json"]["chat_template"] = [{"name": "rag", "template": "without effect"}]
+
+
+@pytest.mark.parametrize("edit", [list_in_tokenizer_config, object_in_tokenizer_config, list_in_json, folder_of_files])
+def test_named_templates_are_written_as_gguf_does(
+    edit: Callable[[Parts], None], parted: Parted, convert: Convert
+) -> None:
+    parts = parted("a")
+    edit(parts)
+    found = convert(parts)
+    assert found.value("tokenizer.chat_template") == "the default"
+    assert found.value("tokenizer.chat_template.tool_use") == "with tools"
+    assert found.value("tokenizer.chat_template.my_own") == "another"
+    assert sorted(found.value("tokenizer.chat_templates")) == ["my_own", "tool_use"]
+    assert found.value("tokenizer.chat_template.rag") is None
+    with Model.open(found.paths[0].parent) as model:
+        assert model.config.template_for(tools=True) == "with tools"
+        assert model.config.template_for(tools=False) == "the default"
+
+
+@pytest.mark.parametrize(
+    ("processor", "json_file", "jinja", "config", "expected"),
+    [
+        ("P", "J", "F", "T", "P"),
+        (None, "J", "F", "T", "J"),
+        (None, None, "F", "T", "F"),
+        (None, None, None, "T", "T"),
+    ],
+)
+def test_the_template_of_the_processor_counts_before_the_tokenizers(
+    processor: str | None,
+    json_file: str | None,
+    jinja: str | None,
+    config: str | None,
+    expected: str,
+    parted: Parted,
+    convert: Convert,
+) -> None:
+    parts = parted("a")
+    parts.json["processor_config.json"]["chat_template"] = processor
+    parts.json["chat_template.json"] = {"chat_template": json_file} if json_file else None
+    parts.texts = {"chat_template.jinja": jinja} if jinja else {}
+    parts.json["tokenizer_config.json"]["chat_template"] = config
+    found = convert(parts)
+    assert found.value("tokenizer.chat_template") == expected
+    assert len(found.notes) == (expected in "PJ")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "stated", "expected"),
+    [
+        (None, {"eos_token": "<|endoftext|>"}, 2),
+        (None, {"eos_token": {"content": "<|endoftext|>", "lstrip": False}}, 2),
+        (None, {"eos_token": None}, 7),
+        ({"7": {"content": "<|im_end|>"}}, {"eos_token": "<|endoftext|>"}, 7),
+    ],
+)
+def test_the_special_tokens_map_counts_as_in_transformers(
+    decoder: object, stated: dict[str, object], expected: int, parted: Parted, convert: Convert
+) -> None:
+    parts = parted("a")
+    parts.json["special_tokens_map.json"] = stated
+    parts.json["tokenizer_config.json"]["added_tokens_decoder"] = decoder
+    assert convert(parts).value("tokenizer.ggml.eos_token_id") == expected

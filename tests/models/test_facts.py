@@ -295,3 +295,46 @@ def test_the_engine_refuses_a_file_that_ends_in_a_tensor(folder: Path, tmp_path:
     (other / mmproj.name).write_bytes(mmproj.read_bytes()[:-1000])
     with pytest.raises(EngineError, match=r"mmproj-checkpoint-F16.gguf ends before its tensor \S+; download"):
         Model.open(other)
+
+
+TOKENS = ["<pad>", "<image>", "a"]
+
+
+@pytest.mark.parametrize("has_mmproj", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "values", "message"),
+    [
+        ("lfm3", {}, "is an LFM3 model .lfm3.: it needs a newer llama-cpp-python"),
+        ("lfm3moe", {}, "is an LFM3 model .lfm3moe.: it needs a newer llama-cpp-python"),
+        ("lfm2", {"lfm2__decision__type": "lfm2_d1"}, "is a d1 model .'lfm2_d1'., which chooses between options"),
+        ("lfm2", {"general__type": "adapter"}, "LoRA adapter, not a whole model; merge it"),
+        ("lfm2", {"tokenizer__ggml__tokens": ["a", "b"]}, "no token <image>; it is a text-only LFM2 model"),
+        ("lfm2moe", {}, "is a 'lfm2moe' model, not the language tower of an LFM2-VL model"),
+    ],
+)
+def test_language_files_of_other_models_are_named(
+    architecture: str, values: dict[str, Any], message: str, has_mmproj: bool, folder: Path, tmp_path: Path
+) -> None:
+    model = written(tmp_path / "m.gguf", architecture, **{"tokenizer__ggml__tokens": TOKENS, **values})
+    if has_mmproj:
+        shutil.copy(files(folder)[1], tmp_path)
+    with pytest.raises(ConfigError, match=message) as caught:
+        Model.open(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_mmproj_of_lfm3_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(files(folder)[0], tmp_path / "m.gguf")
+    written(tmp_path / "mmproj-m.gguf", "clip", clip__projector_type="lfm3")
+    with pytest.raises(ConfigError, match=r"mmproj of an LFM3 model \(lfm3\): it needs a newer llama-cpp-python"):
+        Model.open(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "mmproj-m.gguf"])
+def test_a_git_lfs_pointer_is_named(name: str, folder: Path, tmp_path: Path) -> None:
+    for path, copy in zip(files(folder), ("m.gguf", "mmproj-m.gguf"), strict=True):
+        shutil.copy(path, tmp_path / copy)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    with pytest.raises(ConfigError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        Model.open(tmp_path / "m.gguf")
