@@ -87,8 +87,8 @@ def response(
 ) -> Iterator[Any]:
     """Send a GET request, follow its redirects, and yield the response of the client, whose body is not read.
 
-    A connection that delivers less than `MIN_BYTES` in `_WATCH_SECONDS` is closed, also if it delivers single bytes all
-    the time; other responses must be complete by then. The bodies of redirects are not read.
+    A connection that delivers less than `MIN_BYTES` in `_WATCH_SECONDS` is closed, also if it delivers single bytes
+    all the time; other responses must be complete by then. The bodies of redirects are not read.
 
     Args:
         url: an http or https URL.
@@ -104,8 +104,8 @@ def response(
     client, ended, late = _new_client(), threading.Event(), threading.Event()
     threading.Thread(target=_watch, args=(client, ended, late, received), daemon=True).start()
     try:
-        request = client.build_request("GET", url, headers=headers, timeout=timeout, extensions=_stopped_by(late))
-        with closing(_send(client, request)) as found:
+        options = {"headers": headers, "timeout": timeout, "extensions": _stopped_by(late)}
+        with closing(_send(client, url, options)) as found:
             yield found
     except Exception as error:
         if late.is_set() and not isinstance(error, EdgeError):
@@ -127,10 +127,14 @@ def _watch(client: Any, ended: threading.Event, late: threading.Event, received:
         before = received()
 
 
-def _send(client: Any, request: Any) -> Any:
+def _send(client: Any, url: str, options: dict[str, Any]) -> Any:
     """Return the response after the redirects."""
     from huggingface_hub.errors import HTTPError
 
+    try:
+        request = client.build_request("GET", url, **options)
+    except Exception as error:  # InvalidURL of httpx or httpx2
+        raise HTTPError(f"the URL is not valid ({error_text(error)})") from error
     for _ in range(_MAX_REDIRECTS + 1):
         found = client.send(request, stream=True, follow_redirects=False)
         if found.next_request is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from lfm2vl_edge.errors import DownloadError, ModelNotPulled
+from lfm2vl_edge.errors import DownloadError, ModelNotPulled, clip, shorten
 from lfm2vl_edge.host import data_folder
 from lfm2vl_edge.models import hub
 from lfm2vl_edge.models.facts import read_facts
@@ -33,6 +33,10 @@ _PREFERRED_MMPROJ_TYPES: Final = ("F16", "BF16", "Q8_0", "F32")
 """The same of `config.ENCODER_TYPES`: the fastest that is exact on every processor first, F32 last for its size."""
 _UNTYPED: Final = "GGUF"
 """Stands for the type of a file whose name has none."""
+_MAX_LISTED: Final = 40
+"""Types in a message."""
+_LONGEST_TYPE: Final = 24
+"""Characters of a type in a message."""
 _UNKNOWN_LICENCE: Final = "not stated; see the model card"
 _CHECKPOINT_FILES: Final = frozenset(
     {
@@ -185,7 +189,7 @@ def _choose(repository: Repository, reference: Reference, mmproj_quant: str | No
         raise DownloadError(f"{repository.repo} has no mmproj file, so its model cannot see images; pull another one")
     if repository.architecture not in (None, LANGUAGE_ARCHITECTURE):
         raise DownloadError(
-            f"{repository.repo} has a {repository.architecture!r} model, not LFM2-VL; pull another one"
+            f"{repository.repo} has a {shorten(repository.architecture)} model, not LFM2-VL; pull another one"
         )
     known = reference.known
     usual, usual_mmproj = ((known.quant,), (known.mmprojs[0].quant,)) if known else ((), ())
@@ -209,7 +213,8 @@ def _of_type(repo: str, files: Sequence[RemoteFile], quant: str | None, preferre
     """Return the file of a type; without one, of the first preferred type that exists, else the smallest file."""
     by_type = {_type_of(file): file for file in reversed(files)}
     if quant is not None and quant.upper() not in by_type:
-        raise DownloadError(f"{repo} has no file of type {quant}; there are: {', '.join(sorted(by_type))}")
+        types = ", ".join([one for one in sorted(by_type) if len(one) <= _LONGEST_TYPE][:_MAX_LISTED])
+        raise DownloadError(f"{repo} has no file of type {clip(quant)}; there are: {types}")
     wanted = [quant.upper()] if quant is not None else preferred
     return next((by_type[one] for one in wanted if one in by_type), min(files, key=lambda file: file.n_bytes))
 

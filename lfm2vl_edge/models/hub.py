@@ -4,23 +4,31 @@ huggingface_hub decides on the endpoint, the token and the layout of the cache (
 HF_HUB_OFFLINE): the cache stores the bytes of a file under its digest, and each commit has a folder of links to them.
 Two things huggingface_hub does not do since 1.18: continue an interrupted download, and check hashes. So the bytes are
 received here, into a partial file that another process can continue, and enter the cache once their hash is checked.
+
+Nothing that the hub sends is trusted: commits, paths, sizes and hashes are checked before use, no header becomes part
+of a path, redirects and bodies are bounded, and a connection that delivers next to nothing is closed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
+import shutil
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from lfm2vl_edge.errors import DownloadError
-from lfm2vl_edge.image.web import error_text
+from lfm2vl_edge.errors import DownloadError, clip, printable, shorten
+from lfm2vl_edge.host import write_whole
+from lfm2vl_edge.image.web import MIN_BYTES, UNCOMPRESSED, error_text, response
+from lfm2vl_edge.models.manifest import MAX_FILE
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 PARTIAL: Final = ".lfm2vl.incomplete"
@@ -36,6 +44,12 @@ _RETRY_DELAYS: Final = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each further attempt if nothing arrives."""
 _RETRY_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
 """HTTP statuses after which another attempt may succeed."""
+_MAX_LISTING: Final = 8_000_000
+"""Bytes of a repository's list of files; one with 30,000 files has this size."""
+_LONGEST_PATH: Final = 300
+"""Characters of a path in a message."""
+_REVISION: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
+"""Revisions that are noted in the cache; no part of them is `..`."""
 _LIBRARY: Final = "lfm2vl-edge"
 _LOG: Final = logging.getLogger(__name__)
 
@@ -66,9 +80,11 @@ class Repository:
     files: tuple[RemoteFile, ...]
     """All files."""
     licence: str | None
-    """The licence in its model card, if there is one."""
+    """The licence in its model card, if there is one; at most 80 printable characters."""
     architecture: str | None
     """The architecture that the hub read from its GGUF files, if there are any."""
+    revision: str = "main"
+    """The branch, tag or commit that was requested."""
 
 
 # The hub cache
@@ -137,14 +153,24 @@ def remove_cached(path: Path) -> int:
         return 0
     n_bytes, stored = file_size(path), path.resolve()
     path.unlink()
-    for folder in path.parents[: len(path.relative_to(snapshots).parts) - 1]:
+    commit, *rest = path.relative_to(snapshots).parts
+    for folder in path.parents[: len(rest)]:
         with suppress(OSError):  # not empty
             folder.rmdir()
+    if not (snapshots / commit).exists():
+        _remove_references(snapshots.parent / "refs", commit)
     if any(one.is_file() and one.samefile(stored) for one in snapshots.rglob("*") if stored.exists()):
         return 0
     if stored.parent == snapshots.parent.resolve() / _FILES:
         stored.unlink(missing_ok=True)
     return n_bytes
+
+
+def _remove_references(folder: Path, commit: str) -> None:
+    """Remove the names of a commit whose folder was removed; huggingface_hub calls such a cache corrupt."""
+    for path in folder.rglob("*"):
+        if path.is_file() and file_size(path) == len(commit) and path.read_bytes() == commit.encode():
+            path.unlink()
 
 
 def remove_partial(repo: str) -> int:
@@ -167,38 +193,70 @@ def read_repository(repo: str, revision: str | None) -> Repository:
     """Ask the hub for the files of a repository at a revision; None means its main branch.
 
     Raises:
-        DownloadError: the hub cannot be reached, does not have the repository, or denies access.
+        DownloadError: the hub cannot be reached, has no such repository or denies access, or its list is not valid.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
 
-    api = HfApi(library_name=_LIBRARY)
+    with _download_errors(repo):
+        validate_repo_id(repo)
+        page = "" if revision is None else f"/revision/{urllib.parse.quote(revision, safe='')}"
+        with _response(f"{_endpoint()}/api/models/{repo}{page}?blobs=true") as answer:  # quote
+            _check_status(repo, answer)
+            body = _read_listing(repo, answer)
     try:
-        with _download_errors(repo):
-            info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_timeout())
-        return _repository(repo, info)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DownloadError(f"the hub's list of the files of {repo} cannot be used ({error!s:.200})") from error
+        return _repository(repo, revision or "main", _checked(json.loads(body), dict, "list"))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DownloadError(f"the hub's list of the files of {repo} cannot be used ({error_text(error)})") from error
 
 
-def _repository(repo: str, info: Any) -> Repository:
-    if not _COMMIT.fullmatch(str(info.sha)):
-        raise ValueError(f"commit {info.sha!r:.60}")
-    card = info.card_data or {}
-    licence = next((str(card[key]) for key in ("license_name", "license") if card.get(key)), None)
-    architecture = (getattr(info, "gguf", None) or {}).get("architecture")
-    files = tuple(_remote_file(one) for one in info.siblings or ())
-    return Repository(repo=repo, commit=info.sha, files=files, licence=licence, architecture=architecture)
+def _read_listing(repo: str, answer: Any) -> bytes:
+    body = bytearray()
+    for block in answer.iter_raw():
+        body += block
+        if len(body) > _MAX_LISTING:
+            raise DownloadError(
+                f"the hub's list of the files of {repo} has more than {_MAX_LISTING / 1e6:.0f} MB; "
+                "give a repository with fewer files"
+            )
+    return bytes(body)
 
 
-def _remote_file(one: Any) -> RemoteFile:
+def _repository(repo: str, revision: str, info: dict[str, Any]) -> Repository:
+    commit = _checked(info["sha"], str, "commit")
+    if not _COMMIT.fullmatch(commit):
+        raise ValueError(f"commit {shorten(commit)}")
+    card, gguf = (_checked(info.get(name) or {}, dict, name) for name in ("cardData", "gguf"))
+    licence = next((card[key] for key in ("license_name", "license") if isinstance(card.get(key), str)), None)
+    architecture = gguf.get("architecture")
+    files = [_remote_file(_checked(one, dict, "file")) for one in _checked(info["siblings"], list, "files")]
+    return Repository(
+        repo=repo,
+        commit=commit,
+        files=tuple(file for file in files if file.path.isprintable()),  # others are not those of a model
+        licence=clip(licence) if licence else None,
+        architecture=None if architecture is None else _checked(architecture, str, "architecture"),
+        revision=revision,
+    )
+
+
+def _checked(value: Any, kind: type, name: str) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{name} {shorten(value)}")
+    return value
+
+
+def _remote_file(one: dict[str, Any]) -> RemoteFile:
     """Check one entry of the hub's list; a path outside of the repository's folder is refused."""
-    path, digest = one.rfilename, one.lfs["sha256"] if one.lfs else one.blob_id
+    path = _checked(one["rfilename"], str, "path")
+    lfs = _checked(one.get("lfs") or {}, dict, "lfs")
+    digest = _checked(lfs["sha256"] if lfs else one["blobId"], str, "hash")
+    n_bytes = _checked(one["size"], int, "size")
     parts = PurePosixPath(path).parts
     if not parts or ".." in parts or PurePosixPath(path).is_absolute() or "\\" in path or "\0" in path:
-        raise ValueError(f"file {path!r:.60}")
-    if not isinstance(one.size, int) or one.size < 0 or not _DIGEST.fullmatch(str(digest)):
-        raise ValueError(f"size or hash of {path!r:.60}")
-    return RemoteFile(path=path, n_bytes=one.size, digest=digest)
+        raise ValueError(f"file {shorten(path)}")
+    if not 0 <= n_bytes <= MAX_FILE or not _DIGEST.fullmatch(digest):
+        raise ValueError(f"size or hash of {shorten(path)}")
+    return RemoteFile(path=path, n_bytes=n_bytes, digest=digest)
 
 
 # Downloading
@@ -215,12 +273,12 @@ def missing_bytes(repo: str, file: RemoteFile) -> int:
 def download_file(repository: Repository, file: RemoteFile, on_bytes: OnBytes) -> Path:
     """Download what is missing of a file, verify it, and return its path in the folder of the commit.
 
-    The part that an earlier call received is continued, also if its process was killed.
+    The part that an earlier call received is continued, also if its process was killed. For a file that is stored
+    already, the hub is not asked.
 
     Raises:
         DownloadError: the hub cannot be reached or does not send the file, it arrived damaged, or the disk is full.
     """
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import WeakFileLock
 
     stored = cache_path(repository.repo, file.digest)
@@ -230,15 +288,41 @@ def download_file(repository: Repository, file: RemoteFile, on_bytes: OnBytes) -
         with WeakFileLock(lock):  # two processes that download the same file take turns
             if not has_digest(stored, file.digest):
                 _receive_verified(repository, file, on_bytes).replace(stored)
+            path = _link(repository, file, stored)
         on_bytes(file.n_bytes)
-        # The file is stored under its digest already, so this downloads nothing: it only links it for the commit.
-        path = Path(
-            hf_hub_download(repository.repo, file.path, revision=repository.commit, library_name=_LIBRARY)
-        ).absolute()
-        if not path.samefile(stored) and not has_digest(path, file.digest):  # a stale copy, or the hub's list changed
-            path.unlink()
-            raise DownloadError(f"{file.path} of {repository.repo} differs from the hub's list; pull again")
+        _note_revision(stored.parent.parent / "refs", repository)
         return path
+
+
+def _link(repository: Repository, file: RemoteFile, stored: Path) -> Path:
+    """Link a verified file into the folder of the commit, or copy it if the file system has no links.
+
+    This is the layout of huggingface_hub, which finds the file there. Asking huggingface_hub to do it would let the
+    hub's headers choose the paths.
+    """
+    from huggingface_hub import constants
+
+    path = stored.parent.parent / "snapshots" / repository.commit / file.path
+    if path.is_file() and (path.samefile(stored) or has_digest(path, file.digest)):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with suppress(OSError):  # no links on this file system
+        if not getattr(constants, "HF_HUB_DISABLE_SYMLINKS", False):  # not in 1.0
+            path.symlink_to(os.path.relpath(stored, path.parent))
+            return path
+    partial = partial_path(repository.repo, file.digest)
+    shutil.copyfile(stored, partial)
+    return partial.replace(path)
+
+
+def _note_revision(folder: Path, repository: Repository) -> None:
+    """Store which commit a branch or tag is, so that huggingface_hub finds its files without a network."""
+    if repository.revision != repository.commit and _REVISION.fullmatch(repository.revision):
+        path = folder / repository.revision
+        with suppress(OSError):  # the files are there nevertheless
+            if not path.is_file() or path.read_bytes() != repository.commit.encode():
+                write_whole(path, [repository.commit.encode()])
 
 
 def _receive_verified(repository: Repository, file: RemoteFile, on_bytes: OnBytes) -> Path:
@@ -265,22 +349,16 @@ def _receive_verified(repository: Repository, file: RemoteFile, on_bytes: OnByte
 
 def _receive_all(repository: Repository, file: RemoteFile, partial: Path, on_bytes: OnBytes) -> None:
     """Append the missing bytes, over several connections if needed; give up if several in a row deliver nothing."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # httpx's in 1.x, httpx2's in 2.x
+    from huggingface_hub.errors import HTTPError  # httpx's in 1.x, httpx2's in 2.x
 
-    url = hf_hub_url(repository.repo, file.path, revision=repository.commit)
     delays = list(_RETRY_DELAYS)
     partial.touch()
     while (before := file_size(partial)) < file.n_bytes:
-        problem = "it ended early"
         try:
-            _receive(url, file, partial, on_bytes)
+            problem = _receive(repository, file, partial, on_bytes)
         except HTTPError as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            if status is not None and status not in _RETRY_STATUSES:
-                raise
-            problem = error_text(error) if status is None else f"the hub answered {status}"
-        if before < file_size(partial):
+            problem = error_text(error)
+        if before + MIN_BYTES <= file_size(partial):
             delays = list(_RETRY_DELAYS)
         if file_size(partial) < file.n_bytes:
             if not delays:
@@ -293,27 +371,40 @@ def _receive_all(repository: Repository, file: RemoteFile, partial: Path, on_byt
         raise DownloadError(f"the hub sends more of {file.path} than its {file.n_bytes} bytes; try again later")
 
 
-def _receive(url: str, file: RemoteFile, partial: Path, on_bytes: OnBytes) -> None:
-    """Receive over one connection, from the end of the partial file, or from 0 if the hub ignores ranges."""
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+def _receive(repository: Repository, file: RemoteFile, partial: Path, on_bytes: OnBytes) -> str:
+    """Receive over one connection, from the end of the partial file, or from 0 if the hub ignores ranges.
 
+    Returns:
+        What was wrong, if the file is not complete and another attempt may succeed.
+    """
+    from huggingface_hub import hf_hub_url
+
+    url = hf_hub_url(repository.repo, file.path, revision=repository.commit)
     start = file_size(partial)
-    headers = build_hf_headers(library_name=_LIBRARY)
-    headers["Accept-Encoding"] = "identity"  # quote
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    with get_session().stream("GET", url, headers=headers, timeout=_timeout()) as response:
-        hf_raise_for_status(response)
-        is_rest = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+    with _response(url, start, lambda: file_size(partial)) as answer:
+        if answer.status_code in _RETRY_STATUSES:
+            return f"the hub answered {answer.status_code}"
+        _check_status(repository.repo, answer)
+        is_rest = answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         with partial.open("ab" if start and is_rest else "wb") as out:
-            for block in response.iter_bytes():
+            for block in answer.iter_raw():
                 out.write(block)
                 on_bytes(min(out.tell(), file.n_bytes))
                 if out.tell() > file.n_bytes:
-                    return
+                    break
             out.flush()
             os.fsync(out.fileno())
+    return "it ended early"
+
+
+def _response(url: str, start: int = 0, received: Callable[[], int] = lambda: 0) -> AbstractContextManager[Any]:
+    """Return the hub's response to a GET request, as `web.response` does; the token stays with the hub."""
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = build_hf_headers(library_name=_LIBRARY) | {"Accept-Encoding": UNCOMPRESSED}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    return response(url, headers, _timeout(), received)
 
 
 def _timeout() -> float:
@@ -339,38 +430,41 @@ def _download_errors(repo: str) -> Iterator[None]:
         ) from error
     except errors.HFValidationError as error:
         raise DownloadError(f"{repo!r} is not a valid hub id; give OWNER/REPO") from error
-    except errors.HfHubHTTPError as error:
-        raise DownloadError(_refusal(repo, error)) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise DownloadError(f"the hub does not answer for {repo}: {error_text(error)}; try again") from error
     except errors.HTTPError as error:  # httpx's in 1.x, httpx2's in 2.x
         raise DownloadError(
             f"cannot reach {_endpoint()}: {error_text(error)}; check the connection, try again"
         ) from error
     except OSError as error:
-        path = error.filename or hub_cache()
+        path = printable(str(error.filename or hub_cache())[:_LONGEST_PATH])
         why = error.strerror or error_text(error)
         raise DownloadError(
             f"cannot write {path}: {why}; make room or make it writable, or set HF_HOME to another folder"
         ) from error
 
 
-def _refusal(repo: str, error: Any) -> str:
-    """Return what an HTTP error of the hub means, and the remedy."""
-    from huggingface_hub import errors
-
-    page, status = f"{_endpoint()}/{repo}", error.response.status_code
-    if isinstance(error, errors.GatedRepoError):
-        return f"{repo} is gated: accept its terms at {page}, then log in (hf auth login) or set HF_TOKEN"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo} has no such revision; give another (--revision main), see {page}/commits"
-    if isinstance(error, errors.EntryNotFoundError):
-        return f"a file of {repo} is no longer on the hub; try again, or give another --revision"
-    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
-        return f"no repository {repo} at {_endpoint()}; check the name, or log in (hf auth login) if it is private"
-    if status == 403:
-        return f"the hub denies access to {repo} (403); log in (hf auth login), or set HF_TOKEN to a token with access"
-    return f"the hub answered {status} for {repo}; try again later, the download continues where it stopped"
+def _check_status(repo: str, answer: Any) -> None:
+    """Raise a DownloadError that says what an HTTP status means, and the remedy."""
+    page, status, code = f"{_endpoint()}/{repo}", answer.status_code, answer.headers.get("X-Error-Code")
+    encoding = answer.headers.get("Content-Encoding", UNCOMPRESSED)
+    if status in (200, 206) and encoding == UNCOMPRESSED:
+        return
+    if code == "GatedRepo":
+        problem = f"{repo} is gated: accept its terms at {page}, then log in (hf auth login) or set HF_TOKEN"
+    elif code == "RevisionNotFound":
+        problem = f"{repo} has no such revision; give another (--revision main), see {page}/commits"
+    elif code == "EntryNotFound":
+        problem = f"a file of {repo} is no longer on the hub; try again, or give another --revision"
+    elif status in (401, 404):
+        problem = f"no repository {repo} at {_endpoint()}; check the name, or log in (hf auth login) if it is private"
+    elif status in (200, 206):
+        problem = f"{_endpoint()} sends compressed data ({shorten(encoding)}), not plain bytes; check HF_ENDPOINT"
+    elif status == 403:
+        problem = (
+            f"the hub denies access to {repo} (403); log in (hf auth login), or set HF_TOKEN to a token with access"
+        )
+    else:
+        problem = f"the hub answered {status} for {repo}; try again later, the download continues where it stopped"
+    raise DownloadError(problem)
 
 
 def _endpoint() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ from lfm2vl_edge.errors import DownloadError
 from lfm2vl_edge.host import data_folder, write_whole
 
 _FORMAT: Final = 1
+_MAX_BYTES: Final = 16_000_000
+"""Of the manifest; an entry has about 1,000 bytes."""
+MAX_FILE: Final = 1 << 50
+"""Bytes; larger sizes are not believed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +81,8 @@ def read_manifest() -> list[ManifestEntry]:
     """
     path = manifest_path()
     try:
-        stored = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            stored = json.loads(file.read(_MAX_BYTES))
         if stored["format"] != _FORMAT:
             raise DownloadError(f"{path} was written by a newer version of this program; update it")
         return [_entry(one) for one in stored["models"]]
@@ -91,17 +97,19 @@ def read_manifest() -> list[ManifestEntry]:
 
 
 def _entry(one: Any) -> ManifestEntry:
-    files = tuple(
-        ManifestFile(
-            path=Path(file["path"]), n_bytes=_checked(file["bytes"], int), digest=_checked(file["digest"], str)
-        )
-        for file in one["files"]
-    )
+    files = tuple(_file(file) for file in one["files"])
     quant = one["quant"] if one["quant"] is None else _checked(one["quant"], str)
     if len(files) != 2 if quant is not None else not files:
         raise ValueError(quant)
     repo, revision = _checked(one["repo"], str), _checked(one["revision"], str)
     return ManifestEntry(repo=repo, quant=quant, revision=revision, files=files)
+
+
+def _file(one: Any) -> ManifestFile:
+    path, n_bytes = Path(_checked(one["path"], str)), _checked(one["bytes"], int)
+    if b"\0" in os.fsencode(path) or not 0 <= n_bytes <= MAX_FILE:
+        raise ValueError(path)
+    return ManifestFile(path=path, n_bytes=n_bytes, digest=_checked(one["digest"], str))
 
 
 def _checked(value: Any, kind: type) -> Any:

@@ -288,11 +288,13 @@ def _unknown(name: str) -> ModelNotFound:
     """Return the error of a name that is neither a path nor known."""
     pairs = [one for one in read_manifest() if one.is_pair and one.exists]
     if "/" in name or "\\" in name or name.endswith(".gguf") or not name.strip():
-        return ModelNotFound(f"no model {name!r}: there is no such file or folder; give the path of a .gguf file")
+        return ModelNotFound(
+            f"no model {shorten(name)}: there is no such file or folder; give the path of a .gguf file"
+        )
     present = ", ".join([*(display_name(one.repo, one.quant) for one in pairs), BUILT_IN])
     known = ", ".join(one.name for one in known_models())
     return ModelNotFound(
-        f"no model {name!r}; on this machine: {present}; for `pull`: {known}; or give the path of a .gguf file"
+        f"no model {shorten(name)}; on this machine: {present}; for `pull`: {known}; or give the path of a .gguf file"
     )
 
 

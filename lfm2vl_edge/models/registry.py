@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lfm2vl_edge.config import BICUBIC, FRACTION_BOXES, SHORT_BOXES, THOUSAND_BOXES, BoxFormat, Sampling
-from lfm2vl_edge.errors import ModelNotFound
+from lfm2vl_edge.errors import ModelNotFound, shorten
 from lfm2vl_edge.models.gguf import split_file_name
 
 BUILT_IN: Final = "tiny"
@@ -129,7 +129,9 @@ def parse_name(text: str) -> Reference | None:
     if known is None and not is_hub_id(repo):
         return None
     if colon and not _TYPE.fullmatch(tag):
-        raise ModelNotFound(f"{tag!r} in {text!r} is not a valid type; give one such as {repo}:Q4_0, or omit it")
+        raise ModelNotFound(
+            f"{shorten(tag)} in {shorten(text)} is not a valid type; give one such as {repo}:Q4_0, or omit it"
+        )
     return Reference(repo=known.repo if known else repo, quant=tag.upper() or None, known=known)
 
 
@@ -144,7 +146,7 @@ def reference_of(name: str) -> Reference:
     reference = parse_name(name)
     if reference is None:
         known = ", ".join(one.name for one in known_models())
-        raise ModelNotFound(f"unknown model {name!r}; known: {known}; or give a hub id: OWNER/REPO[:TYPE]")
+        raise ModelNotFound(f"unknown model {shorten(name)}; known: {known}; or give a hub id: OWNER/REPO[:TYPE]")
     return reference
 
 
