@@ -1,17 +1,20 @@
 """The command line: one file per command, imported only if it is run, so that every start is quick.
 
-Importing this package imports nothing else: `main` makes Ctrl-C quiet before the first slow import.
+Importing this package imports next to nothing: `main` makes Ctrl-C quiet before the first slow import.
 """
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # `signal` without its enumerations, which take milliseconds
 import os
 import sys
-from collections.abc import Iterable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
 
+TYPE_CHECKING = False  # as in `typing`, which takes milliseconds
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any, Final
+
     import typer
 
 COMMANDS: Final = (
@@ -74,10 +77,8 @@ def __getattr__(name: str) -> Any:
 
 def main() -> None:
     """Run the command line; only the command that the first argument names is imported."""
-    import signal
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `command &` in a script ignores Ctrl-C
-        signal.signal(signal.SIGINT, lambda *_: os._exit(_EXIT_INTERRUPTED))
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:  # `command &` in a script ignores Ctrl-C
+        _signal.signal(_signal.SIGINT, lambda *_: os._exit(_EXIT_INTERRUPTED))
     from lfm2vl_edge.cli._start import prepare_process
 
     prepare_process()

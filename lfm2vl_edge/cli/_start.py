@@ -12,6 +12,7 @@ import _thread
 import io
 import os
 import sys
+import threading
 import time
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
@@ -30,6 +31,8 @@ _SAMPLES: Final = 3
 _SECONDS_BETWEEN: Final = 0.001
 """So that a thread that runs only for a moment is not in all samples."""
 _BINDINGS: Final = "llama_cpp"
+_SECONDS_TO_RETURN: Final = 0.01
+"""For Python to return from the hook in which an exception is only reported."""
 
 
 def prepare_process() -> None:
@@ -75,7 +78,9 @@ def _prepare_streams() -> None:
 def _report_unraisable(unraisable: Any) -> None:
     """Raise Ctrl-C again if it was raised where Python can only ignore it, in a destructor or a native callback."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        _thread.interrupt_main()
+        again = threading.Timer(_SECONDS_TO_RETURN, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
     else:
         sys.__unraisablehook__(unraisable)
 

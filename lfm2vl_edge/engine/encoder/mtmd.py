@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +60,7 @@ class MtmdEncoder:
         params.image_min_tokens, params.image_max_tokens = 1, view_tokens
         if observer is not None:
             params.cb_eval = observer
-        context = mtmd.mtmd_init_from_file(str(mmproj).encode(), model, params)
+        context = mtmd.mtmd_init_from_file(os.fsencode(mmproj), model, params)
         self._context = require("mtmd_init_from_file", context, f" on {mmproj}")
 
     def encode(self, pixels: Pixels, n_tokens: int, n_embd: int) -> Floats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,7 +39,7 @@ class Weights:
         self._tensors: dict[str, int] = {}
         LOG.forget()
         params = FileParams(True, ctypes.pointer(self._context))
-        file = ggml().gguf_init_from_file(str(path).encode(), params)
+        file = ggml().gguf_init_from_file(os.fsencode(path), params)
         self._file = require("gguf_init_from_file", file, f" on {path}")
         try:
             self._map()
