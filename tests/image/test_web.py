@@ -6,7 +6,9 @@ import importlib
 import logging
 import re
 import socket
+import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -184,6 +186,41 @@ def test_a_slow_body_is_stopped_at_the_limit_of_time(site: Site, slow: Send) -> 
     site.pages["/x"] = slow
     with pytest.raises(ImageError, match="the download of .*/x takes more than 0.3 s; try again, or download"):
         fetch(f"{site.url}/x", Limits(seconds=0.3))
+
+
+def continues(handler: BaseHTTPRequestHandler) -> None:
+    """Answers before the answer, as fast as the connection takes them."""
+    while True:
+        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
+
+
+@pytest.mark.parametrize("slow", [trickle, trickling_headers, continues, endless])
+def test_nothing_goes_on_after_the_limit_of_time(site: Site, slow: Send) -> None:
+    site.pages["/x"] = slow
+    before = set(threading.enumerate())
+    limits = Limits(seconds=0.3, n_bytes=10**12)
+    with pytest.raises(ImageError, match="takes more than 0.3 s"):
+        fetch(f"{site.url}/x", limits)
+    for thread in set(threading.enumerate()) - before:  # ours, and the server's, which ends with its connection
+        thread.join(2)
+        assert not thread.is_alive()
+
+
+def test_a_body_in_tiny_blocks_takes_no_more_memory_than_its_bytes(site: Site) -> None:
+    def chunks(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(20):
+            handler.wfile.write(b"2\r\nab\r\n" * 1000)
+        handler.wfile.write(b"0\r\n\r\n")
+
+    site.pages["/x"] = chunks
+    fetch(f"{site.url}/x")
+    tracemalloc.start()
+    try:
+        assert len(fetch(f"{site.url}/x")) == 40_000
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_refused_connection_is_an_image_error(site: Site) -> None:
