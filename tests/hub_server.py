@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append(request)
         fault = hub.fault(request) or Fault()
         if fault.status is not None:
-            self._refuse(fault.status, fault.code)
+            self._refuse(fault.status, fault.code, fault.headers)
         elif api := _API.fullmatch(self.path):
             self._list(api[1], api[2])
         elif file := _RESOLVE.fullmatch(self.path):
@@ -133,10 +133,10 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._refuse(404, "")
 
-    def _refuse(self, status: int, code: str) -> None:
+    def _refuse(self, status: int, code: str, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
+        for name, value in (({"X-Error-Code": code} if code else {}) | dict(headers or {})).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", "0")
         self.end_headers()
 

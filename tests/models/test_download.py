@@ -44,6 +44,12 @@ def server(hub_here: HubHere, pair: Pair) -> Hub:
     return hub_here.hub
 
 
+def entry_of(file: dict[str, Any]) -> bytes:
+    """Return a manifest in which a pair's files have these fields."""
+    entry = {"repo": REPO, "quant": "BF16", "revision": "x", "files": [file] * 2}
+    return json.dumps({"format": 1, "models": [entry]}).encode()
+
+
 def names(entry: ManifestEntry) -> list[str]:
     return [file.path.name for file in entry.files]
 
@@ -252,7 +258,14 @@ def test_the_free_space_is_checked_first(server: Hub, monkeypatch: pytest.Monkey
         b'{"format": 1, "models": [{"repo": "a/b", "quant": null, "revision": "x", "files": [{"path": 7}]}]}',
         b"\xff\xfe",
         b"[" * 100_000,
+        entry_of({"path": "/a\0b", "bytes": 1, "digest": "0" * 40}),
+        entry_of({"path": "/\ud800", "bytes": 1, "digest": "0" * 40}),
+        entry_of({"path": "/a", "bytes": 10**400, "digest": "0" * 40}),
+        entry_of({"path": "/a", "bytes": True, "digest": "0" * 40}),
+        entry_of({"path": "/a", "bytes": 1, "digest": ["0"]}),
+        b" " * 20_000_000,
     ],
+    ids=range(16),
 )
 def test_the_error_of_a_damaged_manifest_names_the_remedy(server: Hub, content: bytes) -> None:
     manifest_path().parent.mkdir(parents=True)
