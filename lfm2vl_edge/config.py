@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, TypedDict
 
-from lfm2vl_edge.errors import ConfigError
+from lfm2vl_edge.errors import ConfigError, shorten
 
 BILINEAR: Final = 2
 BICUBIC: Final = 3
@@ -60,6 +60,10 @@ _COUNTS: Final = (
     "downsample_factor",
 )
 _CHANNELS: Final = ("image_mean", "image_std")
+_MAX_VIEW_PIXELS: Final = 2**24
+"""A limit on absurd settings, which would take all memory; a tile of the published models has 2**18."""
+_MIN_STD: Final = 1e-6
+"""A limit on deviations by which nothing can be divided in 32 bits."""
 _MAX_BOXES: Final = 100
 _MAX_LABEL: Final = 100
 """Characters."""
@@ -125,10 +129,10 @@ class ImageConfig:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             value = getattr(self, name)
-            require(is_integer(value, 1), f"{name} is {value!r}; it must be an integer, 1 or more")
+            require(is_integer(value, 1), f"{name} is {shorten(value)}; it must be an integer, 1 or more")
         for name in _FLAGS:
             value = getattr(self, name)
-            require(isinstance(value, bool), f"{name} is {value!r}; it must be true or false")
+            require(isinstance(value, bool), f"{name} is {shorten(value)}; it must be true or false")
         for name in _CHANNELS:
             object.__setattr__(self, name, _triple(name, getattr(self, name)))
         self._check_relations()
@@ -149,13 +153,22 @@ class ImageConfig:
         )
         require(
             is_finite(self.max_pixels_tolerance) and self.max_pixels_tolerance > 0,
-            f"max_pixels_tolerance is {self.max_pixels_tolerance!r}; it must be a number above 0",
+            f"max_pixels_tolerance is {shorten(self.max_pixels_tolerance)}; it must be a number above 0",
         )
         require(
             self.resample in RESAMPLE_NAMES.values(),
-            f"resample is {self.resample!r}; it must be {BILINEAR} (bilinear) or {BICUBIC} (bicubic)",
+            f"resample is {shorten(self.resample)}; it must be {BILINEAR} (bilinear) or {BICUBIC} (bicubic)",
         )
-        require(min(self.image_std) > 0, f"image_std is {self.image_std!r}; each must be above 0")
+        require(
+            max(self.tile_size, self.token_side) ** 2 <= _MAX_VIEW_PIXELS
+            and self.max_image_tokens * self.token_side**2 <= _MAX_VIEW_PIXELS,
+            f"tile_size {self.tile_size} or max_image_tokens {self.max_image_tokens} is too large: "
+            f"a view has at most {_MAX_VIEW_PIXELS} pixels",
+        )
+        require(
+            min(self.image_std) >= _MIN_STD,
+            f"image_std is {shorten(self.image_std)}; each must be above 0, {_MIN_STD:g} at least",
+        )
 
     @property
     def token_side(self) -> int:
@@ -175,13 +188,14 @@ class ImageConfig:
         """
         known = {one.name for one in fields(self)}
         for name in changes:
-            require(name in known, f"unknown image setting {name!r}; known: {', '.join(sorted(known))}")
+            require(name in known, f"unknown image setting {shorten(name)}; known: {', '.join(sorted(known))}")
         return replace(self, **changes)
 
 
 def _triple(name: str, value: object) -> tuple[float, float, float]:
     values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value] * 3
-    require(len(values) == 3 and all(map(is_finite, values)), f"{name} is {value!r}; it must be three finite numbers")
+    is_valid = len(values) == 3 and all(map(is_finite, values))
+    require(is_valid, f"{name} is {shorten(value)}; it must be three finite numbers")
     return (float(values[0]), float(values[1]), float(values[2]))
 
 
@@ -210,7 +224,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            require(is_finite(value), f"{one.name} is {value!r}; it must be a finite number")
+            require(is_finite(value), f"{one.name} is {shorten(value)}; it must be a finite number")
         require(self.temperature >= 0, f"temperature is {self.temperature}; it must be 0 or more")
         require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must be between 0 and 1")
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
@@ -218,7 +232,7 @@ class Sampling:
             self.repetition_penalty > 0,
             f"repetition_penalty is {self.repetition_penalty}; it must be above 0",
         )
-        require(is_integer(self.top_k, 0), f"top_k is {self.top_k!r}; it must be an integer, 0 or more")
+        require(is_integer(self.top_k, 0), f"top_k is {shorten(self.top_k)}; it must be an integer, 0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,13 +274,14 @@ class Options:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         require(
             isinstance(stop, (list, tuple)) and all(isinstance(item, str) and item for item in stop),
-            f"stop is {self.stop!r}; it must be a list of strings that are not empty",
+            f"stop is {shorten(self.stop)}; it must be a list of strings that are not empty",
         )
         object.__setattr__(self, "stop", tuple(stop))
-        require(is_integer(self.max_tokens, 1), f"max_tokens is {self.max_tokens!r}; it must be an integer, 1 or more")
+        limit = self.max_tokens
+        require(is_integer(limit, 1), f"max_tokens is {shorten(limit)}; it must be an integer, 1 or more")
         require(
             self.seed is None or (is_integer(self.seed, 0) and self.seed <= MAX_SEED),
-            f"seed is {self.seed!r}; it must be an integer between 0 and {MAX_SEED}",
+            f"seed is {shorten(self.seed)}; it must be an integer between 0 and {MAX_SEED}",
         )
         self.sampling(Sampling())
 
@@ -303,7 +318,7 @@ class Options:
         """
         known = [one.name for one in fields(cls)]
         for name in values:
-            require(name in known, f"unknown option {name!r}; known: {', '.join(known)}")
+            require(name in known, f"unknown option {shorten(name)}; known: {', '.join(known)}")
         return cls(**values)
 
 

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lfm2vl_edge.cache.fingerprint import OpenedFiles
 from lfm2vl_edge.config import DEFAULT_N_CTX, ModelConfig, is_integer
 from lfm2vl_edge.engine import Engine
-from lfm2vl_edge.errors import ConfigError
+from lfm2vl_edge.errors import ConfigError, shorten
 from lfm2vl_edge.host import big_cores
 from lfm2vl_edge.models.facts import read_facts
 from lfm2vl_edge.models.names import Pair, ResolvedModel, mmproj_type, resolve_model
@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
 ModelName: TypeAlias = "str | os.PathLike[str] | Pair | ResolvedModel | None"
 """A language GGUF, its folder, the name of a downloaded model, the two files, or None for the default model."""
+
+
+_MAX_THREADS: Final = 512
+"""ggml.h's GGML_MAX_N_THREADS; larger numbers would wrap in 32 bits, or start as many threads."""
+_MAX_INT32: Final = 2**31 - 1
 
 
 class LoadOptions(BudgetOptions, total=False):
@@ -75,10 +80,12 @@ class OpenOptions:
 
     def __post_init__(self) -> None:
         check_count("n_ctx", self.n_ctx)
-        check_count("n_threads", 1 if self.n_threads is None else self.n_threads)
-        check_count("n_gpu_layers", self.n_gpu_layers, least=-1)
+        check_count("n_threads", 1 if self.n_threads is None else self.n_threads, most=_MAX_THREADS)
+        check_count("n_gpu_layers", self.n_gpu_layers, least=-1, most=_MAX_INT32)
         if self.device is not None and self.n_gpu_layers == 0:
-            raise ConfigError(f"device {self.device!r} has no effect without n_gpu_layers; give their number, or -1")
+            raise ConfigError(
+                f"device {shorten(self.device)} has no effect without n_gpu_layers; give their number, or -1"
+            )
 
     @classmethod
     def of(cls, **values: Any) -> OpenOptions:
@@ -90,7 +97,7 @@ class OpenOptions:
         known = [one.name for one in fields(cls)]
         for name in values:
             if name not in known:
-                raise ConfigError(f"unknown option {name!r}; known: {', '.join(known)}")
+                raise ConfigError(f"unknown option {shorten(name)}; known: {', '.join(known)}")
         return cls(**values)
 
     def budget(self, costs: Costs) -> ImageBudget:
@@ -154,7 +161,7 @@ def decide(name: ModelName, options: OpenOptions, *, use_profile: bool = True) -
         ModelNotFound: a file is missing, or there is no such model.
         ConfigError: the files do not fit together, or the options contradict each other.
     """
-    return _decide(*_find(name, options, use_profile), options)
+    return _decide(*_find(name, options, use_profile), options, None)
 
 
 def _find(name: ModelName, options: OpenOptions, use_profile: bool = True) -> tuple[OpenedFiles, Profile | None]:
@@ -171,10 +178,12 @@ def _view_seconds(profile: Profile | None) -> dict[str, float]:
     return {} if profile is None else {kind: points[max(points)] for kind, points in profile.encode.items()}
 
 
-def _decide(files: OpenedFiles, profile: Profile | None, options: OpenOptions) -> Opening:
+def _decide(
+    files: OpenedFiles, profile: Profile | None, options: OpenOptions, language: LanguageFile | None
+) -> Opening:
     changes = options.image_settings or {}
     check_detail(options.detail, changes)
-    facts = read_facts(files.pair)
+    facts = read_facts(files.pair, language.metadata if language else None)
     config = with_image_settings(facts.config, changes)
     shape = cost_shape(facts.language, facts.vision, (files.stamps[0][0], files.stamps[1][0]))
     threads = options.n_threads or (profile.threads if profile else big_cores())
@@ -217,7 +226,7 @@ def open_model(
     options = options or OpenOptions()
     files, profile = _find(name, options)
     with _reading(files, options, language) as file:
-        opening = _decide(files, profile, options)
+        opening = _decide(files, profile, options, file)
         engine = load(opening, options, file)
     return OpenedModel(engine=engine, opening=opening, seconds=time.perf_counter() - start)
 
@@ -273,11 +282,12 @@ def with_image_settings(config: ModelConfig, changes: Mapping[str, Any]) -> Mode
     return replace(config, image=image, image_source=f"{config.image_source}; changed: {', '.join(changes)}")
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Check an integer of at least `least`.
+def check_count(name: str, value: object, least: int = 1, most: int | None = None) -> None:
+    """Check an integer of at least `least` and, if there is such a limit, at most `most`.
 
     Raises:
         ConfigError: it is something else.
     """
-    if not is_integer(value, least):
-        raise ConfigError(f"{name} is {value!r}; it must be an integer, {least} or more")
+    if not isinstance(value, int) or not is_integer(value, least) or (most is not None and value > most):
+        limits = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{name} is {shorten(value)}; it must be an integer, {limits}")

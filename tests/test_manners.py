@@ -186,15 +186,15 @@ def test_an_open_model_can_be_used_by_a_forked_process(pair: Pair, logits: Path)
 def test_opening_reads_the_header_of_each_file_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     files = find_pair(pair("a", "F16"))
     Model.open(files.model).close()  # so that every module is imported before the function is replaced
-    original, counts = gguf.read_metadata, Counter[Path]()
+    original, counts = gguf.read_header, Counter[Path]()
 
-    def read_metadata(path: Path) -> dict[str, Any]:
+    def read_header(path: Path) -> Any:
         counts[path] += 1
         return original(path)
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("lfm2vl_edge.") and getattr(module, "read_metadata", None) is original:
-            monkeypatch.setattr(module, "read_metadata", read_metadata)
+        if name.startswith("lfm2vl_edge.") and getattr(module, "read_header", None) is original:
+            monkeypatch.setattr(module, "read_header", read_header)
     with Model.open(files.model) as model:
         assert counts == {files.model: 1, files.mmproj: 1}
         model.engine.encode(np.zeros((32, 32, 3), np.uint8), 1)

@@ -75,13 +75,14 @@ def _sources(name: str, quant: str, mmproj_quant: str) -> list[tuple[Path, str]]
         ModelNotFound: there is no such model.
         ConfigError: the file is of another kind.
     """
-    from lfm2vl_edge.models.gguf import read_architecture
+    from lfm2vl_edge.models.facts import read_checked, read_facts
 
     path = Path(name)
     if not path.is_file():
         pair = find_model(name).pair
+        read_facts(pair)  # llama.cpp, which quantizes, must not meet an impossible value
         return [(pair.model, quant), (pair.mmproj, encoder_type(mmproj_quant))]
-    kind = read_architecture(path)
+    kind = read_checked(path).get("general.architecture")
     if kind not in ("lfm2", "clip"):
         raise ConfigError(f"{path} is a {kind!r} model; give a language or mmproj file of an LFM2-VL model")
     return [(path, quant if kind == "lfm2" else encoder_type(mmproj_quant))]

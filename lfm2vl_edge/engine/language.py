@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from lfm2vl_edge.engine.library import LOG, libllama
-from lfm2vl_edge.models.gguf import read_architecture
+from lfm2vl_edge.models.facts import read_checked
 from lfm2vl_edge.models.names import LANGUAGE_ARCHITECTURE, stamp
 
 
@@ -17,12 +19,17 @@ def start_reading(path: Path, n_gpu_layers: int, device: str | None, *, verbose:
     """Start to read a language file in a worker thread; return None for another kind of file.
 
     Raises:
-        ModelNotFound, ConfigError: the file is missing or not a valid GGUF file.
+        ModelNotFound, ConfigError: the file is missing, or llama.cpp cannot read it without ending the process.
         EngineError: the installed llama.cpp has no such GPU.
     """
-    if read_architecture(path) != LANGUAGE_ARCHITECTURE:
+    before = stamp(path)
+    metadata = read_checked(path)
+    if metadata.get("general.architecture") != LANGUAGE_ARCHITECTURE:
         return None  # the error is raised when its settings are read
-    return LanguageFile(path, n_gpu_layers, device, verbose=verbose)
+    language = LanguageFile(path, n_gpu_layers, device, verbose=verbose)
+    if language.stamp == before:
+        language.metadata = metadata
+    return language
 
 
 class LanguageFile:
@@ -44,6 +51,8 @@ class LanguageFile:
         self._path, self._n_gpu_layers = path, n_gpu_layers
         self.stamp = stamp(path)
         """The file's size and times before it is read."""
+        self.metadata: Mapping[str, Any] | None = None
+        """What `read_checked` returned of this file, if it was called."""
         self.gpu = _find_gpu(n_gpu_layers, device)
         """ggml's handle of the GPU that takes layers, if one was named."""
         self._model: int | None = None

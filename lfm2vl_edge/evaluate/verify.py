@@ -22,7 +22,7 @@ from lfm2vl_edge.image.load import Pixels
 from lfm2vl_edge.image.synthetic import sample_image
 from lfm2vl_edge.image.tiles import preprocess_image
 from lfm2vl_edge.model import Model
-from lfm2vl_edge.models.gguf import read_metadata
+from lfm2vl_edge.models.facts import read_facts
 from lfm2vl_edge.models.names import Pair, find_pair, resolve_model
 from lfm2vl_edge.opening import ModelName
 from lfm2vl_edge.prompt.messages import user_message
@@ -218,7 +218,12 @@ def baseline_files(against: ModelName) -> Iterator[Pair]:
 def _problems(pair: Pair) -> tuple[str, ...]:
     from lfm2vl_convert.verify import problems
 
-    return tuple(problem for path in (pair.model, pair.mmproj) for problem in problems(path, read_metadata(path)))
+    try:
+        facts = read_facts(pair)
+    except ConfigError as error:
+        return (str(error),)
+    files = (pair.model, facts.language), (pair.mmproj, facts.vision)
+    return tuple(problem for path, metadata in files for problem in problems(path, metadata))
 
 
 def _tensor_errors(pair: Pair, baseline: Pair) -> dict[str, list[TensorError]]:

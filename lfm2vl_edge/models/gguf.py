@@ -10,15 +10,18 @@ import math
 import mmap
 import re
 import struct
+import sys
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, overload
 
-from lfm2vl_edge.config import ImageConfig, require
-from lfm2vl_edge.errors import ConfigError, ModelNotFound
+from lfm2vl_edge.config import ImageConfig, is_integer, require
+from lfm2vl_edge.errors import ConfigError, ModelNotFound, clip, shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +46,24 @@ _MAX_ITEMS: Final = 10_000_000
 _MAX_TENSORS: Final = 100_000
 """Limits against damaged counts; the largest known vocabularies have 300,000 entries."""
 _MAX_AXES: Final = 4
+_MAX_NAME: Final = 63
+"""Longest name of a tensor that ggml holds, bytes."""
 _ALIGNMENT_KEY: Final = "general.alignment"
 _DEFAULT_ALIGNMENT: Final = 32
+_MAX_ALIGNMENT: Final = 2**16
+"""llama.cpp ends the process if tensors are aligned to less than the default."""
+_TYPES: Final[Mapping[int, tuple[str, int, int]]] = (
+    {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22)}
+    | {7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84)}
+    | {11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210)}
+    | {15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98)}
+    | {19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82)}
+    | {23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8)}
+    | {28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54)}
+    | {35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36)}
+)
+"""ggml's number of a tensor type -> name, values per block, bytes per block."""
+_BLOCKS: Final = {name: (values, size) for name, values, size in _TYPES.values()}
 
 
 class Strings(Sequence[str]):
@@ -70,6 +89,19 @@ class Strings(Sequence[str]):
             raise IndexError(index)
         index %= len(self)
         return self._buffer[self._starts[index] + 8 : self._starts[index + 1]].decode("utf-8", "replace")
+
+    def repeated(self) -> str | None:
+        """Return a text that occurs twice or contains a zero byte, at which llama.cpp would truncate it; else None."""
+        buffer = self._buffer
+        texts = {buffer[start + 8 : end] for start, end in pairwise(self._starts)}
+        if len(texts) == len(self) and b"\0" not in b"".join(texts):
+            return None
+        seen: set[str] = set()
+        for text in self:
+            if "\0" in text or text in seen:
+                break
+            seen.add(text)
+        return text
 
     def find(self, text: str) -> int | None:
         """Return the first index of a text, without decoding the others; None if it is not in the array."""
@@ -101,16 +133,15 @@ class StoredTensor:
     @property
     def row_bytes(self) -> int:
         """Size of the values under one index of the first axis, bytes."""
-        import gguf
-
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
+        block, size = _BLOCKS[self.type]
         values = math.prod(self.shape[1:]) if len(self.shape) > 1 else 1
-        return int(-(-values // block) * size)
+        return -(-values // block) * size
 
     @property
     def n_bytes(self) -> int:
         """Size of all values, bytes."""
-        return self.shape[0] * self.row_bytes
+        block, size = _BLOCKS[self.type]
+        return math.prod(self.shape) // block * size
 
     def rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Return rows `start`..`stop` of the first axis, float32 `[stop - start, ...]`.
@@ -126,7 +157,7 @@ class StoredTensor:
             file.seek(self.offset + start * self.row_bytes)
             raw = np.frombuffer(file.read(size), np.uint8)
         if len(raw) != size:
-            raise ConfigError(f"{self.file} ends inside tensor {self.name!r}; convert it again")
+            raise ConfigError(f"{self.file} ends inside tensor {shorten(self.name)}; convert it again")
         values: npt.NDArray[np.float32]
         if self.type in ("F32", "F16"):
             values = raw.view(np.float32 if self.type == "F32" else np.float16).astype(np.float32)
@@ -177,10 +208,11 @@ class _Header:
             return self._strings(count)
         if kind not in _SCALARS:
             raise self.damaged(f"it has an array of unknown type {kind}")
-        import numpy as np
-
-        dtype = np.dtype(_SCALARS[kind])
-        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+        code = _SCALARS[kind]
+        values = array(code[1].replace("?", "b"), self.take(count * struct.calcsize(code)))
+        if sys.byteorder == "big":
+            values.byteswap()
+        return values
 
     def _strings(self, count: int) -> Strings:
         start, at, end = self._at, self._at, len(self._buffer)
@@ -193,27 +225,30 @@ class _Header:
         return Strings(self.take(at - start), starts)
 
     def tensors(self, count: int, alignment: int) -> Iterator[StoredTensor]:
-        """Yield the tensors, whose descriptions follow the metadata; each must be within the file."""
+        """Yield the tensors, whose descriptions follow the metadata; one after the other within the file."""
         found = [self._tensor() for _ in range(count)]
-        first = -(-self._at // alignment) * alignment
+        first = expected = -(-self._at // alignment) * alignment
         for name, shape, kind, offset in found:
             tensor = StoredTensor(name=name, file=self.path, shape=shape, type=kind, offset=first + offset)
+            if tensor.offset != expected:
+                raise self.damaged(f"tensor {shorten(name)} starts at another byte than the one before it ends")
             if tensor.offset + tensor.n_bytes > len(self._buffer):
-                raise self.damaged(f"it ends inside tensor {name!r}")
+                raise self.damaged(f"it ends inside tensor {shorten(name)}")
+            expected += -(-tensor.n_bytes // alignment) * alignment
             yield tensor
 
     def _tensor(self) -> tuple[str, tuple[int, ...], str, int]:
-        import gguf
-
         name, n_axes = self.text(), self.number("<I")
-        if not 1 <= n_axes <= _MAX_AXES:
-            raise self.damaged(f"tensor {name!r} has {n_axes} axes")
+        if not 1 <= n_axes <= _MAX_AXES or len(name.encode()) > _MAX_NAME:
+            raise self.damaged(f"tensor {shorten(name)} has {n_axes} axes, or a name of more than {_MAX_NAME} bytes")
         shape = tuple(self.number("<Q") for _ in range(n_axes))[::-1]
         kind, offset = self.number("<I"), self.number("<Q")
-        try:
-            return name, shape, gguf.GGMLQuantizationType(kind).name, offset
-        except ValueError:
-            raise self.damaged(f"tensor {name!r} has the unknown type {kind}") from None
+        if kind not in _TYPES:
+            raise self.damaged(f"tensor {shorten(name)} has the unknown type {kind}")
+        kind_name, block, _ = _TYPES[kind]
+        if 0 in shape or shape[-1] % block:
+            raise self.damaged(f"tensor {shorten(name)} cannot have the shape {list(shape)} in type {kind_name}")
+        return name, shape, kind_name, offset
 
     def damaged(self, how: str) -> ConfigError:
         return ConfigError(f"{self.path} is truncated or corrupt: {how}; download or convert it again")
@@ -223,7 +258,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """Return all metadata of a GGUF file by key.
 
     Returns:
-        numbers, booleans and strings as such; arrays of numbers as numpy arrays; arrays of strings as `Strings`.
+        numbers, booleans and strings as such; arrays of numbers as `array.array`; arrays of strings as `Strings`.
 
     Raises:
         ModelNotFound: there is no file at `path`.
@@ -231,7 +266,24 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     with _opened(path) as header:
         _, n_pairs = _counts(header)
-        return dict(_pairs(header, n_pairs))
+        return {key: value for key, _, value in _pairs(header, n_pairs)}
+
+
+def read_header(path: Path) -> tuple[dict[str, int], dict[str, Any], dict[str, StoredTensor]]:
+    """Return the types and the values of all metadata, see `read_metadata`, and every tensor, by key and by name.
+
+    Raises:
+        ModelNotFound: there is no file at `path`.
+        ConfigError: the file is not a GGUF file or is damaged.
+    """
+    with _opened(path) as header:
+        n_tensors, kinds, metadata = _metadata(header)
+        tensors: dict[str, StoredTensor] = {}
+        for tensor in header.tensors(n_tensors, _alignment(header, metadata)):
+            if tensor.name in tensors:
+                raise header.damaged(f"it has tensor {shorten(tensor.name)} twice")
+            tensors[tensor.name] = tensor
+        return kinds, metadata, tensors
 
 
 def read_architecture(path: Path) -> Any:
@@ -243,7 +295,7 @@ def read_architecture(path: Path) -> Any:
     """
     with _opened(path) as header:
         _, n_pairs = _counts(header)
-        return next((value for key, value in _pairs(header, n_pairs) if key == "general.architecture"), None)
+        return next((value for key, _, value in _pairs(header, n_pairs) if key == "general.architecture"), None)
 
 
 def read_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -253,13 +305,14 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
         ModelNotFound: there is no file at `path`.
         ConfigError: the file is not a GGUF file or is damaged.
     """
-    with _opened(path) as header:
-        n_tensors, n_pairs = _counts(header)
-        metadata = dict(_pairs(header, n_pairs))
-        alignment = metadata.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise header.damaged(f"its alignment is {alignment!r}")
-        return {tensor.name: tensor for tensor in header.tensors(n_tensors, alignment)}
+    return read_header(path)[2]
+
+
+def _alignment(header: _Header, metadata: Mapping[str, Any]) -> int:
+    value = metadata.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT)
+    if not is_integer(value, _DEFAULT_ALIGNMENT) or value > _MAX_ALIGNMENT or value & (value - 1):
+        raise header.damaged(f"its alignment is {shorten(value)}, not a power of two from {_DEFAULT_ALIGNMENT} on")
+    return int(value)
 
 
 @contextmanager
@@ -286,10 +339,23 @@ def _counts(header: _Header) -> tuple[int, int]:
     return header.count(_MAX_TENSORS, "tensors"), header.count(_MAX_PAIRS, "metadata keys")
 
 
-def _pairs(header: _Header, count: int) -> Iterator[tuple[str, Any]]:
+def _pairs(header: _Header, count: int) -> Iterator[tuple[str, int, Any]]:
+    """Yield key, type and value of all metadata."""
     for _ in range(count):
-        key = header.text()
-        yield key, header.value(int(header.number("<I")))
+        key, kind = header.text(), int(header.number("<I"))
+        yield key, kind, header.value(kind)
+
+
+def _metadata(header: _Header) -> tuple[int, dict[str, int], dict[str, Any]]:
+    """Return the number of tensors, and the types and values of all metadata by key."""
+    n_tensors, n_pairs = _counts(header)
+    kinds: dict[str, int] = {}
+    metadata: dict[str, Any] = {}
+    for key, kind, value in _pairs(header, n_pairs):
+        if key in metadata:
+            raise header.damaged(f"it states {clip(key)} twice")
+        kinds[key], metadata[key] = kind, value
+    return n_tensors, kinds, metadata
 
 
 _PIXEL_KEYS: Final[Mapping[str, str]] = {
@@ -334,18 +400,29 @@ def stated_image_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: an area is not an integer number of image tokens.
     """
-    stated = {name: metadata[key] for name, key in _IMAGE_KEYS.items() if key in metadata}
-    stated |= {name: tuple(map(float, stated[name])) for name in ("image_mean", "image_std") if name in stated}
+    stated = {name: _setting(name, key, metadata[key]) for name, key in _IMAGE_KEYS.items() if key in metadata}
     defaults = ImageConfig()
-    side = stated.get("encoder_patch_size", defaults.encoder_patch_size) * stated.get(
-        "downsample_factor", defaults.downsample_factor
-    )
+    factors = [stated.get(name, getattr(defaults, name)) for name in ("encoder_patch_size", "downsample_factor")]
+    require(all(is_integer(factor, 1) for factor in factors), f"patch_size or scale_factor of {factors} is impossible")
+    side = math.prod(factors)
     for name, key in _PIXEL_KEYS.items():
         if key in metadata:
-            tokens, rest = divmod(metadata[key], side**2)
-            require(rest == 0, f"{key} is {metadata[key]}, not a multiple of {side * side} pixels per image token")
-            stated[name] = tokens
+            pixels = metadata[key]
+            require(
+                is_integer(pixels, 1) and pixels % side**2 == 0,
+                f"{key} is {shorten(pixels)}, not a multiple of {side * side} pixels per image token",
+            )
+            stated[name] = pixels // side**2
     return stated
+
+
+def _setting(name: str, key: str, value: Any) -> Any:
+    """Return the value of a key as a field of `ImageConfig`."""
+    if name in ("image_mean", "image_std"):
+        require(isinstance(value, (array, list, tuple)) and len(value) == 3, f"{key} is not a list of three numbers")
+        return tuple(value)
+    require(isinstance(value, (int, float)), f"{key} is {shorten(value)}, not a number")
+    return value
 
 
 def states_tiling(stated: Mapping[str, Any]) -> bool:
