@@ -85,7 +85,10 @@ def convert(
         ),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a checkpoint on the hub.")
+        str | None,
+        typer.Option(
+            "--revision", parser=opt.as_text, metavar="REV", help="Branch, tag or commit of a checkpoint on the hub."
+        ),
     ] = None,
     imatrix: ImatrixFile = None,
     *,
@@ -126,7 +129,7 @@ def _show_result(result: ConvertResult, *, as_json: bool, quiet: bool) -> None:
     from lfm2vl_convert.report import planned_rows, report_file
 
     for note in () if quiet else result.notes:
-        typer.echo(f"note: {note}", err=True)
+        write_line(f"note: {note}")
     groups = report_file(result.model, planned_rows(result.plan.model))
     groups += report_file(result.mmproj, planned_rows(result.plan.mmproj))
     show_report((result.model, result.mmproj), groups, as_json=as_json, quiet=quiet)

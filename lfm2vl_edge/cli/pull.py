@@ -22,7 +22,12 @@ def pull(
     ] = None,
     revision: Annotated[
         str | None,
-        typer.Option("--revision", metavar="REV", help="Branch, tag or commit. Default: the downloaded or known one."),
+        typer.Option(
+            "--revision",
+            parser=opt.as_text,
+            metavar="REV",
+            help="Branch, tag or commit. Default: the downloaded or known one.",
+        ),
     ] = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,

@@ -346,3 +346,46 @@ def test_a_terminal_has_editing_ctrl_c_ctrl_d_and_a_history(pair: Pair, tmp_path
     assert b"Traceback" not in shown
     assert b"chat       turns: 1, images: 0" in shown
     assert (tmp_path / "chat_history").read_text() == "/stats\ngo\n/stats\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("/image my photo.png", ["my photo.png"]),
+        (r"/image my\ photo.png", ["my photo.png"]),
+        ("/image 'my photo.png'  ", ["my photo.png"]),
+        ('/image "it\'s.png" my\\ photo.png', ["it's.png", "my photo.png"]),
+        ("/image it's.png", ["it's.png"]),
+        ("/image file://{here}/my%20photo.png", ["{here}/my photo.png"]),
+        ("/image FILE://{here}/it%27s.png file://{here}/my%20photo.png", ["{here}/it's.png", "{here}/my photo.png"]),
+        ("{here}/my photo.png", ["{here}/my photo.png"]),
+        ("'{here}/my photo.png' ", ["{here}/my photo.png"]),
+        ("{here}/my\\ photo.png {here}/it\\'s.png ", ["{here}/my photo.png", "{here}/it's.png"]),
+        ("file://{here}/my%20photo.png", ["{here}/my photo.png"]),
+        ("/image back\\slash.png", ["back\\slash.png"]),
+    ],
+)
+def test_images_are_named_as_terminals_type_dropped_files(
+    converse: Converse, tmp_path: Path, typed: str, expected: list[str]
+) -> None:
+    for name in ("my photo.png", "it's.png", "back\\slash.png"):
+        Image.open(SMALL).save(tmp_path / name)
+    result = converse({"One?": "Yes."}, typed.replace("{here}", str(tmp_path)) + "\nOne?\n/save 'a b.jsonl'\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "Yes.\n", "")
+    saved = json.loads((tmp_path / "a b.jsonl").read_text("utf-8").splitlines()[0])
+    names = [part["image"] for part in saved["content"] if part["type"] == "image"]
+    assert names == [name.replace("{here}", str(tmp_path)) for name in expected]
+
+
+@pytest.mark.parametrize("typed", ["/image my\\ photo.png none.png", "/image 'my photo.png' 'no photo.png'"])
+def test_of_several_images_all_are_added_or_none(converse: Converse, tmp_path: Path, typed: str) -> None:
+    Image.open(SMALL).save(tmp_path / "my photo.png")
+    result = converse({"One?": "Yes."}, f"{typed}\nOne?\n/stats\n")
+    assert "no image at 'no" in result.stderr
+    assert "images: 0" in result.stderr
+
+
+def test_a_question_about_a_path_is_a_question(converse: Converse, tmp_path: Path) -> None:
+    Image.open(SMALL).save(tmp_path / "a.png")
+    for question in ("'What is this?'", "a.png", "'a.png' is what?", "it's what?"):
+        assert converse({question: "Yes."}, question).stdout == "Yes.\n"
