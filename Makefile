@@ -53,7 +53,7 @@ parity-images: $(IMAGES_VENV)/.ready ## compare 200 whole images with transforme
 	$(IMAGES_VENV)/bin/python -m tests.parity.record
 	$(IMAGES_VENV)/bin/pytest -m '' tests/image/test_parity_hashes.py tests/parity/test_processor_faults.py
 
-parity-checkpoints: $(IMAGES_VENV)/.ready ## compare 60 layouts of checkpoints with what transformers loads: installs 5.5 GB
+parity-checkpoints: $(IMAGES_VENV)/.ready ## compare 66 layouts of checkpoints with what transformers loads: installs 5.5 GB
 	$(IMAGES_VENV)/bin/python -m tests.parity.checkpoints
 
 train: $(VENV)/.train ## train the demonstration model, or resume its training: hours; see models/tiny/README.md

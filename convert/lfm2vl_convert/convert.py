@@ -17,7 +17,7 @@ from lfm2vl_convert.plan import Plan, TensorPlan, canonical, make_plan
 from lfm2vl_convert.recipes import Overrides, Rule, recipe_of
 from lfm2vl_convert.write import Advance, Output, Quantize, describe_tensors, remove_leftovers, write_files
 from lfm2vl_edge.config import ENCODER_TYPES, FLOAT_TYPES, LANGUAGE_TYPES
-from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.errors import ConvertError, shorten
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the total bytes; a quantized file counts twice: written once, then read again."""
@@ -133,7 +133,7 @@ def plan_conversion(
 
 def _known_type(name: str, known: tuple[str, ...]) -> str:
     if name not in known:
-        raise ConvertError(f"unknown type {name!r}; known: {', '.join(known)}")
+        raise ConvertError(f"unknown type {shorten(name)}; known: {', '.join(known)}")
     return name
 
 
@@ -144,7 +144,8 @@ def _written_type(checkpoint: Checkpoint, quant: str) -> str:
 
 def lossless_type(checkpoint: Checkpoint) -> str:
     """Return the smallest lossless type for a checkpoint: its own, or F32 if it has several."""
-    stored = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
+    used = [one for one in checkpoint.tensors.values() if not canonical(one.name).startswith(lm.VALUE_HEAD)]
+    stored = {tensor.dtype for tensor in used if len(tensor.shape) > 1}
     return stored.pop() if len(stored) == 1 and stored <= FLOAT_TYPES.keys() else "F32"
 
 

@@ -94,11 +94,13 @@ def read_tokenizer(folder: Path, root: Section, n_vocab: int) -> Tokenizer:
     _check_splitting(source)
     model = source.section("model")
     ids, types = _vocabulary(source, model, n_vocab)
+    _add_later_tokens(folder, config, ids, types, n_vocab, notes)
+    _check_texts(source, ids, n_vocab)
     texts = {number: text for text, number in ids.items()}
     special = _special_ids(_special_texts(folder, config), root, ids, n_vocab)
     special_texts = {kind: texts[number] for kind, number in special.items() if number in texts}
     return Tokenizer(
-        tokens=tuple(texts.get(number, f"[PAD{number}]") for number in range(n_vocab)),
+        tokens=tuple(texts.get(number, _padding(number)) for number in range(n_vocab)),
         types=tuple(types.get(number, int(gguf.TokenType.UNUSED)) for number in range(n_vocab)),
         pre=WHOLE_WORDS if model.flag("ignore_merges", default=False) else MERGES_ONLY,
         merges=_merges(model, ids),
@@ -170,11 +172,52 @@ def _vocabulary(source: Section, model: Section, n_vocab: int) -> tuple[dict[str
         text, number = token.text("content"), _token_id(token, "id", n_vocab)
         if ids.setdefault(text, number) != number or (number in types and text not in vocabulary.values):
             raise ConvertError(
-                f"{token.where}: {text!r} with id {number} contradicts the rest of the vocabulary; download it again"
+                f"{token.where}: {shorten(text)} with id {number} contradicts the rest of the vocabulary; "
+                "download it again"
             )
         control = token.flag("special", default=False) or _looks_special(text)
         types[number] = int(gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED)
     return ids, types
+
+
+def _add_later_tokens(
+    folder: Path, config: Section, ids: dict[str, int], types: dict[int, int], n_vocab: int, notes: list[str]
+) -> None:
+    """Add the tokens that were added after tokenizer.json was written, as transformers does: with the next ids."""
+    listed = config.section("added_tokens_decoder")
+    tokens = [(number, listed.section(number)) for number in listed.values]
+    later = {one.text("content"): (number, one.flag("special", default=False)) for number, one in tokens}
+    if not later:
+        values = load_json_if_present(folder / "added_tokens.json").values
+        later = {text: (str(number), False) for text, number in values.items()}
+    for text, (number, is_special) in later.items():
+        if not text or text in ids:
+            continue
+        following = max(ids.values()) + 1
+        if number != str(following) or following >= n_vocab:
+            notes.append(
+                f"{shorten(text)} is not in tokenizer.json, or has another id there; it is read as plain text"
+            )
+            continue
+        ids[text] = following
+        control = is_special or _looks_special(text)
+        types[following] = int(gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED)
+
+
+def _padding(number: int) -> str:
+    """Return llama.cpp's name of a token for an id without one."""
+    return f"[PAD{number}]"
+
+
+def _check_texts(source: Section, ids: Mapping[str, int], n_vocab: int) -> None:
+    """Check that no token is cut at a zero byte or named like padding: llama.cpp ends the process on equal tokens."""
+    padding = map(_padding, set(range(n_vocab)) - set(ids.values()))
+    bad = next((text for text in ids if "\0" in text), None) or next((text for text in padding if text in ids), None)
+    if bad is not None:
+        raise ConvertError(
+            f"{source.where}: the token {shorten(bad)} contains a zero byte or is named like the padding of another id; "
+            "rename it, or train with a tokenizer without it"
+        )
 
 
 def _token_id(section: Section, key: str, n_vocab: int) -> int:

@@ -310,6 +310,11 @@ def _checkpoint_files(repository: Repository) -> tuple[RemoteFile, ...]:
     weights = [file for file in weights if file.path == "model.safetensors"] or weights
     templates = [file for file in repository.files if PurePosixPath(file.path).match(CHAT_TEMPLATES)]
     if not weights or not any(file.path == "config.json" for file in top):
+        if any(file.path == "adapter_config.json" for file in top):
+            raise DownloadError(
+                f"{repository.repo} is a LoRA adapter, not a whole model; merge it into its base model (peft: "
+                "merge_and_unload, then save_pretrained) and convert that folder"
+            )
         raise DownloadError(
             f"{repository.repo} has no checkpoint in safetensors form; give the id of one, or pull a GGUF pair"
         )

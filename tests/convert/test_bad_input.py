@@ -114,6 +114,21 @@ def one_id_twice(parts: Parts) -> None:
     parts.tokenizer["model"]["vocab"]["one more"] = 2047
 
 
+def bpe_word(word: str) -> Edit:
+    """Rename the last token that no merge uses, and leave its id without a token if it is named like padding."""
+
+    def edit(parts: Parts) -> None:
+        vocabulary = parts.tokenizer["model"]["vocab"]
+        last = next(one for one, number in vocabulary.items() if number == 2047)
+        parts.tokenizer["model"]["merges"] = parts.tokenizer["model"]["merges"][:3]
+        del vocabulary[last]
+        vocabulary[word] = 2047 if "\0" in word else 2046
+        if vocabulary[word] == 2046:
+            del vocabulary[next(one for one, number in vocabulary.items() if number == 2046 and one != word)]
+
+    return edit
+
+
 def bad_merge(parts: Parts) -> None:
     parts.tokenizer["model"]["merges"].append(["no such", "token"])
 
@@ -219,6 +234,11 @@ CASES: dict[str, tuple[Edit, str]] = {
     "do_sample as text": (file("generation_config.json", {"do_sample": "no"}), "do_sample is 'no'; true or false"),
     "end token outside": (file("generation_config.json", {"eos_token_id": [7, 4096]}), "eos_token_id is 4096"),
     "template is a number": (numeric_template, "chat_template is 5; a string"),
+    "a token with a zero byte": (bpe_word("a\0b"), "zero byte.*rename it"),
+    "a token named like padding": (bpe_word("[PAD2047]"), r"\[PAD2047\].*named like the padding.*rename it"),
+    "min_p of 2": (file("generation_config.json", {"min_p": 2}), "generation_config.json: min_p is 2; it must be"),
+    "a temperature of 400 digits": (file("generation_config.json", {"temperature": 10**400}), "temperature is"),
+    "a deviation of nothing": (processor(image_std=[1e-300] * 3), "image_std is .* each must be above 0"),
     "tags in the card": (card("tags: [1, {a: b}]"), "general.tags"),
     "card is not YAML": (card("tags: [unclosed"), "README.md"),
     "licence is a mapping": (card("license: {a: b}"), "general.license"),

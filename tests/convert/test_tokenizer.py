@@ -219,3 +219,21 @@ def test_the_special_tokens_map_counts_as_in_transformers(
     parts.json["special_tokens_map.json"] = stated
     parts.json["tokenizer_config.json"]["added_tokens_decoder"] = decoder
     assert convert(parts).value("tokenizer.ggml.eos_token_id") == expected
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
+def test_tokens_added_after_tokenizer_json_get_the_next_ids(file: str, parted: Parted, convert: Convert) -> None:
+    parts = parted("a")
+    grown = {"<loc_1>": 2048, "<loc_2>": 2049, "<loc_9>": 4000, "<|im_end|>": 7}
+    if file == "added_tokens.json":
+        parts.json[file] = grown
+    else:
+        listed = {str(number): {"content": text, "special": False} for text, number in grown.items()}
+        parts.json[file]["added_tokens_decoder"] = listed
+    parts.text["vocab_size"] = 2056
+    name = f"{LANGUAGE}embed_tokens.weight"
+    parts.tensors[name] = np.concatenate([parts.tensors[name], parts.tensors[name][:8]])
+    found = convert(parts)
+    assert found.value("tokenizer.ggml.tokens")[2048:2051] == ["<loc_1>", "<loc_2>", "[PAD2050]"]
+    assert found.value("tokenizer.ggml.token_type")[2048:2051] == [USER_DEFINED, USER_DEFINED, UNUSED]
+    assert found.notes == ("'<loc_9>' is not in tokenizer.json, or has another id there; it is read as plain text",)

@@ -1,4 +1,4 @@
-"""Checkpoints in 60 layouts, loaded by transformers and by this project: `make parity-checkpoints`.
+"""Checkpoints in 66 layouts, loaded by transformers and by this project: `make parity-checkpoints`.
 
 Each has new random weights and one layout of each kind: weights, image settings, chat template, special tokens and
 generation config; every layout of weights meets every layout of image settings. Compared are prompt ids (text, images,
@@ -31,7 +31,7 @@ from lfm2vl_edge import ImageConfig, Model
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
-TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {"type": "function", "function": {"name": "measure", "parameters": {"type": "object", "properties": {}}}}
 TEMPLATE = (
     "{{ bos_token }}NAME{% for t in tools or [] %}{{ t.function.name }};{% endfor %}{% for m in messages %}"
     "<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
@@ -167,6 +167,7 @@ def several_types(parts: Parts) -> None:
 WEIGHTS: tuple[Edit, ...] = (
     *(other_head, other_head_by_one_config, same_head, only_head, untied),
     *(sharded, beside_older_shards, index_of_missing_files, published_names, several_types),
+    with_value_head,
 )
 
 
