@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import pytest
 
 from lfm2vl_edge import DownloadError, EdgeError, Model, ModelNotFound, ModelNotPulled
+from lfm2vl_edge.cli._loading import checkpoint_files
 from lfm2vl_edge.models import hub, registry
 from lfm2vl_edge.models.download import Download, download_checkpoint, download_pair, remove
 from lfm2vl_edge.models.manifest import ManifestEntry, manifest_path, read_manifest
@@ -314,3 +315,22 @@ def test_only_the_needed_files_of_a_checkpoint_are_downloaded(server: Hub) -> No
         download_checkpoint(REPO)
     freed = remove(CHECKPOINT)[1]
     assert freed == sum(path.stat().st_size for path in (REFERENCE / "a" / "checkpoint").iterdir())
+
+
+def test_named_templates_are_downloaded_and_older_weights_are_not(server: Hub) -> None:
+    template = "additional_chat_templates/tool_use.jinja"
+    server.repos[CHECKPOINT] |= {template: b"with tools", "model-00001-of-00002.safetensors": b"old"}
+    files = download_checkpoint(CHECKPOINT)
+    assert [path.name for path in files if path.suffix == ".safetensors"] == ["model.safetensors"]
+    (found,) = (path for path in files if path.name == "tool_use.jinja")
+    assert found.parent.name == "additional_chat_templates"
+    assert found.read_bytes() == b"with tools"
+    with checkpoint_files(CHECKPOINT, None, quiet=True) as folder:
+        assert (folder / template).read_bytes() == b"with tools"
+        assert (folder / "config.json").is_file()
+
+
+def test_an_adapter_on_the_hub_is_named(server: Hub) -> None:
+    server.repos["owner/adapter"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}
+    with pytest.raises(DownloadError, match="owner/adapter is a LoRA adapter, not a whole model; merge it"):
+        download_checkpoint("owner/adapter")
