@@ -26,6 +26,17 @@ _SUFFIXES: Final = (
 )
 """A last argument with one of them is an image, also if there is no such file or it cannot be decoded."""
 
+_Ask = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ask",
+        "-a",
+        parser=opt.as_text,
+        metavar="TEXT",
+        help="A question; may be repeated: the images are encoded once. Every argument is an image.",
+    ),
+]
+
 
 @opt.takes_groups
 def run(
@@ -49,16 +60,7 @@ def run(
             help="The question; every argument is then an image, if any.",
         ),
     ] = None,
-    ask: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--ask",
-            "-a",
-            parser=opt.as_text,
-            metavar="TEXT",
-            help="A question; may be repeated: the images are encoded once. Every argument is an image.",
-        ),
-    ] = None,
+    ask: _Ask = None,
     system: Annotated[
         str | None,
         typer.Option("--system", parser=opt.as_text, metavar="TEXT", help="A system prompt before the question."),
@@ -76,8 +78,7 @@ def run(
         raise typer.BadParameter("give an image, or a question with --prompt", param_hint="'[IMAGE]... [PROMPT]'")
     with reporting(), at_once() as interrupt:
         names, question = split_arguments(arguments or (), questions[0] if questions else None)
-        question = opt.as_text(question)
-        questions = questions or [question]
+        questions = questions or [opt.as_text(question)]
         opt.refuse_stdin_twice([*names, answer.json_schema])
         options = answer.values()
         with opening(model, image, verbose, remember=len(questions) > 1, cache=cache) as when_open:
