@@ -62,6 +62,8 @@ _COUNTS: Final = (
 _CHANNELS: Final = ("image_mean", "image_std")
 _MAX_VIEW_PIXELS: Final = 2**24
 """A limit on absurd settings, which would take all memory; a tile of the published models has 2**18."""
+_MAX_COUNT: Final = 2**31
+"""llama.cpp's integers have 32 bits."""
 _MIN_STD: Final = 1e-6
 """A limit on deviations by which nothing can be divided in 32 bits."""
 _MAX_BOXES: Final = 100
@@ -129,7 +131,8 @@ class ImageConfig:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             value = getattr(self, name)
-            require(is_integer(value, 1), f"{name} is {shorten(value)}; it must be an integer, 1 or more")
+            is_count = is_integer(value, 1) and value < _MAX_COUNT
+            require(is_count, f"{name} is {shorten(value)}; it must be an integer, 1 or more, below {_MAX_COUNT}")
         for name in _FLAGS:
             value = getattr(self, name)
             require(isinstance(value, bool), f"{name} is {shorten(value)}; it must be true or false")

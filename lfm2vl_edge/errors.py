@@ -30,15 +30,19 @@ _LONGEST: Final = 80
 def shorten(value: object) -> str:
     """Return the repr of a value for a message, in at most 80 characters."""
     try:
-        return clip(repr(value[: 2 * _LONGEST] if isinstance(value, str | bytes) else value))
+        value = value[: 2 * _LONGEST] if isinstance(value, bytes) else value
+        return clip(repr(_shortened(value) if isinstance(value, str) else value))
     except Exception:  # noqa: BLE001  # integers of more than 4,300 digits, deep nesting, a caller's own class
         return f"a value of type {clip(type(value).__name__)} that cannot be displayed"
 
 
 def clip(text: str) -> str:
-    """Return a text for a message, in at most 80 printable characters."""
-    text = printable(text[: _LONGEST + 1])
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    """Return a text for a message, in at most 80 printable characters: of a longer one the start and the end."""
+    return printable(_shortened(text))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2 - 2]}...{text[1 - _LONGEST // 2 :]}"
 
 
 def printable(text: str) -> str:
@@ -111,7 +115,7 @@ class ToolError(EdgeError):
 
 
 class StateError(EdgeError):
-    """A saved image cannot be written, is damaged, or belongs to another model, engine or settings."""
+    """A saved image or state cannot be written, is damaged, or belongs to another model, engine or settings."""
 
 
 class AnswerError(EdgeError):

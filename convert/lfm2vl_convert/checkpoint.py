@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -94,9 +95,9 @@ def checkpoint_folder(path: str | Path) -> Path:
         ConvertError: there is no such folder, or it is not a checkpoint.
     """
     folder = Path(path).expanduser().resolve()
-    if not folder.is_dir():
-        hint = "it is a file; give the folder" if folder.is_file() else "there is no such folder"
-        raise ConvertError(f"no checkpoint at {str(path)!r}: {hint}")
+    if not os.path.isdir(folder):  # noqa: PTH112  # false if the name is too long, where Path raises
+        hint = "it is a file; give the folder" if os.path.isfile(folder) else "there is no such folder"  # noqa: PTH113
+        raise ConvertError(f"no checkpoint at {shorten(str(path))}: {hint}")
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise adapter_error(folder, "adapter_config.json")

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lfm2vl_convert.recipes import Rule, padded_width, recipe_of
-from lfm2vl_convert.write import write_together
-from lfm2vl_edge.errors import ConvertError
+from lfm2vl_convert.write import write_special, write_together
+from lfm2vl_edge.errors import ConvertError, shorten
+from lfm2vl_edge.host import is_special
 from lfm2vl_edge.models.gguf import StoredTensor, read_metadata, read_tensors
 
 SUMS: Final = ".in_sum2"
@@ -108,7 +109,10 @@ def write_imatrix(
         finally:
             writer.close()
 
-    write_together([path], path.parent, make)
+    if is_special(path):
+        write_special(path, lambda partial: make([partial]))
+    else:
+        write_together([path], path.parent, make)
 
 
 def read_imatrix(path: Path) -> Imatrix:
@@ -122,7 +126,9 @@ def read_imatrix(path: Path) -> Imatrix:
     metadata = read_metadata(path)
     if metadata.get("general.type") != _TYPE:
         what = metadata.get("general.architecture", "unknown")
-        raise ConvertError(f"{path} is not a valid importance matrix but a GGUF file of kind {what!r}; {_REMEDY}")
+        raise ConvertError(
+            f"{path} is not a valid importance matrix but a GGUF file of kind {shorten(what)}; {_REMEDY}"
+        )
     for key in (DATASETS, CHUNK_COUNT, CHUNK_SIZE):
         if key not in metadata:
             raise ConvertError(f"{path} lacks {key}, so the importance matrix is incomplete; {_REMEDY}")
@@ -143,7 +149,7 @@ def _mean(tensors: Mapping[str, StoredTensor], name: str, path: Path) -> Values:
     """Return sums over count, divided in float32 as llama-quantize does; ones if nothing was counted."""
     sums, counts = (_values(tensors, name, suffix, path) for suffix in (SUMS, COUNTS))
     if len(counts) != 1:
-        raise ConvertError(f"{path}: {name!r} has {len(counts)} experts, which no LFM2-VL model has; {_REMEDY}")
+        raise ConvertError(f"{path}: {shorten(name)} has {len(counts)} experts, which no LFM2-VL model has; {_REMEDY}")
     count = np.round(counts[0])
     return sums / count if count > 0 else np.ones_like(sums)
 
@@ -156,12 +162,14 @@ def _values(tensors: Mapping[str, StoredTensor], name: str, suffix: str, path: P
     """
     tensor = tensors.get(name + suffix)
     if tensor is None:
-        raise ConvertError(f"{path} has no {name + suffix!r}, so the importance matrix is incomplete; {_REMEDY}")
+        raise ConvertError(
+            f"{path} has no {shorten(name + suffix)}, so the importance matrix is incomplete; {_REMEDY}"
+        )
     if tensor.type != "F32":
-        raise ConvertError(f"{path}: {tensor.name!r} is {tensor.type}, not F32; {_REMEDY}")
+        raise ConvertError(f"{path}: {shorten(tensor.name)} is {tensor.type}, not F32; {_REMEDY}")
     values = tensor.rows(0, tensor.shape[0]).reshape(-1)
     if not (np.isfinite(values).all() and (values >= 0).all()):
-        raise ConvertError(f"{path}: {tensor.name!r} has values that are negative, infinite or NaN; {_REMEDY}")
+        raise ConvertError(f"{path}: {shorten(tensor.name)} has values that are negative, infinite or NaN; {_REMEDY}")
     return values
 
 
@@ -182,7 +190,7 @@ def weights_for(imatrix: Imatrix, source: Path) -> dict[str, Values]:
     unknown = next((name for name in own if name not in tensors), None)
     missing = next((name for name in widths if name not in imatrix.means), None)
     if unknown or missing:
-        which = f"has {unknown!r}, which this model lacks" if unknown else f"lacks {missing!r} of this model"
+        which = f"has {shorten(unknown)}, which this model lacks" if unknown else f"lacks {missing!r} of this model"
         raise ConvertError(f"{imatrix.path} {which}: it was measured on another model; {_REMEDY} and this one")
     return {name: _fitted(imatrix, name, width) for name, width in widths.items()}
 

@@ -13,7 +13,7 @@ from lfm2vl_convert.config import ProjectorConfig, TextConfig, VisionConfig
 from lfm2vl_convert.plan import Rearrangement, RequiredTensor
 from lfm2vl_convert.recipes import block_size, padded_width
 from lfm2vl_edge.config import IMAGE_END, IMAGE_START, IMAGE_TOKEN, THUMBNAIL, ImageConfig
-from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.errors import ConvertError, shorten
 from lfm2vl_edge.models.gguf import image_metadata
 
 ARCHITECTURE: Final = "clip"
@@ -195,7 +195,7 @@ def _add_setting(writer: Any, key: str, value: object) -> None:
 def _marker_id(token_ids: Mapping[str, int], text: str) -> int:
     if text not in token_ids:
         raise ConvertError(
-            f"tokenizer.json has no token {text!r}, which the model needs for images; download it again"
+            f"tokenizer.json has no token {shorten(text)}, which the model needs for images; download it again"
         )
     return token_ids[text]
 

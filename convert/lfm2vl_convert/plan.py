@@ -11,7 +11,7 @@ from typing import Final
 from lfm2vl_convert.recipes import Overrides, stored_type
 from lfm2vl_convert.shards import SourceTensor
 from lfm2vl_edge.config import FLOAT_TYPES
-from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.errors import ConvertError, shorten
 
 UNUSED_ANYWHERE: Final = (".rotary_emb.inv_freq", ".position_ids")
 """Name endings of buffers that older versions of transformers saved; they are computed, not learned."""
@@ -134,8 +134,9 @@ def make_plan(
     for name, tensor in remaining.items():
         if name not in unused:
             raise ConvertError(
-                f"tensor {tensor.name!r} {_shown(tensor)} is not part of an LFM2-VL model with this config.json; "
-                "check that both are from the same checkpoint, or upgrade lfm2vl-edge if the model is newer"
+                f"tensor {shorten(tensor.name)} {_shown(tensor)} is not part of an LFM2-VL model with this "
+                "config.json; check that both are from the same checkpoint, or upgrade lfm2vl-edge if the model is "
+                "newer"
             )
     return Plan(model=plans[0], mmproj=plans[1], unused=tuple(remaining[name].name for name in unused))
 
@@ -146,7 +147,8 @@ def _by_canonical_name(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceT
         other = found.setdefault(canonical(tensor.name), tensor)
         if other is not tensor:
             raise ConvertError(
-                f"tensors {other.name!r} and {tensor.name!r} are the same tensor in two spellings; remove one"
+                f"tensors {shorten(other.name)} and {shorten(tensor.name)} are the same tensor in two spellings; "
+                "remove one"
             )
     return found
 
@@ -171,12 +173,14 @@ def _check(source: SourceTensor | None, required: RequiredTensor) -> None:
     expected = f"{list(required.shape)} was expected from config.json"
     if source is None:
         prefix = "" if required.source.startswith("lm_head.") else "model."
-        raise ConvertError(f"tensor {prefix + required.source!r} is missing; {expected}")
+        raise ConvertError(f"tensor {shorten(prefix + required.source)} is missing; {expected}")
     if source.shape != required.shape:
-        raise ConvertError(f"tensor {source.name!r} has shape {list(source.shape)}; {expected}")
+        raise ConvertError(f"tensor {shorten(source.name)} has shape {list(source.shape)}; {expected}")
     if source.dtype not in FLOAT_TYPES:
         known = ", ".join(FLOAT_TYPES)
-        raise ConvertError(f"tensor {source.name!r} {list(source.shape)} is stored as {source.dtype}; known: {known}")
+        raise ConvertError(
+            f"tensor {shorten(source.name)} {list(source.shape)} is stored as {source.dtype}; known: {known}"
+        )
 
 
 def _shown(tensor: SourceTensor) -> str:

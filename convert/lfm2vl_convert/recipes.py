@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Final
 
 from lfm2vl_edge.config import FLOAT_TYPES
-from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.errors import ConvertError, shorten
 
 TENSOR_TYPES: Final = (
     *FLOAT_TYPES,
@@ -110,7 +110,7 @@ def recipe_of(name: str) -> Recipe:
         if re.search(recipe.pattern, name):
             return recipe
     raise ConvertError(
-        f"tensor {name!r} does not belong to an LFM2-VL model; upgrade lfm2vl-edge if the model is newer"
+        f"tensor {shorten(name)} does not belong to an LFM2-VL model; upgrade lfm2vl-edge if the model is newer"
     )
 
 
@@ -128,7 +128,7 @@ def stored_type(name: str, quant: str, overrides: Overrides = ()) -> str:
     kind = next((kind for pattern, kind in overrides if re.search(pattern, name)), quant)
     if kind not in FLOAT_TYPES:
         raise ConvertError(
-            f"tensor {name!r} cannot be {kind} in a file of type {quant}; "
+            f"tensor {shorten(name)} cannot be {kind} in a file of type {quant}; "
             "narrow the pattern, such as ^blk for the language file, or give this file a block type"
         )
     return kind
@@ -154,11 +154,11 @@ def parse_override(text: str) -> tuple[str, str]:
     """
     pattern, separator, kind = text.rpartition("=")
     if not separator or not pattern:
-        raise ConvertError(f"{text!r} is not a valid PATTERN=TYPE, such as ffn_down=Q6_K")
+        raise ConvertError(f"{shorten(text)} is not a valid PATTERN=TYPE, such as ffn_down=Q6_K")
     if kind.upper() not in TENSOR_TYPES:
-        raise ConvertError(f"unknown tensor type {kind!r} in {text!r}; known: {', '.join(TENSOR_TYPES)}")
+        raise ConvertError(f"unknown tensor type {shorten(kind)} in {shorten(text)}; known: {', '.join(TENSOR_TYPES)}")
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ConvertError(f"{pattern!r} is not a valid regular expression: {error}") from None
+        raise ConvertError(f"{shorten(pattern)} is not a valid regular expression: {error}") from None
     return pattern, kind.upper()

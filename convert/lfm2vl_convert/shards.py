@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from lfm2vl_convert.jsonfile import LFS_POINTER, Section, lfs_error, load_json, load_json_if_present
-from lfm2vl_edge.errors import ConvertError, clip
+from lfm2vl_edge.errors import ConvertError, clip, shorten
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
@@ -73,12 +73,12 @@ def find_tensors(folder: Path, notes: list[str]) -> Mapping[str, SourceTensor]:
         for tensor in _read_header(folder / file):
             if tensor.name in found:
                 other = found[tensor.name].file.name
-                raise ConvertError(f"tensor {tensor.name!r} is in both {other} and {file}; download them again")
+                raise ConvertError(f"tensor {shorten(tensor.name)} is in both {other} and {file}; download them again")
             found[tensor.name] = tensor
     for name, file in listed.items():
         if name not in found or found[name].file.name != file:
             raise ConvertError(
-                f"tensor {name!r} is not in {file}, although {INDEX} lists it there; download both again"
+                f"tensor {shorten(name)} is not in {file}, although {INDEX} lists it there; download both again"
             )
     return found
 

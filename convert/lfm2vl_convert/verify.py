@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lfm2vl_convert import lm, mmproj
 from lfm2vl_convert.config import ProjectorConfig, TextConfig, VisionConfig
 from lfm2vl_convert.report import Rows, relative, squares
-from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.errors import ConvertError, shorten
 from lfm2vl_edge.models.gguf import StoredTensor, read_tensors
 
 _CHUNK_VALUES: Final = 2**22
@@ -51,14 +51,15 @@ def problems(path: Path, metadata: Mapping[str, Any]) -> Iterator[str]:
     tensors = read_tensors(path)
     shapes = expected_shapes(tensors, metadata, path)
     for name in shapes.keys() - tensors.keys():
-        yield f"{path.name} lacks tensor {name!r} {list(shapes[name])}"
+        yield f"{path.name} lacks tensor {shorten(name)} {list(shapes[name])}"
     for name in tensors.keys() - shapes.keys():
-        yield f"{path.name} has a tensor {name!r} that the model does not use"
+        yield f"{path.name} has a tensor {shorten(name)} that the model does not use"
     for name in sorted(tensors.keys() & shapes.keys()):
         if tensors[name].shape != shapes[name]:
-            yield f"{path.name}: {name!r} is {list(tensors[name].shape)}; its metadata requires {list(shapes[name])}"
+            shape = list(tensors[name].shape)
+            yield f"{path.name}: {shorten(name)} is {shape}; its metadata requires {list(shapes[name])}"
         elif not _is_finite(tensors[name]):
-            yield f"{path.name}: {name!r} has values that are infinite or NaN"
+            yield f"{path.name}: {shorten(name)} has values that are infinite or NaN"
 
 
 def expected_shapes(
@@ -152,7 +153,9 @@ def baseline_rows(path: Path, baseline: Path) -> Rows:
     own, other = read_tensors(path), read_tensors(baseline)
     for name in own:
         if name not in other or len(other[name].shape) != len(own[name].shape):
-            raise ConvertError(f"{baseline} has no tensor {name!r} like that of {path}; give files of the same model")
+            raise ConvertError(
+                f"{baseline} has no tensor {shorten(name)} like that of {path}; give files of the same model"
+            )
 
     def rows(name: str, start: int, stop: int) -> NDArray[np.float32]:
         shape = (stop - start, *own[name].shape[1:])

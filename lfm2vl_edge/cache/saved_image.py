@@ -15,7 +15,7 @@ from lfm2vl_edge.cache.fingerprint import Fingerprint
 from lfm2vl_edge.cache.memory import Key
 from lfm2vl_edge.config import ImageConfig
 from lfm2vl_edge.engine import State
-from lfm2vl_edge.errors import ConfigError, StateError
+from lfm2vl_edge.errors import ConfigError, StateError, clip
 from lfm2vl_edge.image.tiles import PreprocessedImage, Tile
 from lfm2vl_edge.planning.budget import BUDGET_SETTINGS
 from lfm2vl_edge.planning.geometry import plan
@@ -78,7 +78,7 @@ def load_saved_image(path: Path, fingerprint: Fingerprint, config: ImageConfig) 
     try:
         header, arrays = read_container(path, _MAX_BYTES)
     except OSError as error:
-        raise StateError(f"cannot read {path}: {error.strerror or error}; check the path") from error
+        raise StateError(f"cannot read {clip(str(path))}: {error.strerror or error}; check the path") from error
     except ValueError as error:
         raise StateError(f"{path} {error}; save the image again") from error
     if not _is_complete(header):

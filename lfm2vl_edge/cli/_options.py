@@ -24,7 +24,7 @@ from lfm2vl_edge.config import (
     Options,
     require,
 )
-from lfm2vl_edge.errors import ConfigError, shorten
+from lfm2vl_edge.errors import ConfigError, clip, shorten
 
 if TYPE_CHECKING:
     from lfm2vl_edge.opening import OpenOptions
@@ -386,10 +386,12 @@ def read_text(argument: str, kind: str) -> str:
             with Path(argument).open("rb") as file:
                 data = file.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
-            raise ConfigError(f"the {kind} {argument} has more than {_MAX_BYTES} bytes; simplify it")
+            raise ConfigError(f"the {kind} {clip(argument)} has more than {_MAX_BYTES} bytes; simplify it")
         text = data.decode()
     except OSError as error:
-        raise ConfigError(f"cannot read the {kind} {argument}: {error.strerror or error}; check the path") from error
+        raise ConfigError(
+            f"cannot read the {kind} {clip(argument)}: {error.strerror or error}; check the path"
+        ) from error
     except ValueError as error:  # a zero byte in the name, or not UTF-8
         raise ConfigError(f"the {kind} {argument} is not UTF-8 text: {error}; correct it") from error
     if not text.strip():

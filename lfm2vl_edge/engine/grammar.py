@@ -15,7 +15,7 @@ import sys
 from typing import Final
 
 from lfm2vl_edge.engine.library import LOG, libllama
-from lfm2vl_edge.errors import ConfigError
+from lfm2vl_edge.errors import ConfigError, clip
 
 ROOT: Final = b"root"
 """Name of the rule at which a grammar starts."""
@@ -48,7 +48,7 @@ def check_grammar(grammar: str) -> None:
     if done.returncode:
         found = _PARSE_ERROR.search(done.stderr.decode("utf-8", "replace"))
         reason = found[1].strip() if found else done.stdout.decode("utf-8", "replace").strip(" ()")
-        raise ConfigError(f"the grammar cannot be read: {reason[:200]}; correct it (GBNF that starts at root)")
+        raise ConfigError(f"the grammar cannot be read: {clip(reason)}; correct it (GBNF that starts at root)")
 
 
 def work() -> None:

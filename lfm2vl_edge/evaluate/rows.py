@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lfm2vl_edge.errors import DataError
+from lfm2vl_edge.errors import DataError, shorten
 from lfm2vl_edge.evaluate.score import true_boxes
 
 MAX_LINE_BYTES: Final = 1_000_000
@@ -58,7 +58,7 @@ def read_rows(path: str | os.PathLike[str], *, needs_answers: bool = True) -> li
         name = rows[-1].name
         if name in lines:
             raise DataError(
-                f"{file}, line {number}: id {name!r} is taken by line {lines[name]}; give each row its own"
+                f"{file}, line {number}: id {shorten(name)} is taken by line {lines[name]}; give each row its own"
             )
         lines[name] = number
     if not rows:
@@ -81,9 +81,9 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except FileNotFoundError:
-        raise DataError(f"no data at {str(file)!r}; check the path") from None
+        raise DataError(f"no data at {shorten(str(file))}; check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        raise DataError(f"cannot read {str(file)!r}: {getattr(error, 'strerror', None) or error}") from error
+        raise DataError(f"cannot read {shorten(str(file))}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -134,15 +134,15 @@ def _texts(fields: dict[str, Any], key: str) -> tuple[str, ...]:
     if not isinstance(value, list):
         return (_text(fields, key),)
     if not value or not all(isinstance(one, str) for one in value):
-        raise DataError(f"{key!r} is a list that is empty or not only of strings; give a string or several")
+        raise DataError(f"{shorten(key)} is a list that is empty or not only of strings; give a string or several")
     return tuple(_checked(one, key) for one in value)
 
 
 def _text(fields: dict[str, Any], key: str) -> str:
     if key not in fields:
-        raise DataError(f"{key!r} is missing; each row needs image, question and answer")
+        raise DataError(f"{shorten(key)} is missing; each row needs image, question and answer")
     if not isinstance(fields[key], str):
-        raise DataError(f"{key!r} is {_kind(fields[key])}, not a string; put it between quotation marks")
+        raise DataError(f"{shorten(key)} is {_kind(fields[key])}, not a string; put it between quotation marks")
     return _checked(fields[key], key)
 
 
@@ -151,7 +151,7 @@ def _checked(text: str, key: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{key!r} has half of a surrogate pair; write the character itself, in UTF-8") from None
+        raise DataError(f"{shorten(key)} has half of a surrogate pair; write the character itself, in UTF-8") from None
     return text
 
 
@@ -163,11 +163,11 @@ def _image(folder: Path, name: str) -> Path:
         exists = path.exists()
     except (OSError, ValueError) as error:  # the name is too long, or has a zero byte
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"{name[:200]!r} is not the path of an image: {why}; give a path that exists") from None
+        raise DataError(f"{shorten(name)} is not the path of an image: {why}; give a path that exists") from None
     if exists:
-        raise DataError(f"{str(path)!r} is not a file; give the path of one image")
+        raise DataError(f"{shorten(str(path))} is not a file; give the path of one image")
     raise DataError(
-        f"no image at {str(path)!r}; give a path relative to the folder of the data file, or an absolute one"
+        f"no image at {shorten(str(path))}; give a path relative to the folder of the data file, or an absolute one"
     )
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn, TypeAlias
 
 from lfm2vl_edge.config import FRACTION_BOXES, BoxFormat
-from lfm2vl_edge.errors import DataError
+from lfm2vl_edge.errors import DataError, clip
 from lfm2vl_edge.structured.boxes import read_entry
 
 Corners: TypeAlias = tuple[float, float, float, float]
@@ -138,7 +138,7 @@ def _true_box(entry: Any) -> LabelledBox:
         if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1:
             return found[0], (x1, y1, x2, y2)
     raise DataError(
-        f"{json.dumps(entry, ensure_ascii=False)[:200]} is not a valid box; give the label as a string, and as bbox "
+        f"{clip(json.dumps(entry, ensure_ascii=False))} is not a valid box; give the label as a string, and as bbox "
         "x1, y1, x2, y2 as fractions of width and height, 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1"
     )
 

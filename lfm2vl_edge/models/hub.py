@@ -429,7 +429,7 @@ def _download_errors(repo: str) -> Iterator[None]:
             f"{repo} is not on this machine and HF_HUB_OFFLINE is set; unset it to download the model"
         ) from error
     except errors.HFValidationError as error:
-        raise DownloadError(f"{repo!r} is not a valid hub id; give OWNER/REPO") from error
+        raise DownloadError(f"{shorten(repo)} is not a valid hub id; give OWNER/REPO") from error
     except errors.HTTPError as error:  # httpx's in 1.x, httpx2's in 2.x
         raise DownloadError(
             f"cannot reach {_endpoint()}: {error_text(error)}; check the connection, try again"

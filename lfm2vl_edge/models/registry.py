@@ -23,6 +23,8 @@ RECOMMENDED: Final = "lfm2.5-vl-450m"
 """The model that messages recommend: the smallest one of the newest series."""
 _TABLE: Final = Path(__file__).with_name("registry.json")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_MAX_HUB_ID: Final = 96
+"""Characters of a hub id; the hub allows no more."""
 _TYPE: Final = re.compile(r"\w{1,24}", re.ASCII)
 
 
@@ -153,7 +155,7 @@ def reference_of(name: str) -> Reference:
 def is_hub_id(text: str) -> bool:
     """Return whether a text has the form `owner/repo`; it may be a path, too."""
     odd = ".." in text or "--" in text or text.endswith((".git", ".gguf", "-", "."))
-    return bool(_HUB_ID.fullmatch(text)) and not odd
+    return bool(_HUB_ID.fullmatch(text)) and not odd and len(text) <= _MAX_HUB_ID
 
 
 def display_name(repo: str, quant: str | None) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypedDict, get_args
 
 from lfm2vl_edge.config import ImageConfig, is_finite, is_integer
-from lfm2vl_edge.errors import ConfigError
+from lfm2vl_edge.errors import ConfigError, shorten
 from lfm2vl_edge.planning.costs import Costs
 from lfm2vl_edge.planning.geometry import TilePlan, fit, is_too_large, plan, single_view
 
@@ -56,14 +56,14 @@ class ImageBudget:
 
     def __post_init__(self) -> None:
         if self.detail not in DETAILS:
-            raise ConfigError(f"detail is {self.detail!r}; it must be one of {', '.join(DETAILS)}")
+            raise ConfigError(f"detail is {shorten(self.detail)}; it must be one of {', '.join(DETAILS)}")
         tokens, seconds = self.budget_tokens, self.budget_seconds
         if tokens is not None and not is_integer(tokens, 1):
-            raise ConfigError(f"budget_tokens is {tokens!r}; it must be an integer, 1 or more")
+            raise ConfigError(f"budget_tokens is {shorten(tokens)}; it must be an integer, 1 or more")
         if seconds is None:
             return
         if not is_finite(seconds) or seconds <= 0:
-            raise ConfigError(f"budget_seconds is {seconds!r}; it must be a finite number above 0")
+            raise ConfigError(f"budget_seconds is {shorten(seconds)}; it must be a finite number above 0")
         if self.costs is None or not self.costs.is_measured:
             raise ConfigError(
                 "budget_seconds needs costs that were measured on this machine: run `lfm2vl-edge tune -m MODEL` once, "
@@ -79,7 +79,7 @@ class ImageBudget:
         known = BudgetOptions.__annotations__
         for name in options:
             if name not in known:
-                raise ConfigError(f"unknown option {name!r} for an image; known: {', '.join(known)}")
+                raise ConfigError(f"unknown option {shorten(name)} for an image; known: {', '.join(known)}")
         return replace(self, **options) if options else self
 
     @property

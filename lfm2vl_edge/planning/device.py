@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from lfm2vl_edge.config import is_finite, is_integer
-from lfm2vl_edge.errors import ConfigError, ModelNotFound
+from lfm2vl_edge.errors import ConfigError, ModelNotFound, shorten
 from lfm2vl_edge.host import available_cpus, cache_folder, cpu_name, write_whole
 from lfm2vl_edge.planning.costs import Costs, line_through
 
@@ -78,11 +78,11 @@ class Profile:
     def __post_init__(self) -> None:
         for name in ("threads", "memory_bytes"):
             if not is_integer(getattr(self, name), 1):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be an integer, 1 or more")
+                raise ConfigError(f"{name} is {shorten(getattr(self, name))}; it must be an integer, 1 or more")
         if self.threads > len(available_cpus()):
             raise ConfigError(f"threads is {self.threads}; this process may use {len(available_cpus())} processors")
         if not isinstance(self.measured, str):
-            raise ConfigError(f"measured is {self.measured!r}; it must be a date")
+            raise ConfigError(f"measured is {shorten(self.measured)}; it must be a date")
         views = [pair for points in self.encode.values() for pair in points.items()]
         speeds = [self.prefill_speed, self.decode_speed, *(seconds for _, seconds in views)]
         if not all(is_finite(value) and value > 0 for value in speeds) or not all(self.encode.values()):
@@ -214,7 +214,7 @@ def _read(key: ProfileKey) -> Profile:
     if not isinstance(content, dict) or not isinstance(content.get("profile"), dict):
         raise ConfigError("it is not a device profile")
     if content.get("version") != VERSION:
-        raise ConfigError(f"it has version {content.get('version')!r}, not {VERSION}")
+        raise ConfigError(f"it has version {shorten(content.get('version'))}, not {VERSION}")
     if content.get("place") != asdict(key):
         raise ConfigError("it belongs to another machine, engine or model")
     try:

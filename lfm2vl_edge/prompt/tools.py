@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from lfm2vl_edge.config import TOOL_CALL_END, TOOL_CALL_START
-from lfm2vl_edge.errors import PromptError, ToolError
+from lfm2vl_edge.errors import PromptError, ToolError, shorten
 
 _TYPES: Final[Mapping[Any, str]] = {
     str: "string",
@@ -183,7 +183,7 @@ def as_tools(given: Sequence[ToolInput]) -> tuple[Tool, ...]:
     names = [tool.name for tool in tools]
     for name in names:
         if names.count(name) > 1:
-            raise PromptError(f"{names.count(name)} tools are called {name!r}; give each a name of its own")
+            raise PromptError(f"{names.count(name)} tools are called {shorten(name)}; give each a name of its own")
     return tools
 
 
@@ -201,7 +201,7 @@ def _tool(one: ToolInput) -> Tool:
         )
     for name in (function.get("name"), *properties):
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-            raise PromptError(f"{name!r} is not a valid name in a tool call; use letters, digits and _")
+            raise PromptError(f"{shorten(name)} is not a valid name in a tool call; use letters, digits and _")
     return Tool(name=function["name"], definition=definition, parameters=tuple(properties))
 
 
@@ -218,7 +218,7 @@ def tool_calls_of(given: object) -> list[ToolCall]:
     except (ValueError, RecursionError) as error:
         why = str(error)
     raise PromptError(
-        f"a message's tool_calls are {given!s:.80} ({why}); "
+        f"a message's tool_calls are {shorten(given)} ({why}); "
         'they must be [{"type": "function", "function": {"name": ..., "arguments": {...}}}]'
     )
 
@@ -257,8 +257,7 @@ def parse_calls(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
         return _parsed(text, tools)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         why = error.msg if isinstance(error, SyntaxError) else str(error)
-        shown = text if len(text) <= 200 else f"{text[:200]}..."
-        raise ToolError(f"the model wrote an invalid tool call: {shown!r}: {why}; ask again", text) from error
+        raise ToolError(f"the model wrote an invalid tool call: {shorten(text)}: {why}; ask again", text) from error
 
 
 def _parsed(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
@@ -275,7 +274,7 @@ def _parsed(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
 def _check(call: ToolCall, tools: Sequence[Tool]) -> None:
     names = [tool.name for tool in tools]
     if call.name not in names:
-        raise _Refused(f"unknown tool {call.name!r}; known: {', '.join(names)}")
+        raise _Refused(f"unknown tool {shorten(call.name)}; known: {', '.join(names)}")
     _check_plain(call.arguments, _MAX_DEPTH)
 
 
@@ -396,6 +395,6 @@ class CallReader:
         if self._open is not None:
             text = self._open.decode("utf-8", "replace")
             raise ToolError(
-                f"the answer ends within a tool call: {text[-200:]!r}; raise max_tokens, or ask again", text
+                f"the answer ends within a tool call: {shorten(text)}; raise max_tokens, or ask again", text
             )
         return tuple(call for text in self._texts for call in parse_calls(text, self._tools))

@@ -130,10 +130,10 @@ def _array_faults(value: list[Any], node: Array, schema: Schema, path: str) -> I
 def _object_faults(value: Mapping[str, Any], node: Object, schema: Schema, path: str) -> Iterator[str]:
     properties = node.properties
     yield from (f"{path} has {shorten(name)}, which is not a property" for name in value if name not in properties)
-    yield from (f"{path} lacks {name}" for name in properties if name in node.required and name not in value)
+    yield from (f"{path} lacks {clip(name)}" for name in properties if name in node.required and name not in value)
     for name, part in properties.items():
         if name in value:
-            yield from _faults(value[name], part, schema, f"{path}.{name}")
+            yield from _faults(value[name], part, schema, clip(f"{path}.{name}"))
 
 
 def _displayed(value: object) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from lfm2vl_edge.errors import ConfigError, shorten
+from lfm2vl_edge.errors import ConfigError, clip, shorten
 
 _DATE: Final = '[12] [0-9]{3} "-" ("0" [1-9] | "1" [0-2]) "-" ("0" [1-9] | [12] [0-9] | "3" [01])'
 _TIME: Final = (
@@ -275,7 +275,7 @@ class _Reader:
         if not isinstance(required, list) or not set(map(str, required)) <= set(described):
             raise ConfigError(f"required at {path} is {shorten(required)}; it must be a list of names in properties")
         properties = {
-            json.loads(_json(str(name), path)): self.read(part, f"{path}/properties/{name}", depth + 1)
+            json.loads(_json(str(name), path)): self.read(part, clip(f"{path}/properties/{name}"), depth + 1)
             for name, part in described.items()
         }
         return Object(properties=properties, required=frozenset(map(str, required)))
@@ -363,7 +363,7 @@ def _parts(value: object, path: str) -> list[Any]:
 
 def _refuse_others(keywords: Iterable[str], known: Iterable[str], path: str) -> None:
     for keyword in sorted(set(map(str, keywords)) - set(known)):
-        raise ConfigError(f"the schema's keyword {keyword!r} at {path} is not supported there; leave it out")
+        raise ConfigError(f"the schema's keyword {shorten(keyword)} at {path} is not supported there; leave it out")
 
 
 def _is_kind(kind: object) -> bool:
