@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +10,8 @@ import gguf
 import yaml
 
 from lfm2vl_convert.jsonfile import Section, read_text
-from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.config import Sampling, is_finite
+from lfm2vl_edge.errors import ConfigError, ConvertError
 
 FILE_TYPES: Final = {
     "F32": gguf.LlamaFileType.ALL_F32,
@@ -20,6 +20,8 @@ FILE_TYPES: Final = {
 }
 """Values of `general.file_type`."""
 _MODEL_CARD: Final = "README.md"
+_MAX_HEADER: Final = 1 << 16
+"""Characters of a model card's header; the published ones have about 1,000."""
 _SAMPLING: Final = {
     "temperature": "sampling_temp",
     "min_p": "sampling_min_p",
@@ -48,7 +50,7 @@ def add_metadata(writer: Any, folder: Path, generation: Section, *, kind: str, q
         ConvertError: the model card's header cannot be read.
     """
     if (folder / _MODEL_CARD).is_file():
-        read_text(folder / _MODEL_CARD)
+        _check_header(folder / _MODEL_CARD)
     try:
         _add_description(writer, folder, generation, kind)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -59,12 +61,31 @@ def add_metadata(writer: Any, folder: Path, generation: Section, *, kind: str, q
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
+def _check_header(card: Path) -> None:
+    """Check that the header of a model card, which gguf reads, cannot take much memory or time."""
+    first, *lines = read_text(card).splitlines() or [""]
+    end = lines.index("---") if "---" in lines else len(lines)
+    header = "\n".join(lines[:end]).replace("\t", "  ") if first == "---" else ""
+    if len(header) > _MAX_HEADER:
+        raise ConvertError(f"the header of {card} has {len(header)} characters, not at most {_MAX_HEADER}; shorten it")
+    try:
+        has_alias = "*" in header and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(header))
+    except (yaml.YAMLError, ValueError, RecursionError):  # reading it will report why
+        return
+    if has_alias:
+        raise ConvertError(f"the header of {card} has YAML aliases (*name); write out what they name")
+
+
 def _add_description(writer: Any, folder: Path, generation: Section, kind: str) -> None:
     parameters = writer.get_total_parameter_count()
     metadata = gguf.Metadata.load(None, folder, None, parameters[0])
     metadata.name = metadata.name or folder.name
     metadata.size_label = metadata.size_label or gguf.size_label(*parameters)
     sampling = stated_sampling(generation)
+    try:
+        Sampling(**{name: value for name, value in sampling.items() if value is not None})
+    except ConfigError as error:
+        raise ConvertError(f"{generation.where}: {error}; correct it") from error
     for name, field in _SAMPLING.items():
         setattr(metadata, field, sampling.get(name))
     writer.add_type(kind)
@@ -120,7 +141,7 @@ def _fits(value: object, kind: Any) -> bool:
         return isinstance(value, bool) and kind == gguf.GGUFValueType.BOOL
     if kind in _FORMATS:
         return isinstance(value, int) and _packs(_FORMATS[kind], value)
-    if isinstance(value, (int, float)) and math.isfinite(value):
+    if isinstance(value, (int, float)) and is_finite(value):
         return kind == gguf.GGUFValueType.FLOAT64 or _packs("<f", value)
     return False
 

@@ -15,7 +15,7 @@ from lfm2vl_convert.jsonfile import (
     Section,
     load_json,
     load_json_if_present,
-    read_text,
+    read_own_text,
 )
 from lfm2vl_edge.errors import ConvertError, clip, shorten
 
@@ -210,13 +210,13 @@ def _padding(number: int) -> str:
 
 
 def _check_texts(source: Section, ids: Mapping[str, int], n_vocab: int) -> None:
-    """Check that no token is cut at a zero byte or named like padding: llama.cpp ends the process on equal tokens."""
+    """Check that no token ends at a zero byte or named like padding: llama.cpp ends the process on equal tokens."""
     padding = map(_padding, set(range(n_vocab)) - set(ids.values()))
     bad = next((text for text in ids if "\0" in text), None) or next((text for text in padding if text in ids), None)
     if bad is not None:
         raise ConvertError(
-            f"{source.where}: the token {shorten(bad)} contains a zero byte or is named like the padding of another id; "
-            "rename it, or train with a tokenizer without it"
+            f"{source.where}: the token {shorten(bad)} contains a zero byte, or is named like the padding of "
+            "another id; rename it, or train with a tokenizer without it"
         )
 
 
@@ -350,9 +350,9 @@ def _chat_templates(folder: Path, config: Section, notes: list[str]) -> dict[str
 
     As in transformers, the processor's templates take precedence over the tokenizer's.
     """
-    files = {path.stem: read_text(path) for path in sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))}
+    files = {path.stem: read_own_text(path, folder) for path in sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))}
     if (folder / _TEMPLATE).is_file():
-        files["default"] = read_text(folder / _TEMPLATE)
+        files["default"] = read_own_text(folder / _TEMPLATE, folder)
     of_tokenizer = files or _templates_in(config)
     stated = [load_json_if_present(folder / name) for name in ("processor_config.json", "chat_template.json")]
     first = next((section for section in stated if "chat_template" in section), None)

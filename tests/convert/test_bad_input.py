@@ -193,8 +193,8 @@ CASES: dict[str, tuple[Edit, str]] = {
     "mean of two": (processor(image_mean=[0.5, 0.5]), "image_mean"),
     "more tiles than markers": (processor(max_tiles=11), "img_row_1_col_11"),
     "processor is a list": (file("processor_config.json", [1]), "processor_config.json is a list"),
-    "temperature as text": (file("generation_config.json", {"temperature": "hot"}), "'hot' for general.sampling.temp"),
-    "top_k as a fraction": (file("generation_config.json", {"top_k": 1.5}), "1.5 for general.sampling.top_k"),
+    "temperature as text": (file("generation_config.json", {"temperature": "hot"}), "temperature is 'hot'; it must"),
+    "top_k as a fraction": (file("generation_config.json", {"top_k": 1.5}), "top_k is 1.5; it must be"),
     "missing tensor": (without(W1), rf"'{W1}' is missing; \[384, 128\] was expected"),
     "unknown tensor": (
         tensor("model.extra.weight", np.zeros((2, 3), np.float32)),

@@ -181,7 +181,7 @@ def deadly() -> Iterator[tuple[str, Damage]]:
 
 def impossible() -> Iterator[tuple[str, Damage]]:
     """Yield values that fill the memory or were a traceback."""
-    for key in ("tile_size", "preproc_image_size", "image_max_pixels", "patch_size", "block_count", "image_size"):
+    for key in ("preproc_image_size", "image_max_pixels", "patch_size", "block_count", "image_size"):
         yield value(f"{VISION}{key}", U32, HUGE)
     for key in ("patch_size", "projector.scale_factor", "attention.head_count", "image_max_pixels", "block_count"):
         yield value(f"{VISION}{key}", U32, 0)
