@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lfm2vl_edge.cache.memory import Caches, Key, Piece, chain
 from lfm2vl_edge.config import ModelConfig, Options
 from lfm2vl_edge.engine import Engine, Floats
-from lfm2vl_edge.errors import AnswerTruncated, ConfigError, ContextFull, ToolError
+from lfm2vl_edge.errors import AnswerTruncated, ConfigError, ContextFull, StateError, ToolError
 from lfm2vl_edge.image.tiles import Tile, preprocess_image
 from lfm2vl_edge.planning.budget import ImageBudget
 from lfm2vl_edge.prompt.messages import Message, images_in, parse_messages
@@ -228,7 +228,7 @@ def prefill(engine: Engine, pieces: Sequence[Piece], caches: Caches, watch: Stop
     """
     with watch.phase("prefill"):
         keys = chain(pieces)
-        done = _restore(engine, keys[:-1], caches)
+        done = _restore(engine, pieces, keys[:-1], caches)
     watch.restored_tokens = sum(map(n_tokens, pieces[:done]))
     views = [index for index, piece in enumerate(pieces) if isinstance(piece, Tile)]
     for index in range(done, len(pieces)):
@@ -238,14 +238,18 @@ def prefill(engine: Engine, pieces: Sequence[Piece], caches: Caches, watch: Stop
                 caches.states.put(keys[index], engine.snapshot, lasting=index in views[-1:])
 
 
-def _restore(engine: Engine, keys: Sequence[Key], caches: Caches) -> int:
-    """Restore the state after the longest known prefix and return how many pieces it has."""
-    found = caches.states.longest(keys)
-    if found is None:
-        return 0
-    length, state = found
-    engine.restore(state)
-    return length
+def _restore(engine: Engine, pieces: Sequence[Piece], keys: Sequence[Key], caches: Caches) -> int:
+    """Restore the state after the longest known prefix and return how many pieces it has; drop what is not valid."""
+    while found := caches.states.longest(keys):
+        length, state = found
+        try:
+            engine.restore(state, sum(map(n_tokens, pieces[:length])))
+        except StateError:
+            caches.states.drop(keys[length - 1])
+            keys = keys[: length - 1]
+        else:
+            return length
+    return 0
 
 
 def _decode(engine: Engine, piece: Piece, caches: Caches, watch: Stopwatch, *, more: bool) -> None:

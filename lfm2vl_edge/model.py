@@ -358,11 +358,12 @@ class Model:
         """
         saved = load_saved_image(Path(path), self.fingerprint(), self.config.image)
         with self._exclusive():
-            if chain(self._up_to(saved.image))[-1] != saved.key:
+            pieces = self._up_to(saved.image)
+            if chain(pieces)[-1] != saved.key:
                 raise StateError(f"{path} was saved by another version of this program; encode the image again")
             try:
-                self.engine.restore(saved.state)
-            except EngineError as error:
+                self.engine.restore(saved.state, sum(map(n_tokens, pieces)))
+            except StateError as error:
                 raise StateError(f"{path} holds no state of this model: {error}; encode the image again") from error
         return self._encoded(saved.image, saved.key, saved.state)
 
@@ -436,7 +437,10 @@ class Model:
         self.engine.cancel()
 
     def close(self) -> None:
-        """Free the model's memory; a second call does nothing."""
+        """Free the model's memory, from any thread; a second call does nothing.
+
+        An answer that runs meanwhile is cancelled, and the memory is freed when its native call has ended.
+        """
         self._is_closed = True
         self.engine.close()
 
@@ -455,6 +459,8 @@ class Model:
         try:
             if self._is_closed:
                 raise EngineError("the model is closed; open it again")
+            if self._files is not None:
+                self._files.check_sizes()
             yield
         finally:
             self._answering.release()

@@ -90,7 +90,8 @@ class FakeEngine:
     def snapshot(self) -> State:
         return np.asarray(self._sequence, "<i4").view(np.uint8)
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: State, n_tokens: int) -> None:
+        assert state.size == 4 * n_tokens
         self._sequence = state.view("<i4").tolist()
 
     def check_grammar(self, grammar: str) -> None:

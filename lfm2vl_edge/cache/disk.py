@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import re
+import stat
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,22 +95,30 @@ def read_container(path: Path, max_bytes: int) -> tuple[dict[str, Any], list[npt
         ValueError: it is not a file of this format, is of another version, or is damaged; the message says which, as
             the end of a sentence about the file.
     """
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):  # a folder cannot be opened
+        raise ValueError("is not a regular file")
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > max_bytes:
-            raise ValueError(f"has {size} bytes, more than {max_bytes}")
-        data = file.read(max_bytes)
-    if not data.startswith(_MAGIC):
-        raise ValueError("was not saved by this program")
-    if len(data) < _START.size + _CHECKSUM_BYTES:
-        raise ValueError("is truncated")
-    _, version, header_bytes = _START.unpack_from(data)
-    if version != _VERSION:
-        raise ValueError(f"has version {version}; this program reads {_VERSION}")
+        start = file.read(_START.size)
+        header_bytes = _check_start(start, os.fstat(file.fileno()).st_size, max_bytes)
+        data = start + file.read(max_bytes - len(start))
     whole = memoryview(data)
     if hashlib.sha256(whole[:-_CHECKSUM_BYTES]).digest() != whole[-_CHECKSUM_BYTES:]:
         raise ValueError("is truncated or corrupt")
     return _parsed(data, _START.size, header_bytes)
+
+
+def _check_start(start: bytes, size: int, max_bytes: int) -> int:
+    """Check the start of a file of `size` bytes, before the rest is read, and return how long its header is."""
+    if not start.startswith(_MAGIC):
+        raise ValueError("was not saved by this program")
+    if size > max_bytes:
+        raise ValueError(f"has {size} bytes, more than {max_bytes}")
+    if size < _START.size + _CHECKSUM_BYTES:
+        raise ValueError("is truncated")
+    _, version, header_bytes = _START.unpack(start)
+    if version != _VERSION:
+        raise ValueError(f"has version {version}; this program reads {_VERSION}")
+    return int(header_bytes)
 
 
 def _parsed(data: bytes, start: int, header_bytes: int) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
@@ -209,12 +218,17 @@ class DiskCache:
             header, arrays = {}, []
         array = arrays[0] if header.get("name") == path.name and len(arrays) == 1 else None
         if array is None or array.ndim != 2 or shape not in (None, array.shape):
-            _LOG.warning("a damaged entry of the cache was dropped: %s", path)
-            _remove(path)
+            self.drop(key)
             return None
         with suppress(OSError):  # removed or read-only: then its use is not noted
             os.utime(path)
         return array
+
+    def drop(self, key: bytes) -> None:
+        """Remove an entry that turned out not to be valid, with a warning, if there is one."""
+        path = self._path(key)
+        if path is not None and (_remove(path) or path.exists()):
+            _LOG.warning("a damaged entry of the cache was dropped: %s", path)
 
     def put(self, key: bytes, array: npt.NDArray[Any]) -> None:
         """Keep an array `[rows, columns]` if budget and disk allow it."""

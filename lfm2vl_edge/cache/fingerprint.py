@@ -14,7 +14,7 @@ from typing import Final
 
 from lfm2vl_edge.config import ImageConfig
 from lfm2vl_edge.engine import EngineInfo
-from lfm2vl_edge.errors import ModelNotFound
+from lfm2vl_edge.errors import EngineError, ModelNotFound, clip
 from lfm2vl_edge.host import write_whole
 from lfm2vl_edge.models.names import Pair, Stamp, stamp
 from lfm2vl_edge.planning.budget import ImageBudget
@@ -54,6 +54,23 @@ class OpenedFiles:
             ModelNotFound: a file is missing.
         """
         return cls(pair=pair, stamps=(stamp(pair.model), stamp(pair.mmproj)))
+
+    def check_sizes(self) -> None:
+        """Check that no file was truncated since: its memory is mapped, and reading past its end ends the process.
+
+        A file that was removed or replaced by another one is still there for those who opened it.
+
+        Raises:
+            EngineError: a file was truncated.
+        """
+        for path, (size, _, inode) in zip((self.pair.model, self.pair.mmproj), self.stamps, strict=True):
+            with suppress(OSError):
+                facts = path.stat()
+                if facts.st_ino == inode and facts.st_size < size:
+                    raise EngineError(
+                        f"{path} was truncated from {size} to {facts.st_size} bytes while the model was open; "
+                        "download or convert it again, and open the model again"
+                    )
 
     def digests(self, memo: Path | None) -> tuple[str, str]:
         """Return the digests of the language file and the mmproj file.
@@ -134,7 +151,7 @@ def file_digest(path: Path, memo: Path | None = None, then: Stamp | None = None)
     try:
         digest = _hash(path)
     except OSError as error:
-        raise ModelNotFound(f"cannot read {path}: {error.strerror or error}; check the path") from error
+        raise ModelNotFound(f"cannot read {clip(str(path))}: {error.strerror or error}; check the path") from error
     if note is not None:
         with suppress(OSError):  # if nothing can be kept, it is computed again
             write_whole(note, [digest.encode()])
@@ -151,7 +168,8 @@ def _hash(path: Path) -> str:
 
 def _known(note: Path) -> str | None:
     try:
-        text = note.read_bytes().decode("ascii", "replace")
+        with note.open("rb") as file:
+            text = file.read(_HEX_DIGITS + 1).decode("ascii", "replace")
     except OSError:
         return None
     return text if len(text) == _HEX_DIGITS and set(text) <= set("0123456789abcdef") else None

@@ -48,15 +48,16 @@ class LruCache:
 
     def put(self, key: Key, array: npt.NDArray[Any]) -> None:
         """Keep an array in place of the least recently used ones; one above the budget is not kept."""
-        self._drop(key)
+        self.drop(key)
         if array.nbytes > self.budget:
             return
         self._kept[key] = array
         self.n_bytes += array.nbytes
         while self.n_bytes > self.budget:
-            self._drop(next(iter(self._kept)))
+            self.drop(next(iter(self._kept)))
 
-    def _drop(self, key: Key) -> None:
+    def drop(self, key: Key) -> None:
+        """Forget an array, if it is kept."""
         array = self._kept.pop(key, None)
         if array is not None:
             self.n_bytes -= array.nbytes
@@ -97,6 +98,13 @@ class StateCache:
                 known = stored[0]
                 self._recent.put(key, known)
         return known
+
+    def drop(self, key: Key) -> None:
+        """Forget a state that turned out not to be valid; on disk too."""
+        self._held.pop(key, None)
+        self._recent.drop(key)
+        if self._disk is not None:
+            self._disk.drop(key)
 
     def longest(self, keys: Sequence[Key]) -> tuple[int, State] | None:
         """Return the length, in pieces, of the longest known prefix of a chain, and its state; None if unknown."""

@@ -104,11 +104,11 @@ class Engine(Protocol):
     def snapshot(self) -> State:
         """Return a copy of the sequence; after restoring it, results have the same bits as after decoding it again."""
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: State, n_tokens: int) -> None:
         """Replace the sequence by a snapshot, after `reserve`. There are no logits until something is decoded.
 
         Raises:
-            EngineError: the bytes are not a snapshot of this model; the sequence is empty then.
+            StateError: the bytes are not a snapshot of this model after `n_tokens` tokens; the sequence is empty then.
         """
 
     def check_grammar(self, grammar: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2vl_edge.engine.library import LOG, bindings
-from lfm2vl_edge.errors import EngineError
+from lfm2vl_edge.errors import EngineError, StateError, shorten
 
 llama: Final = bindings("llama_cpp")
 """llama_cpp's bindings of llama.h."""
@@ -110,11 +110,11 @@ def sequence_bytes(context: Any) -> npt.NDArray[np.uint8]:
     return state
 
 
-def set_sequence_bytes(context: Any, state: npt.NDArray[np.uint8]) -> None:
-    """Replace the sequence of a llama context by uint8 `[n_bytes]` from `sequence_bytes`.
+def set_sequence_bytes(context: Any, state: npt.NDArray[np.uint8], n_tokens: int) -> None:
+    """Replace the sequence of a llama context by uint8 `[n_bytes]` from `sequence_bytes`, after `n_tokens` tokens.
 
     Raises:
-        EngineError: llama.cpp rejects the bytes; the sequence is empty then.
+        StateError: llama.cpp rejects the bytes, or finds another number of tokens in them; the sequence is empty then.
     """
     memory = llama.llama_get_memory(context)
     llama.llama_memory_clear(memory, False)
@@ -122,7 +122,11 @@ def set_sequence_bytes(context: Any, state: npt.NDArray[np.uint8]) -> None:
     read = llama.llama_state_seq_set_data(context, _bytes_at(whole), whole.size, 0)
     if not whole.size or read != whole.size:
         llama.llama_memory_clear(memory, False)
-        raise EngineError(f"llama_state_seq_set_data read {read} of {whole.size} bytes{LOG.reason()}")
+        raise StateError(f"llama_state_seq_set_data read {read} of {whole.size} bytes{LOG.reason()}")
+    found = llama.llama_memory_seq_pos_max(memory, 0) + 1
+    if found != n_tokens:
+        llama.llama_memory_clear(memory, False)
+        raise StateError(f"the state is one of {found} tokens, not of {n_tokens}")
 
 
 def _bytes_at(array: npt.NDArray[np.uint8]) -> Any:
@@ -172,7 +176,7 @@ def find_gpu(n_layers: int, name: str | None) -> int | None:
         return None
     known = gpus()
     if name not in known:
-        raise EngineError(f"no GPU {name!r}; this machine has {', '.join(known) or 'none'}")
+        raise EngineError(f"no GPU {shorten(name)}; this machine has {', '.join(known) or 'none'}")
     return known[name]
 
 

@@ -220,11 +220,11 @@ class LlamaEngine:
         with self._in_use():
             return sequence_bytes(self._context)
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: State, n_tokens: int) -> None:
         """Replace the sequence by a snapshot; see the protocol."""
         LOG.forget()
         with self._in_use():
-            set_sequence_bytes(self._context, state)
+            set_sequence_bytes(self._context, state, n_tokens)
 
     def check_grammar(self, grammar: str) -> None:
         """Check a grammar; see the protocol."""
@@ -285,7 +285,7 @@ class LlamaEngine:
         """Use the native memory inside the block: it is not freed meanwhile.
 
         Without a lock, which a fork or a signal handler could find taken for ever. A use is noted before it checks
-        whether the engine is closed, and `close` checks for uses after it has marked it closed: one of them sees the other.
+        whether the engine is closed, and `close` marks the engine before it checks for uses: one sees the other.
 
         Raises:
             EngineError: the engine is closed, or was in use by another thread when this process was forked.

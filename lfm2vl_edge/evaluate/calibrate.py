@@ -48,7 +48,7 @@ class Calibration:
         from lfm2vl_edge.engine.observe import ObservedEngine
 
         config = read_facts(pair).config
-        settings = engine_settings(config, n_threads or big_cores(), OpenOptions(n_ctx=n_ctx))
+        settings = engine_settings(config, n_threads or big_cores(), OpenOptions(n_ctx=n_ctx, n_threads=n_threads))
         return cls(ObservedEngine(pair.model, pair.mmproj, settings, widths), config)
 
     def observe(self, images: Sequence[AnyImage], question: str, answer: str = "") -> int:

@@ -8,17 +8,32 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lfm2vl_edge import Model
-from lfm2vl_edge.cache.disk import STATE, CacheFolder, DiskCache, clear, entries, entries_folder
+from lfm2vl_edge import Model, StateError
+from lfm2vl_edge.cache.disk import (
+    STATE,
+    CacheFolder,
+    DiskCache,
+    clear,
+    entries,
+    entries_folder,
+    read_container,
+    write_container,
+)
+from lfm2vl_edge.cache.memory import Caches, StateCache, chain
+from lfm2vl_edge.generate import prefill
 from lfm2vl_edge.host import cache_folder
+from lfm2vl_edge.stats import Stopwatch
 from tests.conftest import IMAGES, Pair
+from tests.fake_engine import FakeEngine
 
 WIDE = IMAGES / "wide.png"
 PARTS = [{"type": "image", "image": WIDE}, {"type": "text", "text": "What is this?"}]
@@ -92,6 +107,58 @@ def test_a_state_on_disk_is_used_by_the_next_opening_and_gives_the_same_bits(
     assert paid(folder_of_pair, image_settings={"do_image_splitting": False})[1] is False
     assert paid(folder_of_pair, state_bytes=0) == (0, False)
     assert paid(pair("a", "F32")) == (4, False)
+
+
+@pytest.mark.parametrize("forged", ["bytes", "another prompt"])
+def test_a_forged_state_is_dropped_and_the_answer_is_right(
+    forged: str, folder_of_pair: Path, expected: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for dropped in range(2):
+        with Model.open(folder_of_pair, n_threads=1, cache=tmp_path) as model:
+            assert np.array_equal(model.next_token_logits(CONVERSATION), expected)
+            engine = model.engine
+            engine.reserve(100)
+            engine.decode_tokens(engine.tokenize("what is this?"))
+            wrong = engine.snapshot() if forged == "another prompt" else np.zeros(5000, np.uint8)
+            (path,) = (entry.path for entry in entries(entries_folder(tmp_path)) if entry.path.suffix == STATE)
+            write_container(path, {"name": path.name}, [wrong[None]])  # its checksum is right
+        assert caplog.text.count("a damaged entry of the cache was dropped") == dropped
+
+
+def test_a_forged_state_that_cannot_be_removed_is_not_tried_again() -> None:
+    class Stubborn(StateCache):
+        def drop(self, key: bytes) -> None:
+            """Fail as on a read-only disk."""
+
+    engine = FakeEngine({})
+    states = Stubborn()
+    pieces = [(1, 2), (3,), (4,)]
+    for number, key in enumerate(chain(pieces)[:-1]):
+        states.put(key, partial(np.zeros, number, np.uint8))
+    engine.restore = refuse  # type: ignore[method-assign]
+    prefill(engine, pieces, Caches(states=states), Stopwatch())
+    assert engine.snapshot().view("<i4").tolist() == [1, 2, 3, 4]
+
+
+def refuse(state: Any, n_tokens: int) -> None:
+    raise StateError(f"{len(state)} bytes, {n_tokens} tokens")
+
+
+def test_what_was_not_saved_by_this_program_is_not_read(tmp_path: Path) -> None:
+    large, fifo = tmp_path / "large", tmp_path / "fifo"
+    with large.open("wb") as file:
+        file.truncate(2**31)
+    os.mkfifo(fifo)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="was not saved by this program"):
+            read_container(large, 2**32)
+        for path in (fifo, Path("/dev/zero")):
+            with pytest.raises(ValueError, match="is not a regular file"):
+                read_container(path, 2**32)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_image_encoded_before_is_not_decoded_again(folder_of_pair: Path, expected: Any, tmp_path: Path) -> None:

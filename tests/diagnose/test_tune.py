@@ -90,7 +90,7 @@ class SlowEngine:
     def snapshot(self) -> State:
         raise NotImplementedError
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: State, n_tokens: int) -> None:
         raise NotImplementedError
 
     def cancel(self) -> None:

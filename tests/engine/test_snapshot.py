@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lfm2vl_edge import EngineError, Model
+from lfm2vl_edge import EngineError, Model, StateError
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.models.names import TINY
 from tests.conftest import Pair
@@ -29,14 +29,14 @@ def test_a_restored_sequence_continues_with_the_same_bits(pair: Pair, quant: str
         engine.reserve(200)
         engine.decode_tokens(words)
         engine.decode_embeddings(embeddings)
-        state = engine.snapshot()
+        state, length = engine.snapshot(), len(words) + len(embeddings)
         expected = after(model, more), after(model, more[:1])
         engine.reserve(200)
         engine.decode_tokens(more)
-        engine.restore(state)
+        engine.restore(state, length)
         assert all(np.array_equal(one, after(model, ids)) for one, ids in zip(expected, (more, more[:1]), strict=True))
         engine.reserve(engine.info.n_ctx + 1)  # a new, longer context
-        engine.restore(state)
+        engine.restore(state, length)
         assert np.array_equal(expected[0], after(model, more))
         engine.reserve(200)
         assert not np.array_equal(expected[0], after(model, more))
@@ -71,8 +71,21 @@ def test_bytes_that_are_not_a_snapshot_are_refused_and_the_engine_stays_usable(m
     state = engine.snapshot()
     for wrong in (state[:-1], state[: len(state) // 2], state[:0], np.append(state, np.uint8(0))):
         engine.reserve(100)
-        with pytest.raises(EngineError, match="llama_state_seq_set_data read"):
-            engine.restore(wrong)
+        with pytest.raises(StateError, match="llama_state_seq_set_data read"):
+            engine.restore(wrong, len(words))
+        assert np.array_equal(expected, after(model, words))
+
+
+def test_a_snapshot_of_another_number_of_tokens_is_refused(model: Model) -> None:
+    engine = model.engine
+    words = engine.tokenize("what is this?")
+    engine.reserve(100)
+    expected = after(model, words)
+    state = engine.snapshot()
+    for count in (0, len(words) - 1, len(words) + 1):
+        engine.reserve(100)
+        with pytest.raises(StateError, match=rf"one of {len(words)} tokens, not of {count}"):
+            engine.restore(state, count)
         assert np.array_equal(expected, after(model, words))
 
 
