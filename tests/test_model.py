@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import shutil
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lfm2vl_edge import ConfigError, EngineError, ImageError, Model, PromptError, plan
+from lfm2vl_edge import ConfigError, EngineError, ImageError, Model, PromptError, Sampling, plan
+from lfm2vl_edge.engine import Engine
 from lfm2vl_edge.host import available_cpus, physical_cores
+from lfm2vl_edge.opening import OpenOptions
 from tests.conftest import IMAGES, Pair, conversations
 
 SMALL = IMAGES / "small.png"
@@ -268,3 +276,165 @@ def test_physical_cores_are_counted_once(tmp_path: Any) -> None:
         (topology / "thread_siblings_list").write_text(f"{index // 2}\n")
     assert physical_cores(tmp_path) == (len(cpus) + 1) // 2
     assert physical_cores(tmp_path / "nothing") == len(cpus)
+
+
+@pytest.fixture
+def own_model(pair: Pair) -> Iterator[Model]:
+    """A model that a test may close or damage."""
+    with Model.open(pair("a", "F16"), n_threads=1) as model:
+        yield model
+
+
+USES: dict[str, Callable[[Engine], Any]] = {
+    "tokenize": lambda engine: engine.tokenize("x"),
+    "piece": lambda engine: engine.piece(1),
+    "is_end": lambda engine: engine.is_end(1),
+    "encode": lambda engine: engine.encode(np.zeros((64, 64, 3), np.uint8), 4),
+    "reserve": lambda engine: engine.reserve(1),
+    "decode_tokens": lambda engine: engine.decode_tokens([1]),
+    "decode_embeddings": lambda engine: engine.decode_embeddings(np.zeros((1, 128), np.float32)),
+    "logits": lambda engine: engine.logits(),
+    "snapshot": lambda engine: engine.snapshot(),
+    "restore": lambda engine: engine.restore(np.zeros(9, np.uint8), 1),
+    "check_grammar": lambda engine: engine.check_grammar('root ::= "a"'),
+    "sample": lambda engine: next(engine.sample(Sampling(), 0, [1])),
+    "constrained sample": lambda engine: next(engine.sample(Sampling(), 0, [1], 'root ::= "a"')),
+}
+
+
+def test_every_method_of_a_closed_engine_raises(own_model: Model) -> None:
+    own_model.close()
+    for use in USES.values():
+        with pytest.raises(EngineError, match="the model is closed; open it again"):
+            use(own_model.engine)
+    own_model.cancel()
+    assert "closed" in repr(own_model)
+
+
+def test_a_stream_of_a_model_that_is_closed_meanwhile_raises(own_model: Model) -> None:
+    stream = own_model.stream(SMALL, "x", **GREEDY)
+    next(stream)
+    own_model.close()
+    with pytest.raises(EngineError, match="the model is closed"):
+        list(stream)
+
+
+def test_close_from_another_thread_ends_an_answer(own_model: Model) -> None:
+    stream = own_model.stream(SMALL, "x", temperature=0.0, max_tokens=20_000)
+    next(stream)
+    closer = threading.Timer(0.05, own_model.close)
+    closer.start()
+    with pytest.raises(EngineError, match="the model is closed"):
+        list(stream)
+    closer.join()
+
+
+def test_the_last_user_frees_the_memory(own_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lfm2vl_edge.engine.ffi import llama
+
+    freed: list[Any] = []
+    decode, free = llama.llama_decode, llama.llama_free
+
+    def closing_decode(*arguments: Any) -> Any:
+        own_model.close()
+        assert not freed
+        return decode(*arguments)
+
+    def counted(context: Any) -> None:
+        freed.append(context)
+        free(context)
+
+    monkeypatch.setattr(llama, "llama_decode", closing_decode)
+    monkeypatch.setattr(llama, "llama_free", counted)
+    own_model.engine.reserve(10)
+    with pytest.raises(EngineError, match="the model is closed"):
+        own_model.engine.decode_tokens([1, 2, 3])
+    own_model.close()
+    assert len(freed) == 1
+
+
+def test_a_model_that_is_dropped_is_freed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lfm2vl_edge.engine.ffi import llama
+
+    freed: list[Any] = []
+    free = llama.llama_model_free
+
+    def counted(model: Any) -> None:
+        freed.append(model)
+        free(model)
+
+    monkeypatch.setattr(llama, "llama_model_free", counted)
+    model = Model.open(pair("a", "F16"))
+    stream = model.stream(SMALL, "x", **GREEDY)
+    next(stream)
+    del model
+    gc.collect()
+    assert not freed
+    del stream
+    gc.collect()
+    assert len(freed) == 1
+
+
+FORKED_IN_USE = """
+import os, sys, threading
+from lfm2vl_edge import EngineError, Model
+from lfm2vl_edge.engine.ffi import llama
+model, decode = Model.open(sys.argv[1], n_threads=1), llama.llama_decode
+computes, forked = threading.Event(), threading.Event()
+def waiting_decode(*arguments):
+    computes.set()
+    forked.wait()
+    return decode(*arguments)
+llama.llama_decode = waiting_decode
+model.engine.reserve(10)
+thread = threading.Thread(target=lambda: model.engine.decode_tokens([1, 2, 3]))
+thread.start()
+computes.wait()
+child = os.fork()
+if not child:
+    llama.llama_decode = decode
+    try:
+        model.engine.tokenize("x")
+    except EngineError as error:
+        assert "was computing in another thread when this process forked" in str(error)
+        model.close()  # frees nothing
+        Model.open(sys.argv[1], n_threads=1).ask([], "x", max_tokens=2)
+        sys.exit(3)
+    sys.exit(1)
+forked.set()
+thread.join()
+assert len(model.engine.logits())
+model.close()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_while_another_thread_computes_may_not_use_the_model(pair: Pair) -> None:
+    command = [sys.executable, "-c", FORKED_IN_USE, str(pair("a", "F16"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_file_that_was_truncated_while_open_is_an_error(pair: Pair, tmp_path: Path) -> None:
+    shutil.copytree(pair("a", "F16"), tmp_path / "pair")
+    for path in sorted((tmp_path / "pair").glob("*.gguf")):
+        with Model.open(tmp_path / "pair", n_threads=1) as model:
+            expected = model.ask(SMALL, "x", **GREEDY)
+            data = path.read_bytes()
+            path.unlink()  # what is mapped is still there
+            assert model.ask(SMALL, "x", **GREEDY) == expected
+            path.write_bytes(data)
+        with Model.open(tmp_path / "pair", n_threads=1) as model:
+            os.truncate(path, 5000)
+            with pytest.raises(EngineError, match=rf"{path.name} was truncated from {len(data)} to 5000 bytes"):
+                model.ask(SMALL, "x", **GREEDY)
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("value", [513, 2**31, 2**32 + 1, 10**400])
+def test_more_threads_than_llama_cpp_allows_are_refused(value: int) -> None:
+    with pytest.raises(ConfigError, match="n_threads is .*; it must be an integer, from 1 to 512"):
+        OpenOptions(n_threads=value)
+    with pytest.raises(ConfigError, match="n_gpu_layers is .*; it must be an integer, from -1 to"):
+        OpenOptions(n_gpu_layers=value * 2**31)
