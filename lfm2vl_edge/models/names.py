@@ -83,8 +83,8 @@ class ResolvedModel:
         Raises:
             ModelNotFound: the mmproj is missing.
         """
-        if self.mmproj is not None and not self.mmproj.is_file():
-            raise ModelNotFound(f"no mmproj at {str(self.mmproj)!r}; check the path")
+        if self.mmproj is not None and not os.path.isfile(self.mmproj):  # noqa: PTH113  # false if it is too long
+            raise ModelNotFound(f"no mmproj at {shorten(str(self.mmproj))}; check the path")
         return Pair(model=self.model, mmproj=self.mmproj or _fastest(mmprojs_beside(self.model), seconds))
 
 
@@ -108,9 +108,13 @@ def find_model(path: Path) -> Path:
     Raises:
         ModelNotFound: there is no such file, or the folder has none or several.
     """
-    model = _only_model(path) if path.is_dir() else path
-    if not model.is_file():
-        raise ModelNotFound(f"no model {str(path)!r}; {_contents(Path())}; give the path of a .gguf file")
+    try:
+        model = _only_model(path) if path.is_dir() else path
+        is_file = model.is_file()
+    except OSError as error:  # too long, or in a folder that cannot be read
+        raise ModelNotFound(f"cannot read {shorten(str(path))}: {error.strerror}; check the path") from error
+    if not is_file:
+        raise ModelNotFound(f"no model {shorten(str(path))}; {_contents(Path())}; give the path of a .gguf file")
     if _is_mmproj(model):
         raise ModelNotFound(f"{model.name} is the mmproj of a model; give the language file beside it")
     return model
@@ -218,7 +222,7 @@ def stamp(path: Path) -> Stamp:
     try:
         facts = path.stat()
     except OSError as error:
-        raise ModelNotFound(f"cannot read {path}: {error.strerror or error}; check the path") from error
+        raise ModelNotFound(f"cannot read {clip(str(path))}: {error.strerror or error}; check the path") from error
     return facts.st_size, facts.st_mtime_ns, facts.st_ino
 
 

@@ -325,7 +325,7 @@ def test_the_missing_bytes_are_counted(server: Hub) -> None:
     assert hub.missing_bytes(REPO, RemoteFile(path="x", n_bytes=5, digest="0" * 40)) == 5
 
 
-# A hub that lies
+# A hostile hub
 
 
 EVIL = {

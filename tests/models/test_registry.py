@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -132,3 +133,10 @@ def test_preferred_types_are_types_of_the_converter() -> None:
 def test_the_shortest_name_is_shown() -> None:
     assert display_name("LiquidAI/LFM2-VL-3B-GGUF", "F16") == "lfm2-vl-3b:F16"
     assert display_name("owner/repo", None) == "owner/repo"
+
+
+def test_a_path_that_is_too_long_is_one_short_line() -> None:
+    for path in (Path("x" * 5000), Path("x/" * 3000)):
+        with pytest.raises(ModelNotFound) as caught:
+            names.resolve_model(path)
+        assert len(str(caught.value)) < 300
