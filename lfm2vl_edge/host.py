@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
+import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -19,6 +22,8 @@ DATA_VARIABLE: Final = "LFM2VL_DATA"
 """The environment variable that names the data folder."""
 PARTIAL: Final = ".partial"
 """Suffix of a file that is being written."""
+_PARTIAL_SECONDS: Final = 60
+"""Age at which such a file may be that of an ended process: a container may not see the processes of another one."""
 _PROGRAM: Final = "lfm2vl-edge"
 _TOPOLOGY: Final = Path("/sys/devices/system/cpu")
 _CPUINFO: Final = Path("/proc/cpuinfo")
@@ -150,28 +155,86 @@ def _folder(variable: str, xdg_variable: str, usual: str, environment: Mapping[s
 # Files
 
 
+def is_special(path: Path) -> bool:
+    """Return whether a path is a device, a FIFO or a socket, also by a link; it is never replaced."""
+    try:
+        kind = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not stat.S_ISREG(kind) and not stat.S_ISDIR(kind)
+
+
 def write_whole(path: Path, blocks: Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
     """Write a file completely or not at all: under a temporary name in its folder, then renamed.
+
+    A link stays, and the file that it names is written. What killed processes left of earlier attempts is removed.
+    Devices (`/dev/null`, `/dev/stdout`) and FIFOs are written into, and so is the file that stdout is redirected to.
 
     Args:
         path: the file, which is replaced if it exists; its folder is created if needed.
         blocks: the content.
-        mode: permissions, before the umask.
+        mode: permissions, before the umask; an existing file gets no more than it had.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; no temporary file remains.
+        OSError: the folder cannot be written, the disk is full, or the path is a folder, a disk or a socket; no
+            temporary file remains.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}{PARTIAL}")
+    final = Path(os.path.realpath(path))
     try:
-        partial.touch(mode, exist_ok=False)
-        with partial.open("wb") as file:
+        known = path.stat()
+    except FileNotFoundError:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        if stat.S_ISDIR(known.st_mode) or stat.S_ISBLK(known.st_mode):
+            kind = errno.EISDIR if stat.S_ISDIR(known.st_mode) else errno.ENOTSUP
+            raise OSError(kind, os.strerror(kind), str(path))
+        if not stat.S_ISREG(known.st_mode) or _is_stdout(known):
+            target = path if not stat.S_ISREG(known.st_mode) else os.dup(1)
+            with open(target, "wb") as file:  # noqa: PTH123  # a path or a descriptor
+                file.writelines(blocks)
+            return
+        mode &= known.st_mode
+    remove_partials(final)
+    _replace(final, blocks, mode)
+
+
+def _is_stdout(known: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(known, os.fstat(1))
+    except OSError:  # it is closed
+        return False
+
+
+def _replace(final: Path, blocks: Iterable[bytes | memoryview], mode: int) -> None:
+    partial = final.with_name(f".{final.name}.{os.getpid()}-{os.urandom(4).hex()}{PARTIAL}")
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.writelines(blocks)
-        partial.replace(path)
+        partial.replace(final)
     except BaseException:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def remove_partials(final: Path) -> None:
+    """Remove the temporary files of a file whose processes have ended."""
+    form = re.compile(re.escape(f".{final.name}.") + r"(\d+)-[0-9a-f]{8}" + re.escape(PARTIAL))
+    with suppress(OSError):
+        for path in final.parent.iterdir():
+            found = form.fullmatch(path.name)
+            if found and _has_ended(int(found[1])) and time.time() - path.stat().st_mtime > _PARTIAL_SECONDS:
+                path.unlink(missing_ok=True)
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 # Worker threads

@@ -43,7 +43,7 @@ ORDER = (
 )
 """The rooms of the package, lowest first; "" is the package itself. A module imports from lower rows, its own room,
 and other rooms of its row as long as there is no cycle."""
-FROM_CONVERTER = {"errors", "config", "models.gguf"}
+FROM_CONVERTER = {"errors", "config", "host", "models.gguf"}
 """What the converter may import of the runtime."""
 
 

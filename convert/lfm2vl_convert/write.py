@@ -7,6 +7,7 @@ import fcntl
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from numpy.typing import NDArray
 
 from lfm2vl_convert.plan import Rearrangement, TensorPlan
 from lfm2vl_convert.shards import SourceTensor, read_rows
-from lfm2vl_edge.errors import ConvertError
+from lfm2vl_edge.errors import ConvertError, shorten
+from lfm2vl_edge.host import PARTIAL, is_special, write_whole
 
 CHUNK_VALUES: Final = 2**21
 """Values in memory at once, 8 MB as float32; conversion to BF16 needs about five times that."""
-_SUFFIX: Final = ".partial"
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MEGABYTE: Final = 10**6
 _SAME_ORDER: Final = (Rearrangement.NONE, Rearrangement.SQUEEZED)
@@ -91,6 +92,10 @@ def write_together(finals: Sequence[Path], folder: Path, make: Callable[[Sequenc
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        special = next((final for final in finals if is_special(final)), None)
+        if special is not None:
+            raise ConvertError(f"{special} is not a regular file; remove it, or give another folder")
+        finals = [Path(os.path.realpath(final)) for final in finals]  # a link stays
         with ExitStack() as stack:
             partials = [stack.enter_context(_partial(final)) for final in finals]
             make(partials)
@@ -102,12 +107,22 @@ def write_together(finals: Sequence[Path], folder: Path, make: Callable[[Sequenc
         raise _write_error(error, folder) from error
 
 
+def write_special(path: Path, make: Callable[[Path], None]) -> None:
+    """Write a small file that `make` writes under the name that it gets into a device or a FIFO."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            make(Path(folder) / "file.gguf")
+            write_whole(path, [(Path(folder) / "file.gguf").read_bytes()])
+    except OSError as error:
+        raise _write_error(error, path) from error
+
+
 def remove_leftovers(folder: Path, stems: Sequence[str]) -> None:
     """Remove the temporary files of killed runs whose names start with one of `stems`; running ones keep theirs."""
     prefixes = tuple(f".{stem}-" for stem in stems)
-    for path in folder.glob(f".*.gguf{_SUFFIX}"):
+    for path in folder.glob(f".*.gguf{PARTIAL}"):
         if path.name.startswith(prefixes):
-            with suppress(OSError, ConvertError), _partial(path.with_name(path.name[1 : -len(_SUFFIX)])):
+            with suppress(OSError, ConvertError), _partial(path.with_name(path.name[1 : -len(PARTIAL)])):
                 pass
 
 
@@ -120,7 +135,7 @@ def _write_error(error: OSError, folder: Path) -> ConvertError:
 @contextmanager
 def _partial(final: Path) -> Iterator[Path]:
     """Create the temporary file of `final`, locked as in use; at the end it has been renamed, or is removed."""
-    path = final.with_name(f".{final.name}{_SUFFIX}")
+    path = final.with_name(f".{final.name}{PARTIAL}")
     with path.open("ab") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -222,13 +237,21 @@ def _converted(values: NDArray[np.float32], tensor: TensorPlan) -> NDArray[Any]:
             return values.astype(np.float16)
     except FloatingPointError:
         name = tensor.source.name if tensor.source else tensor.target
-        raise ConvertError(f"tensor {name!r} has values beyond the range of F16; use BF16 or F32") from None
+        raise ConvertError(f"tensor {shorten(name)} has values beyond the range of F16; use BF16 or F32") from None
 
 
 def _publish(finals: Sequence[Path], partials: Sequence[Path]) -> None:
-    """Rename all files; if one fails, remove those that were renamed."""
+    """Rename all files; if one fails, remove those that were renamed.
+
+    Older files but the first are removed before: a kill between two renames leaves a language file without its mmproj,
+    and never one beside that of another model.
+    """
     done: list[Path] = []
     try:
+        for final in finals[1:]:
+            final.unlink(missing_ok=True)
+        for folder in {final.parent for final in finals[1:]}:
+            _sync(folder)
         for final, partial in zip(finals, partials, strict=True):
             partial.replace(final)
             done.append(final)

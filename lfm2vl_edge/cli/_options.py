@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 STDIN: Final = "-"
 """The argument that means stdin instead of a file."""
+_MAX_STDIN: Final = 512_000_000
+"""Bytes of an image on stdin."""
 _MAX_BYTES: Final = 1 << 20
 """Size limit of a JSON schema or a grammar."""
 _LEAST_MEGAPIXELS: Final = 0.0001
@@ -399,16 +401,19 @@ def read_text(argument: str, kind: str) -> str:
     return text
 
 
-def read_stdin(n_bytes: int = -1) -> bytes:
+def read_stdin(n_bytes: int = _MAX_STDIN + 1) -> bytes:
     """Return so many bytes of stdin at most, by default all.
 
     Raises:
-        ConfigError: it is closed, or cannot be read.
+        ConfigError: it is closed, cannot be read, or does not end.
     """
     try:
-        return sys.stdin.buffer.read(n_bytes)
+        data = sys.stdin.buffer.read(n_bytes)
     except OSError as error:
         raise ConfigError(f"cannot read stdin: {error.strerror or error}; give a file, or < FILE") from error
+    if len(data) > _MAX_STDIN:
+        raise ConfigError(f"stdin has more than {_MAX_STDIN} bytes; give a smaller image")
+    return data
 
 
 def refuse_stdin_twice(arguments: Sequence[str | None]) -> None:

@@ -17,7 +17,8 @@ from typing import Any, Final
 
 import typer
 
-from lfm2vl_edge.errors import EdgeError, printable
+from lfm2vl_edge.errors import EdgeError, clip, printable
+from lfm2vl_edge.host import is_special
 
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -86,7 +87,7 @@ def report_os_error(error: OSError) -> None:
     """Write an error of the system as one line; one without a file name concerns stdout, such as a full disk."""
     if error.filename is None:
         _drop_output()
-    name = error.filename or "stdout"
+    name = clip(os.fsdecode(error.filename or "stdout"))
     if error.errno == errno.EBADF:
         report(EdgeError(f"{name} is closed; redirect it to a file, or to /dev/null"))
     else:
@@ -214,7 +215,7 @@ def at_once(grace: float | None = _GRACE_SECONDS) -> Iterator[Interrupt]:
 
 def refuse_overwrite(path: Path, force: bool) -> None:
     """Raise an EdgeError if a file exists and may not be replaced."""
-    if path.exists() and not force:
+    if path.exists() and not force and not is_special(path):
         raise EdgeError(f"{path} exists already; give another name, or --force to replace it")
 
 
@@ -228,7 +229,9 @@ def refuse_drawing(path: Path, force: bool) -> None:
 
 def refuse_unwritable(path: Path) -> None:
     """Raise an EdgeError if no file can be written there: to be called before the work, not at its end."""
-    existing = next(one for one in path.absolute().parents if os.path.lexists(one))
+    if is_special(path):  # nothing is created, and opening a FIFO would wait
+        return
+    existing = next(one for one in Path(os.path.realpath(path)).parents if os.path.lexists(one))
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass

@@ -21,7 +21,7 @@ from lfm2vl_edge.cli._answers import note_unused_variables, show_answer, statist
 from lfm2vl_edge.cli._loading import load_argument, opening
 from lfm2vl_edge.cli._output import EXIT_FAILED, Interrupt, at_once, report, reporting, to_json, write_line
 from lfm2vl_edge.errors import ContextFull, EdgeError
-from lfm2vl_edge.host import data_folder, write_whole
+from lfm2vl_edge.host import data_folder, is_special, write_whole
 from lfm2vl_edge.image.web import display_url, is_url
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class Session:
         path = Path(_file_name(_unquoted(rest)))
         lines = [to_json(_plain(one, self._names), "utf-8") + "\n" for one in self._chat.messages]
         try:
-            if path.exists() and not replace:
+            if path.exists() and not replace and not is_special(path):
                 raise EdgeError(f"{path} exists already; give another name, or /save! {path} to replace it")
             write_whole(path, [line.encode() for line in lines])
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name

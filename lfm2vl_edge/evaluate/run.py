@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lfm2vl_edge.config import GREEDY, AskOptions, Options
-from lfm2vl_edge.errors import AnswerError, DataError, ImageError, PromptError
+from lfm2vl_edge.errors import AnswerError, DataError, ImageError, PromptError, shorten
 from lfm2vl_edge.evaluate.results import Reply, Result
 from lfm2vl_edge.evaluate.rows import Row
 from lfm2vl_edge.evaluate.score import score
+from lfm2vl_edge.host import is_special
 from lfm2vl_edge.image.load import MAX_PIXELS, load_image
 from lfm2vl_edge.image.tiles import PreprocessedImage
 from lfm2vl_edge.model import Model
@@ -145,7 +146,11 @@ class Journal:
         self._path = path
         self._shared = dict(fingerprints)
         self._images: dict[Path, str] = {}
+        self._known: dict[str, tuple[Reply, dict[str, str]]] = {}
         try:
+            if is_special(path):  # nothing can be read of it, or without end
+                self._file = path.open("wb", buffering=0)
+                return
             with path.open("ab+") as file:  # creates it if needed, and never truncates a file of something else
                 file.seek(0)
                 data = file.read()
@@ -182,7 +187,7 @@ class Journal:
             return reply
         if reply.answer is None:
             return None
-        raise DataError(f"row {row.name!r} or its image has changed since {self._path} was written; {_REMEDY}")
+        raise DataError(f"row {shorten(row.name)} or its image has changed since {self._path} was written; {_REMEDY}")
 
     def add(self, result: Result) -> None:
         """Append a result; when this returns, the system has it.
