@@ -123,12 +123,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     vision, projector = read_vision_config(root), read_projector_config(root)
     settings = _image_settings(folder, vision, projector, notes)
     image, text = _image_config(folder, settings), read_text_config(root)
-    tensors = find_tensors(folder, notes)
+    tensors, generation = find_tensors(folder, notes), load_json_if_present(folder / "generation_config.json")
     _refuse_other_tensors(folder, root, tensors)
-    _note_leftovers(folder, root, tensors, notes)
+    _note_leftovers(folder, (root, generation), tensors, notes)
     tied, embedding = _tie(text, tensors, notes)
-    generation = load_json_if_present(folder / "generation_config.json")
-    notes += [f"{key} in generation_config.json is ignored" for key in _IGNORED if generation.values.get(key)]
     return Checkpoint(
         folder=folder,
         root=root,
@@ -195,8 +193,11 @@ def _quantization(root: Section) -> str:
     return ""
 
 
-def _note_leftovers(folder: Path, root: Section, tensors: Mapping[str, SourceTensor], notes: list[str]) -> None:
-    """Append a note on each thing beside the weights that has no effect."""
+def _note_leftovers(
+    folder: Path, configs: tuple[Section, Section], tensors: Mapping[str, SourceTensor], notes: list[str]
+) -> None:
+    """Append a note on each thing that has no effect; `configs` are config.json and generation_config.json."""
+    root, generation = configs
     if method := _quantization(root):
         notes.append(f"config.json states quantization ({method}), but the weights are not quantized; it is ignored")
     if (folder / "adapter_config.json").is_file():
@@ -204,6 +205,7 @@ def _note_leftovers(folder: Path, root: Section, tensors: Mapping[str, SourceTen
     wrapped = next((name for name in tensors if without_wrappers(name) != name), None)
     if wrapped:
         notes.append(f"the names of tensors have the prefix of a wrapper ({clip(wrapped)}), which is ignored")
+    notes += [f"{key} in generation_config.json is ignored" for key in _IGNORED if generation.values.get(key)]
 
 
 def _tie(text: TextConfig, tensors: Mapping[str, SourceTensor], notes: list[str]) -> tuple[bool, str]:
