@@ -134,7 +134,7 @@ def test_a_forged_state_that_cannot_be_removed_is_not_tried_again() -> None:
     states = Stubborn()
     pieces = [(1, 2), (3,), (4,)]
     for number, key in enumerate(chain(pieces)[:-1]):
-        states.put(key, partial(np.zeros, number, np.uint8))
+        states.put(key, partial(np.arange, number, dtype=np.uint8))
     engine.restore = refuse  # type: ignore[method-assign]
     prefill(engine, pieces, Caches(states=states), Stopwatch())
     assert engine.snapshot().view("<i4").tolist() == [1, 2, 3, 4]

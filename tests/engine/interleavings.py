@@ -94,9 +94,11 @@ class Interleaving:
         self.open_streams: list[tuple[Holder, Iterator[Any], int, list[str]]] = []
         self.children: list[int] = []
         self.failures: list[str] = []
+        self.threads: list[threading.Thread] = []
+        """All that were started, also for models that were dropped."""
 
     def run(self, n_operations: int) -> None:
-        """Do some operations, and wait for most of the threads and for all child processes."""
+        """Do some operations, and wait for the threads and for all child processes."""
         operations: list[tuple[Callable[[], None], int]] = [
             *((self.ask, 4), (self.ask_in_thread, 4), (self.start_stream, 4), (self.next_chunk, 8), (self.cancel, 3)),
             *(
@@ -118,9 +120,9 @@ class Interleaving:
             _, status = os.waitpid(child, 0)
             if os.waitstatus_to_exitcode(status) != 0:
                 self.failures.append(f"a forked process ended with {os.waitstatus_to_exitcode(status)}")
-        if self.random.random() < 0.7:  # else the process ends while they compute
-            for thread in [one for holder in self.holders for one in holder.threads]:
-                thread.join()
+        # A process that ends while a thread computes is not part of this: the destructors of libllama run meanwhile.
+        for thread in self.threads:
+            thread.join()
 
     def check(self, holder: Holder, number: int, answer: Callable[[], str]) -> None:
         """Get an answer, which must be right, or fail for a reason that was given."""
@@ -161,6 +163,7 @@ class Interleaving:
 
         thread = threading.Thread(target=late, daemon=daemon)
         holder.threads.append(thread)
+        self.threads.append(thread)
         thread.start()
 
     def start_stream(self) -> None:
@@ -229,7 +232,7 @@ class Interleaving:
         if child:
             self.children.append(child)
             return
-        self.children = []
+        self.children, self.threads = [], []
         signal.alarm(MAX_SECONDS)
         for holder in self.holders:
             holder.threads = []
