@@ -1,17 +1,19 @@
 """Edge runtime for LFM2-VL vision-language models: images in, answers out, on llama.cpp's kernels.
 
-from lfm2vl_edge import Model
+    from lfm2vl_edge import Model
 
-with Model.open("LFM2-VL-450M-F16.gguf") as model:
-    print(model.ask("photo.jpg", "What is this?"))
+    with Model.open("LFM2-VL-450M-F16.gguf") as model:
+        print(model.ask("photo.jpg", "What is this?"))
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as in `typing`, which takes milliseconds
 if TYPE_CHECKING:
+    from typing import Any
+
     from lfm2vl_edge.cache.fingerprint import Fingerprint
     from lfm2vl_edge.chat import Chat
     from lfm2vl_edge.config import (
