@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import keyword
 import string
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -168,8 +169,7 @@ def test_a_model_without_tools_is_an_error() -> None:
 
 def test_markers_are_control_tokens_whatever_the_vocabulary_calls_them() -> None:
     names = ["a", *MARKERS, "<image>"]
-    metadata = {"tokenizer.ggml.tokens": strings(names), "tokenizer.ggml.token_type": [1, *[4] * len(MARKERS), 3]}
-    found = modelfile._control_tokens(Path("x"), metadata)
+    found = modelfile._control_tokens(strings(names), array("i", [1, *[4] * len(MARKERS), 3]))
     assert set(found) == {*LISTS, *CALLS, *RESULTS, "<image>"}
     assert all(names[token] == name for name, token in found.items())
 
