@@ -19,7 +19,7 @@ def interleavings(n_runs: int, first: int) -> dict[str, object]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 def test_random_interleavings_end_with_right_answers() -> None:
-    counts = interleavings(16, 0)
+    counts = interleavings(8, 0)
     assert counts["failed"] == {}
     for name in ("answers", "explained errors", "close", "close_in_thread", "cancel", "drop", "fork"):
         assert counts[name], name
