@@ -1,9 +1,11 @@
 """Edge runtime for LFM2-VL vision-language models: images in, answers out, on llama.cpp's kernels.
 
-    from lfm2vl_edge import Model
+```python
+from lfm2vl_edge import Model
 
-    with Model.open("LFM2-VL-450M-F16.gguf") as model:
-        print(model.ask("photo.jpg", "What is this?"))
+with Model.open("LFM2-VL-450M-F16.gguf") as model:
+    print(model.ask("photo.jpg", "What is this?"))
+```
 """
 
 from __future__ import annotations

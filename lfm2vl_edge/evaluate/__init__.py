@@ -1,10 +1,12 @@
 """How good a model is on questions whose answers are known.
 
-    from lfm2vl_edge import Model
-    from lfm2vl_edge.evaluate import (evaluate, read_rows, summarise)
+```python
+from lfm2vl_edge import Model
+from lfm2vl_edge.evaluate import (evaluate, read_rows, summarise)
 
-    with Model.open("models/450m") as model:
-        print(summarise(evaluate(model, read_rows("data.jsonl"))).total.normalised)
+with Model.open("models/450m") as model:
+    print(summarise(evaluate(model, read_rows("data.jsonl"))).total.normalised)
+```
 """
 
 from lfm2vl_edge.evaluate.results import BoxTally, Reply, Result, Summary, Tally, summarise

@@ -92,8 +92,8 @@ def test_python_opens_by_name_without_a_network(run: Run, tmp_path: Path) -> Non
     code = (
         "import json; from lfm2vl_edge import Model, pull\n"
         f"name, image = {NAME!r}, {str(EXAMPLE)!r}\n"
-        "with Model.open(name) as model, Model.open() as last, Model.open(pull(name)) as pulled:\n"
-        "    answers = [one.ask(image, 'What color is the star?') for one in (model, last, pulled)]\n"
+        "with Model.open(name) as model, Model.open() as last, Model.open(pull(name)) as pair:\n"
+        "    answers = [one.ask(image, 'What color is the star?') for one in (model, last, pair)]\n"
         "print(json.dumps([*answers, pull(name).model.name]))\n"
     )
     done = run("-c", code)
