@@ -48,16 +48,14 @@ def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
 def read_own_text(path: Path, folder: Path) -> str:
     """Return the content of a text file of a checkpoint that is copied as it is: it must be the checkpoint's own.
 
-    In the hub cache the files of a snapshot are links to another folder of the same repository.
+    A file of the hub cache, where snapshots are links, is one too.
 
     Raises:
         ConvertError: see `read_text`; or the file is a link to a place outside of the checkpoint.
     """
-    base = Path(os.path.realpath(folder))
-    stored = base.parent.parent / "blobs"  # quote
-    allowed = (base, stored) if base.parent.name == "snapshots" and stored.is_dir() else (base,)
     target = Path(os.path.realpath(path))
-    if not any(target.is_relative_to(one) for one in allowed):
+    is_cached = any(parent.name.startswith("models--") for parent in target.parents)
+    if not is_cached and not target.is_relative_to(os.path.realpath(folder)):
         raise ConvertError(f"{path} is a link to {target}, outside of the checkpoint; copy the file into the folder")
     return read_text(path)
 

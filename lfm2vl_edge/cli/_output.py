@@ -126,6 +126,7 @@ def write_out(text: str) -> None:
 def write_line(text: str) -> None:
     """Write a line to stderr, above a progress bar if there is one; typer.echo would write into the bar's line."""
     sys.stderr.write(f"{harmless(text)}\n")
+    sys.stderr.flush()
 
 
 def warnings_to_stderr() -> None:

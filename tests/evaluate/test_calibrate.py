@@ -280,12 +280,11 @@ def test_an_existing_file_is_kept(folder: Path, rows: Path, tmp_path: Path) -> N
     assert calibrated("-m", folder, "--data", rows, "-o", tmp_path / "x.gguf", "-f", "--limit", 1).exit_code == 0
 
 
-@pytest.mark.parametrize("place", ["file/x.gguf", "file/deep/x.gguf", "gone/x.gguf", "folder"])
+@pytest.mark.parametrize("place", ["file/x.gguf", "file/deep/x.gguf", "folder"])
 def test_a_path_that_cannot_be_written_is_refused_before_the_work(
     place: str, folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(Calibration, "open", lambda *_, **__: pytest.fail("the work has started"))
