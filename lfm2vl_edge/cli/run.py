@@ -13,7 +13,7 @@ from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._answers import note_truncation, note_unused_variables, show_answer, statistics
 from lfm2vl_edge.cli._loading import load_argument, opening
 from lfm2vl_edge.cli._output import at_once, reporting, to_json, write_line, write_out
-from lfm2vl_edge.errors import PromptError
+from lfm2vl_edge.errors import PromptError, clip, shorten
 
 if TYPE_CHECKING:
     from lfm2vl_edge.generate import Turn
@@ -120,11 +120,11 @@ def split_arguments(arguments: Sequence[str], prompt: str | None) -> tuple[list[
     if not images and is_word:
         return [last], DEFAULT_PROMPT
     if not images:
-        raise PromptError(f"no image before {last!r:.80}; give one, or --prompt for a question without an image")
+        raise PromptError(f"no image before {shorten(last)}; give one, or --prompt for a question without an image")
     if is_word and (words := list(dropwhile(_is_image, images))):
         raise PromptError(
-            f"no image at {words[0]!r:.80}; if it belongs to the question, put the question between quotation marks: "
-            f'"{" ".join([*words, last]):.80}"'
+            f"no image at {shorten(words[0])}; if it belongs to the question, put the question between quotation "
+            f'marks: "{clip(" ".join([*words, last]))}"'
         )
     return images, last
 

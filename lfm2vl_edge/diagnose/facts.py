@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from lfm2vl_edge.errors import EdgeError
+from lfm2vl_edge.errors import EdgeError, clip
 from lfm2vl_edge.host import available_cpus, cache_folder, cpu_name, data_folder, installed_memory, physical_cores
 from lfm2vl_edge.models import names
 from lfm2vl_edge.models.manifest import ManifestEntry, read_manifest
@@ -353,7 +353,7 @@ def parse_engine(code: int, output: bytes, log: bytes) -> EngineFacts:
         lists: dict[str, Any] = {name: tuple(map(str, found.pop(name))) for name in ("features", "backends", "gpus")}
         return EngineFacts(**lists, **found)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        return EngineFacts(error=f"its process printed something that cannot be read ({error!s:.80})")
+        return EngineFacts(error=f"its process printed something that cannot be read ({clip(str(error))})")
 
 
 def _failure(code: int, log: str) -> str:

@@ -242,8 +242,8 @@ def _kind_problems(kinds: Mapping[str, int]) -> Iterator[str]:
 
 def _range_problems(metadata: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
     for key, (least, most) in sizes.items():
-        value = metadata.get(key)
-        if not is_integer(value, least) or not is_integer(most, metadata[key]):
+        value: Any = metadata.get(key)
+        if not is_integer(value, least) or value > most:
             yield f"states {key} {shorten(value)}; it must be an integer from {least} to {most}"
 
 

@@ -196,7 +196,7 @@ def _tool(one: ToolInput) -> Tool:
     properties = schema.get("properties") or {} if isinstance(schema, dict) else None
     if not isinstance(properties, dict):
         raise PromptError(
-            f"the tool {definition!s:.80} has another form; "
+            f"the tool {shorten(definition)} has another form; "
             'it must be {"name": ..., "description": ..., "parameters": {"type": "object", "properties": {...}}}'
         )
     for name in (function.get("name"), *properties):
