@@ -237,7 +237,15 @@ def _has_ended(pid: int) -> bool:
     return False
 
 
-# Worker threads
+# Threads and forks
+
+
+def fork_safe_lock() -> threading.RLock:
+    """Return a lock that a fork waits for, so that a forked process finds it free and what it guards consistent."""
+    lock = threading.RLock()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+    return lock
 
 
 def start_worker(

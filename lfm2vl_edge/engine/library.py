@@ -9,13 +9,14 @@ import ctypes
 import functools
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
+
+from lfm2vl_edge.host import fork_safe_lock
 
 _FOLDER_VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
 """llama_cpp's environment variable for another folder."""
@@ -95,7 +96,7 @@ class NativeLog:
         """The C function that receives the log."""
         self._warning = self._error = ""
         self._level = 0
-        self._lock = threading.RLock()
+        self._lock = fork_safe_lock()
         self._silences = 0
         self._ignore = ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p)
 

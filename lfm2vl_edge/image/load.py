@@ -13,7 +13,6 @@ import binascii
 import io
 import os
 import re
-import threading
 import urllib.parse
 import warnings
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lfm2vl_edge.config import MAX_MEGAPIXELS
 from lfm2vl_edge.errors import ImageError, clip, shorten
+from lfm2vl_edge.host import fork_safe_lock
 from lfm2vl_edge.image.metadata import (
     AVIF,
     HEIF,
@@ -70,7 +70,7 @@ _OTHER_FILES: Final = {
 """The start of what people give instead of an image: what it is, and the remedy."""
 _BASE64_IMAGE: Final = re.compile(rb"(?:iVBORw0KGg|[/_]9j[/_]|R0lGOD|UklGR|SUkq|TU0A|Qk|AAAA.GZ0eXB)")
 """The start of PNG, JPEG, GIF, WebP, TIFF (two byte orders), BMP and HEIF or AVIF in base64."""
-_pillow_lock = threading.RLock()
+_pillow_lock: Final = fork_safe_lock()
 
 
 def load_image(source: ImageInput, *, max_pixels: int = MAX_PIXELS) -> Pixels:

@@ -145,7 +145,8 @@ class Interleaving:
 
     def ask(self) -> None:
         holder, number = self.pick()
-        holder.cancelled &= holder.is_busy  # else the answer that was cancelled is not this one
+        # Of no answer that still runs: then the answer that was cancelled is not this one.
+        holder.cancelled &= holder.is_busy or bool(holder.streams)
         self.check(holder, number, lambda: holder.model.ask(*QUESTIONS[number], **OPTIONS))
 
     def ask_in_thread(self) -> None:
