@@ -2,9 +2,12 @@
 
 import base64
 import io
+import os
+import signal
 import struct
 import sys
 import textwrap
+import threading
 import urllib.parse
 import warnings
 import zlib
@@ -494,3 +497,27 @@ def test_an_image_above_the_limit_of_pillow_and_below_ours_is_loaded(monkeypatch
     for form in ("PNG", "TIFF", "WEBP", "GIF"):
         assert load_image(encoded(Image.fromarray(PIXELS), form)).shape == (6, 9, 3)
     assert Image.MAX_IMAGE_PIXELS == 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_process_forked_while_another_thread_decodes_can_decode() -> None:
+    large, small = encoded(Image.new("RGB", (3000, 3000))), encoded(Image.new("RGB", (2, 2)))
+    ended = threading.Event()
+
+    def decode() -> None:
+        while not ended.wait(0.01):
+            load_image(large)
+
+    thread = threading.Thread(target=decode)
+    thread.start()
+    try:
+        for _ in range(5):
+            child = os.fork()
+            if not child:
+                signal.alarm(20)
+                load_image(small)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        ended.set()
+        thread.join()
