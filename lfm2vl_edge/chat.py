@@ -10,11 +10,10 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lfm2vl_edge.config import AskOptions, Options
-from lfm2vl_edge.generate import Chunk
+from lfm2vl_edge.generate import Chunk, check_constraint
 from lfm2vl_edge.image.tiles import PreprocessedImage
 from lfm2vl_edge.model import Model
 from lfm2vl_edge.prompt.messages import AnyImage, Message, user_message
-from lfm2vl_edge.structured import read_schema
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,10 +43,7 @@ class Chat:
             ConfigError: an option is unknown or out of range, or its schema or grammar is not valid.
         """
         checked = Options.of(**options)
-        if checked.schema is not None:
-            read_schema(checked.schema)
-        if checked.grammar is not None:
-            model.engine.check_grammar(checked.grammar)
+        check_constraint(checked, model.engine)
         self.model = model
         self.system = system
         self._options = options

@@ -251,9 +251,10 @@ class Options:
         seed: seed of the random sampling, 0 to 2**32 - 2; None chooses a new one.
         max_tokens: the answer ends after this many tokens.
         stop: the answer ends before the first of these strings.
-        grammar: GBNF, llama.cpp's notation, starting at `root`: the answer matches it, and comes in one piece. Use
-            grammars only from people you trust: one can be written so that the engine never ends.
         schema: JSON schema: the answer is JSON that matches it, and comes in one piece; see `lfm2vl_edge.structured`.
+        grammar: GBNF (llama.cpp's notation, starting at `root`) or Lark (starting at `start`): the answer matches it,
+            and comes in one piece.
+        regex: a regular expression, in Rust's syntax: the whole answer matches it, and comes in one piece.
         template_options: variables of the model's chat template, such as `{"keep_past_thinking": True}`.
 
     Raises:
@@ -268,8 +269,9 @@ class Options:
     seed: int | None = None
     max_tokens: int = DEFAULT_MAX_TOKENS
     stop: tuple[str, ...] = ()
-    grammar: str | None = None
     schema: Mapping[str, Any] | None = None
+    grammar: str | None = None
+    regex: str | None = None
     template_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -289,10 +291,12 @@ class Options:
         self.sampling(Sampling())
 
     def _check_structure(self) -> None:
-        require(
-            self.grammar is None or (isinstance(self.grammar, str) and bool(self.grammar.strip())),
-            f'grammar is {str(self.grammar)[:40]!r}; it must be a text in GBNF, such as \'root ::= "yes" | "no"\'',
-        )
+        for name, example in (("grammar", 'root ::= "yes" | "no"'), ("regex", "[0-9]{2,5} kg")):
+            value = getattr(self, name)
+            require(
+                value is None or (isinstance(value, str) and bool(value.strip())),
+                f"{name} is {shorten(value)}; it must be a text such as {example}",
+            )
         require(
             self.schema is None or isinstance(self.schema, Mapping),
             f"schema is {str(self.schema)[:40]!r}; it must be a JSON schema as a dictionary",
@@ -302,9 +306,11 @@ class Options:
             or (isinstance(self.template_options, Mapping) and all(map(_is_variable, self.template_options))),
             f"template_options is {str(self.template_options)[:40]!r}; it must be a dictionary of template variables",
         )
+        chosen = [name for name in ("schema", "grammar", "regex") if getattr(self, name) is not None]
+        require(len(chosen) < 2, f"{' and '.join(chosen)} cannot be combined; choose one")
         require(
-            self.schema is None or (self.grammar is None and not self.stop),
-            "schema cannot be combined with grammar or stop: the answer is JSON, whole and nothing else; drop one",
+            self.schema is None or not self.stop,
+            "schema cannot be combined with stop: the answer is JSON, whole and nothing else; drop one",
         )
 
     def sampling(self, default: Sampling) -> Sampling:
@@ -347,8 +353,9 @@ class SamplingOptions(TypedDict, total=False):
 class AskOptions(SamplingOptions, total=False):
     """Keywords of one answer: the fields of `Options`."""
 
-    grammar: str | None
     schema: Mapping[str, Any] | None
+    grammar: str | None
+    regex: str | None
 
 
 GREEDY: Final[SamplingOptions] = {"temperature": 0.0, "repetition_penalty": 1.0}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lfm2vl_edge.cache.memory import Caches, Key, Piece, chain
 from lfm2vl_edge.config import ModelConfig, Options
-from lfm2vl_edge.engine import Engine, Floats
+from lfm2vl_edge.engine import Constraint, Engine, Floats
 from lfm2vl_edge.errors import AnswerTruncated, ConfigError, ContextFull, StateError, ToolError
 from lfm2vl_edge.image.tiles import Tile, preprocess_image
 from lfm2vl_edge.planning.budget import ImageBudget
@@ -126,27 +126,37 @@ def stream(
         AnswerTruncated: max_tokens or the context was full before an answer under a grammar or schema was complete.
         AnswerError: the answer breaks a rule of the schema that no grammar expresses.
     """
-    schema, grammar = _constraint(options)
-    if tools and grammar is not None:
+    schema, constraint = check_constraint(options, runtime.engine)
+    if tools and constraint is not None:
         raise ConfigError("an answer under a grammar or a schema cannot call a tool; give one or the other")
-    if options.grammar is not None:
-        runtime.engine.check_grammar(options.grammar)
-    chunks = _stream(runtime, messages, options, grammar, tools)
-    yield from chunks if grammar is None else _whole(chunks, options, schema)
+    chunks = _stream(runtime, messages, options, constraint, tools)
+    yield from chunks if constraint is None else _whole(chunks, options, schema)
 
 
-def _constraint(options: Options) -> tuple[Schema | None, str | None]:
-    """Return the schema and the grammar of an answer; the code for schemas is imported only if there is one."""
-    if options.schema is None:
-        return None, options.grammar
-    from lfm2vl_edge.structured import grammar_of, read_schema
+def check_constraint(options: Options, engine: Engine) -> tuple[Schema | None, Constraint | None]:
+    """Return the schema of an answer and its constraint; code for them is imported only if there is one.
 
-    schema = read_schema(options.schema)
-    return schema, grammar_of(schema)
+    Raises:
+        ConfigError: the schema, grammar or regular expression is not valid, or the engine cannot use it.
+    """
+    if options.schema is options.grammar is options.regex is None:
+        return None, None
+    from lfm2vl_edge.structured import grammar_of, read_grammar, read_regex, read_schema
+
+    schema = None
+    if options.schema is not None:
+        schema = read_schema(options.schema)
+        grammar = grammar_of(schema)
+    elif options.grammar is not None:
+        grammar = read_grammar(options.grammar)
+    else:
+        grammar = read_regex(options.regex or "")
+    engine.check_grammar(grammar)
+    return schema, Constraint(grammar=grammar)
 
 
 def _stream(
-    runtime: Runtime, messages: Sequence[Message], options: Options, grammar: str | None, tools: Sequence[Tool]
+    runtime: Runtime, messages: Sequence[Message], options: Options, constraint: Constraint | None, tools: Sequence[Tool]
 ) -> Generator[Chunk, None, None]:
     engine, config = runtime.engine, runtime.config
     watch = Stopwatch()
@@ -166,17 +176,18 @@ def _stream(
     # Tokens are sampled one by one and become text; those of tool calls are collected instead.
     text = TextStream(options.stop)
     finish_reason: FinishReason = "length"
-    n_sampled = 0
-    if grammar is not None:
+    n_sampled = n_forced = 0
+    if constraint is not None:
         room += 1  # one more is sampled, but not decoded: it is the end of the turn if the answer is complete
     in_prompt = [segment for segment in prompt.segments if isinstance(segment, int)]
-    for token in engine.sample(options.sampling(config.sampling), options.seed, in_prompt, grammar):
+    for token, is_forced in engine.sample(options.sampling(config.sampling), options.seed, in_prompt, constraint):
         if n_sampled == 0:
             watch.first_token()
         if engine.is_end(token):
             finish_reason = "stop"
             break
         n_sampled += 1
+        n_forced += is_forced
         if piece := text.push(reader.take(token, engine.piece(token))):
             yield Chunk(text=piece)
         if text.stopped or n_sampled == room:
@@ -184,7 +195,7 @@ def _stream(
             break
     if piece := text.flush():
         yield Chunk(text=piece)
-    stats = _stats(prompt, len(images), n_sampled, watch)
+    stats = _stats(prompt, len(images), n_sampled, n_forced, watch)
     yield Chunk(text="", finish_reason=finish_reason, tool_calls=reader.tool_calls(), stats=stats)
 
 
@@ -268,7 +279,7 @@ def _decode(engine: Engine, piece: Piece, caches: Caches, watch: Stopwatch, *, m
         engine.decode_embeddings(embeddings, more=more)
 
 
-def _stats(prompt: Prompt, n_images: int, n_sampled: int, watch: Stopwatch) -> Stats:
+def _stats(prompt: Prompt, n_images: int, n_sampled: int, n_forced: int, watch: Stopwatch) -> Stats:
     return Stats(
         images=n_images,
         views=len(prompt.tiles),
@@ -277,6 +288,7 @@ def _stats(prompt: Prompt, n_images: int, n_sampled: int, watch: Stopwatch) -> S
         prompt_tokens=len(prompt.token_ids),
         restored_tokens=watch.restored_tokens,
         completion_tokens=n_sampled,
+        forced_tokens=n_forced,
         preprocess_seconds=watch.seconds["preprocess"],
         encode_seconds=watch.seconds["encode"],
         prefill_seconds=watch.seconds["prefill"],

@@ -25,6 +25,7 @@ class Stats:
         prompt_tokens: all tokens of the prompt, image tokens included.
         restored_tokens: tokens of the prompt whose state came from a cache.
         completion_tokens: tokens of the answer, without the end-of-turn token.
+        forced_tokens: those of them that the schema, grammar or regular expression allowed no choice for.
         preprocess_seconds: loading, resizing and tiling the images.
         encode_seconds: computing the embeddings of the views, or reading them from a cache.
         prefill_seconds: decoding the prompt in the language tower.
@@ -39,6 +40,7 @@ class Stats:
     prompt_tokens: int
     restored_tokens: int
     completion_tokens: int
+    forced_tokens: int = 0
     preprocess_seconds: float
     encode_seconds: float
     prefill_seconds: float

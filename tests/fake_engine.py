@@ -10,7 +10,7 @@ import numpy as np
 from lfm2vl_edge import EngineError, ImageConfig, Model, Sampling
 from lfm2vl_edge.cache.fingerprint import OpenedFiles
 from lfm2vl_edge.config import IMAGE_END, IMAGE_START, IMAGE_TOKEN, THUMBNAIL, ModelConfig
-from lfm2vl_edge.engine import EngineInfo, Floats, State
+from lfm2vl_edge.engine import Constraint, EngineInfo, Floats, Sampled, State
 from lfm2vl_edge.image.load import Pixels
 from lfm2vl_edge.models.names import Pair
 
@@ -98,16 +98,15 @@ class FakeEngine:
         pass
 
     def sample(
-        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], grammar: str | None = None
-    ) -> Iterator[int]:
+        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None = None
+    ) -> Iterator[Sampled]:
         question = bytes(token for token in self._sequence if token < 256).decode()
         if self.fails_at == len(self.asked):
             raise EngineError("the answer was cancelled")
         self.asked.append(question)
         self.sampled.append(sampling)
-        self.grammars.append(grammar)
-        yield from self.answers.get(question, "?").encode()
-        yield END
+        self.grammars.append(constraint and constraint.grammar)
+        yield from map(Sampled, (*self.answers.get(question, "?").encode(), END))
 
     def cancel(self) -> None:
         self.fails_at = len(self.asked)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lfm2vl_edge import Chat, Chunk, ConfigError, ContextFull, EngineError, ImageError, Model, PromptError
-from lfm2vl_edge.engine import Floats
+from lfm2vl_edge.engine import Floats, Sampled
 from tests.conftest import IMAGES
 from tests.fake_engine import CONFIG, FakeEngine
 
@@ -44,7 +44,7 @@ class CountingEngine(FakeEngine):
         self.decoded += len(embeddings)
         super().decode_embeddings(embeddings, more=more)
 
-    def sample(self, *arguments: Any) -> Iterator[int]:
+    def sample(self, *arguments: Any) -> Iterator[Sampled]:
         for token in super().sample(*arguments):
             if self.stopped:
                 raise EngineError("the answer was cancelled")

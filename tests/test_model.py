@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from lfm2vl_edge import ConfigError, EngineError, ImageError, Model, PromptError, Sampling, plan
-from lfm2vl_edge.engine import Engine
+from lfm2vl_edge.engine import Constraint, Engine
 from lfm2vl_edge.host import available_cpus, physical_cores
 from lfm2vl_edge.opening import OpenOptions
 from tests.conftest import IMAGES, Pair, conversations
@@ -296,9 +296,9 @@ USES: dict[str, Callable[[Engine], Any]] = {
     "logits": lambda engine: engine.logits(),
     "snapshot": lambda engine: engine.snapshot(),
     "restore": lambda engine: engine.restore(np.zeros(9, np.uint8), 1),
-    "check_grammar": lambda engine: engine.check_grammar('root ::= "a"'),
+    "check_grammar": lambda engine: engine.check_grammar('start: "a"'),
     "sample": lambda engine: next(engine.sample(Sampling(), 0, [1])),
-    "constrained sample": lambda engine: next(engine.sample(Sampling(), 0, [1], 'root ::= "a"')),
+    "constrained sample": lambda engine: next(engine.sample(Sampling(), 0, [1], Constraint(grammar='start: "a"'))),
 }
 
 

@@ -302,7 +302,11 @@ class AnswerOptions(SamplingOptions):
     ] = None
     grammar: Annotated[
         Path | None,
-        _answer("--grammar", metavar="FILE", help="Answer that matches this grammar (GBNF), or fail."),
+        _answer("--grammar", metavar="FILE", help="Answer that matches this grammar (GBNF or Lark), or fail."),
+    ] = None
+    regex: Annotated[
+        str | None,
+        _answer("--regex", parser=as_text, metavar="REGEX", help="Answer that matches this expression, or fail."),
     ] = None
 
     def values(self) -> dict[str, Any]:
@@ -313,7 +317,8 @@ class AnswerOptions(SamplingOptions):
         """
         grammar = None if self.grammar is None else read_text(str(self.grammar), "grammar")
         schema = None if self.json_schema is None else read_schema_file(self.json_schema)
-        return {**SamplingOptions.values(self), "stop": tuple(self.stop or ()), "grammar": grammar, "schema": schema}
+        form = {"schema": schema, "grammar": grammar, "regex": self.regex}
+        return {**SamplingOptions.values(self), "stop": tuple(self.stop or ()), **form}
 
 
 ExactOptions: TypeAlias = Annotated[SamplingOptions, GREEDY]

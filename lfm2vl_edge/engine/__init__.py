@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +48,29 @@ class EngineInfo:
     encoder: str
     encoder_settings: str
     language_settings: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """What an answer must match.
+
+    Attributes:
+        grammar: llguidance's text of a grammar: Lark, or the JSON that its `grammar_from_*` functions return. Control
+            tokens match only where it names them.
+        trigger: the token after which the answer must match; once the grammar is complete, the answer is free again
+            until the next one. None: the whole answer must match, and the turn ends where it is complete.
+    """
+
+    grammar: str
+    trigger: int | None = None
+
+
+class Sampled(NamedTuple):
+    """A token of an answer."""
+
+    token: int
+    is_forced: bool = False
+    """Whether the constraint allowed no other, so that nothing was sampled."""
 
 
 class Engine(Protocol):
@@ -112,23 +135,22 @@ class Engine(Protocol):
         """
 
     def check_grammar(self, grammar: str) -> None:
-        """Check that `sample` can use a grammar, before any image is encoded.
+        """Check that `sample` can use a grammar, before any image is encoded, and prepare for it in a worker thread.
 
         Raises:
             ConfigError: it cannot; the message has the reason.
         """
 
     def sample(
-        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], grammar: str | None = None
-    ) -> Iterator[int]:
-        """Yield tokens without end; each is appended to the sequence when the next one is requested.
+        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None = None
+    ) -> Iterator[Sampled]:
+        """Yield tokens without end; each is appended to the sequence before another one is sampled.
 
         Args:
             sampling: temperature and the other sampling settings.
             seed: of the random numbers; `None` takes a new one from the system.
             prompt_tokens: the prompt's tokens, which the repetition penalty counts as transformers does.
-            grammar: GBNF that starts at `root` and passed `check_grammar`. The tokens before the end of the turn are
-                a sentence of it: the turn ends only if the sentence may, and contains no control token.
+            constraint: what the tokens before the end of the turn must match; its grammar passed `check_grammar`.
         """
 
     def cancel(self) -> None:

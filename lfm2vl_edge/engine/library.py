@@ -66,8 +66,6 @@ def libllama() -> Any:
     library.llama_model_load_from_file.restype = ctypes.c_void_p
     library.llama_model_free.argtypes = [ctypes.c_void_p]
     library.llama_supports_gpu_offload.restype = ctypes.c_bool
-    library.llama_sampler_init_grammar.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p]
-    library.llama_sampler_init_grammar.restype = ctypes.c_void_p
     library.llama_log_set.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.llama_log_set(ctypes.cast(LOG.callback, ctypes.c_void_p), None)
     return library

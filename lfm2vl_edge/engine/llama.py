@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 
 from lfm2vl_edge.config import Sampling
-from lfm2vl_edge.engine import EngineInfo, Floats, State
+from lfm2vl_edge.engine import Constraint, EngineInfo, Floats, Sampled, State
 from lfm2vl_edge.engine.encoder.ggml import graph_failure
 from lfm2vl_edge.engine.encoder.vision import VERSION, GraphEncoder
 from lfm2vl_edge.engine.ffi import (
@@ -33,13 +33,18 @@ from lfm2vl_edge.engine.ffi import (
     sequence_bytes,
     set_sequence_bytes,
 )
-from lfm2vl_edge.engine.grammar import check_grammar
+from lfm2vl_edge.engine.grammar import Follower, check_grammar, llguidance_tokenizer
 from lfm2vl_edge.engine.language import LanguageFile
 from lfm2vl_edge.engine.library import LOG
-from lfm2vl_edge.engine.sampling import TokenIds, grammar_sampler, sample_constrained, sampler_chain
+from lfm2vl_edge.engine.sampling import sampler_chain
 from lfm2vl_edge.errors import ContextFull, EngineError
+from lfm2vl_edge.host import start_worker
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from llguidance import LLTokenizer
+
     from lfm2vl_edge.engine.encoder.mtmd import MtmdEncoder
     from lfm2vl_edge.image.load import Pixels
 
@@ -107,6 +112,7 @@ class LlamaEngine:
         self._encoder: Encoder | None = None
         self._n_ctx = 0
         self._view_tokens = settings.max_view_tokens
+        self._making_tokenizer: Future[LLTokenizer] | None = None
         self._abort = AbortFlag()
         self._uses: set[tuple[int, object]] = set()  # of the native memory now, each with its process
         self._freed = threading.Lock()  # taken once, by the thread that frees
@@ -230,45 +236,67 @@ class LlamaEngine:
         """Check a grammar; see the protocol."""
         with self._in_use():
             check_grammar(grammar)
+        if self._making_tokenizer is None:
+            self._making_tokenizer = start_worker(self._make_tokenizer)
 
     def sample(
-        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], grammar: str | None = None
-    ) -> Iterator[int]:
+        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None = None
+    ) -> Iterator[Sampled]:
         """Yield tokens without end; see the protocol."""
         with sampler_chain(sampling, seed, self._n_vocab, self._n_ctx) as chain:
             for token in prompt_tokens:
                 llama.llama_sampler_accept(chain, token)
-            single = (llama.llama_token * 1)()
-            batch = llama.llama_batch(n_tokens=1, token=single)
-            with self._sampler(chain, grammar) as sample_token:
-                while True:
+            follower = constraint and Follower(self._tokenizer(), constraint)
+            run = self._forced(chain, follower.forced()) if follower else []
+            while True:
+                if not run:
                     with self._in_use():
-                        single[0] = sample_token()
-                    yield single[0]
-                    self._decode(batch)
+                        run = self._sampled(chain, follower)
+                yield from run
+                self.decode_tokens([one.token for one in run])
+                run = []
 
-    @contextmanager
-    def _sampler(self, chain: Any, grammar: str | None) -> Iterator[Callable[[], int]]:
-        """Yield the function that samples the next token."""
-        if grammar is None:
-            yield lambda: int(llama.llama_sampler_sample(chain, self._context, -1))
-            return
-        with ExitStack() as stack:
-            with self._in_use():
-                native = stack.enter_context(grammar_sampler(self._vocab, grammar))
-            yield lambda: sample_constrained(chain, native, self._text_tokens, self.logits())
+    def _sampled(self, chain: Any, follower: Follower | None) -> list[Sampled]:
+        """Return the next token, and those that must follow it."""
+        if follower is None:
+            return [Sampled(llama.llama_sampler_sample(chain, self._context, -1))]
+        if follower.is_complete:
+            return [Sampled(self._ends[0], is_forced=True)]
+        logits = require("llama_get_logits_ith", llama.llama_get_logits_ith(self._context, -1))
+        follower.restrict(np.ctypeslib.as_array(logits, (self._n_vocab,)))
+        token = int(llama.llama_sampler_sample(chain, self._context, -1))
+        if token in self._ends:
+            return [Sampled(token)]
+        return [Sampled(token), *self._forced(chain, follower.accept(token))]
+
+    def _forced(self, chain: Any, tokens: Sequence[int]) -> list[Sampled]:
+        for token in tokens:
+            llama.llama_sampler_accept(chain, token)
+        return [Sampled(token, is_forced=True) for token in tokens]
+
+    def _tokenizer(self) -> LLTokenizer:
+        """Return llguidance's form of the vocabulary, which a worker thread makes once."""
+        if self._making_tokenizer is None:
+            self._making_tokenizer = start_worker(self._make_tokenizer)
+        return self._making_tokenizer.result()
+
+    def _make_tokenizer(self) -> LLTokenizer:
+        with self._in_use():
+            control = llama.LLAMA_TOKEN_ATTR_UNKNOWN | llama.LLAMA_TOKEN_ATTR_CONTROL
+            buffer = ctypes.create_string_buffer(1 << 14)
+            pieces = []
+            for token in range(self._n_vocab):
+                size = llama.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
+                attribute = llama.llama_vocab_get_attr(self._vocab, token)
+                pieces.append((b"\xff" if attribute & control else b"") + buffer.raw[:size])
+            return llguidance_tokenizer(llama, self._vocab, pieces, self._ends)
 
     @cached_property
-    def _text_tokens(self) -> TokenIds:
-        """int32 `[n]`: the ids of text tokens, and those that end the turn.
-
-        The others are control tokens: a grammar would match their names, which an answer does not show.
-        """
-        control = llama.LLAMA_TOKEN_ATTR_UNKNOWN | llama.LLAMA_TOKEN_ATTR_CONTROL
-        attributes = map(llama.llama_vocab_get_attr, [self._vocab] * self._n_vocab, range(self._n_vocab))
-        is_end = llama.llama_vocab_is_eog
-        ids = (token for token, known in enumerate(attributes) if not known & control or is_end(self._vocab, token))
-        return np.fromiter(ids, np.int32)
+    def _ends(self) -> list[int]:
+        """Tokens that end the model's turn, the usual one first."""
+        usual = llama.llama_vocab_eot(self._vocab)
+        others = (token for token in range(self._n_vocab) if llama.llama_vocab_is_eog(self._vocab, token))
+        return sorted(others, key=lambda token: token != usual)
 
     def cancel(self) -> None:
         """Stop the running or next decode, from any thread."""

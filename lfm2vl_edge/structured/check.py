@@ -1,4 +1,4 @@
-"""Check answers against a schema, and convert between JSON and instances of dataclasses or pydantic models.
+"""Convert between JSON and instances of dataclasses or pydantic models.
 
 pydantic is never imported: a class with `model_json_schema` and `model_validate_json` is treated as a pydantic model.
 """
@@ -6,138 +6,13 @@ pydantic is never imported: a class with `model_json_schema` and `model_validate
 from __future__ import annotations
 
 import enum
-import json
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from fractions import Fraction
-from typing import Any, Final, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
-from lfm2vl_edge.errors import AnswerError, ConfigError, clip, shorten
-from lfm2vl_edge.structured.schema import (
-    AnyOf,
-    Array,
-    Enum,
-    Node,
-    Number,
-    Object,
-    Reference,
-    Schema,
-    String,
-    has_format,
-    read_schema,
-)
-
-
-def parse_answer(text: str, schema: Schema) -> Any:
-    """Return the value of an answer.
-
-    Raises:
-        AnswerError: it is not valid JSON or breaks a rule of the schema; the message names the rule and the place.
-    """
-    try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise AnswerError(
-            f"the answer {shorten(text)} is not valid JSON ({error}); ask again with another seed"
-        ) from error
-    fault = fault_of(value, schema.root, schema)
-    if fault is not None:
-        raise AnswerError(f"the answer breaks the schema: {fault}; ask again with another seed, or loosen the schema")
-    return value
-
-
-def fault_of(value: Any, node: Node, schema: Schema) -> str | None:
-    """Return the first rule that a value breaks, or None if it matches."""
-    return next(_faults(value, node, schema, "$"), None)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return values
-
-
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-def _faults(value: Any, node: Node, schema: Schema, path: str) -> Iterator[str]:
-    """Yield the broken rules, the outermost first."""
-    while isinstance(node, Reference):
-        node = schema.targets[node.target]
-    if isinstance(node, AnyOf):
-        n_matches = sum(next(_faults(value, one, schema, path), None) is None for one in node.nodes)
-        if n_matches == 0 or (node.exactly_one and n_matches > 1):
-            yield f"{path} is {_displayed(value)}, which matches {n_matches} of {len(node.nodes)} alternatives"
-    elif isinstance(node, Enum):
-        if json.dumps(value, ensure_ascii=False) not in node.texts:
-            yield f"{path} is {_displayed(value)}, which is not one of {clip(', '.join(node.texts))}"
-    elif not _is_kind(value, node):
-        name = "integer" if isinstance(node, Number) and node.is_integer else type(node).__name__.lower()
-        yield f"{path} is {_displayed(value)}, which is not of type {name}"
-    elif isinstance(node, Array):
-        yield from _array_faults(value, node, schema, path)
-    elif isinstance(node, Object):
-        yield from _object_faults(value, node, schema, path)
-    else:
-        rules = _number_faults(value, node) if isinstance(node, Number) else _string_faults(value, node)
-        yield from (f"{path} is {_displayed(value)}, {rule}" for rule in rules)
-
-
-def _is_kind(value: Any, node: Number | String | Array | Object) -> bool:
-    if isinstance(node, Number):
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return is_number and (not node.is_integer or isinstance(value, int))
-    kinds: dict[type, type] = {String: str, Array: list, Object: dict}
-    return isinstance(value, kinds[type(node)])
-
-
-def _number_faults(value: float, node: Number) -> Iterator[str]:
-    if node.minimum is not None and value < node.minimum:
-        yield f"below minimum {node.minimum}"
-    if node.maximum is not None and value > node.maximum:
-        yield f"above maximum {node.maximum}"
-    if node.exclusive_minimum is not None and value <= node.exclusive_minimum:
-        yield f"not above exclusiveMinimum {node.exclusive_minimum}"
-    if node.exclusive_maximum is not None and value >= node.exclusive_maximum:
-        yield f"not below exclusiveMaximum {node.exclusive_maximum}"
-    if node.multiple_of is not None and Fraction(str(value)) % Fraction(str(node.multiple_of)):
-        yield f"not a multiple of {node.multiple_of}"
-
-
-def _string_faults(value: str, node: String) -> Iterator[str]:
-    if len(value) < node.min_length:
-        yield f"shorter than minLength {node.min_length}"
-    if node.max_length is not None and len(value) > node.max_length:
-        yield f"longer than maxLength {node.max_length}"
-    if node.format is not None and not has_format(value, node.format):
-        yield f"not a valid {node.format}"
-
-
-def _array_faults(value: list[Any], node: Array, schema: Schema, path: str) -> Iterator[str]:
-    if len(value) < node.min_items:
-        yield f"{path} has {len(value)} entries, fewer than minItems {node.min_items}"
-    if node.max_items is not None and len(value) > node.max_items:
-        yield f"{path} has {len(value)} entries, more than maxItems {node.max_items}"
-    if node.unique_items and len({json.dumps(one, sort_keys=True) for one in value}) < len(value):
-        yield f"{path} has an entry twice, against uniqueItems"
-    for index, one in enumerate(value):
-        yield from _faults(one, node.items, schema, f"{path}[{index}]")
-
-
-def _object_faults(value: Mapping[str, Any], node: Object, schema: Schema, path: str) -> Iterator[str]:
-    properties = node.properties
-    yield from (f"{path} has {shorten(name)}, which is not a property" for name in value if name not in properties)
-    yield from (f"{path} lacks {clip(name)}" for name in properties if name in node.required and name not in value)
-    for name, part in properties.items():
-        if name in value:
-            yield from _faults(value[name], part, schema, clip(f"{path}.{name}"))
-
-
-def _displayed(value: object) -> str:
-    return clip(json.dumps(value, ensure_ascii=False))
+from lfm2vl_edge.errors import AnswerError, ConfigError
+from lfm2vl_edge.structured.schema import parse_answer, read_schema
 
 
 _PLAIN: Final[Mapping[Any, str]] = {
@@ -259,4 +134,4 @@ def _convert(kind: Any, value: Any) -> Any:
 def _fits(kind: Any, value: Any) -> bool:
     writer = _Writer()
     schema = read_schema({"anyOf": [writer.schema(kind, "")], "$defs": writer.parts})
-    return fault_of(value, schema.root, schema) is None
+    return bool(schema.validator.is_valid(value))

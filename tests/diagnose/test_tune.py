@@ -12,7 +12,7 @@ import pytest
 
 from lfm2vl_edge import ConfigError, EngineError, ModelNotFound, Sampling
 from lfm2vl_edge.diagnose.tune import Measurement, Timer, tune
-from lfm2vl_edge.engine import EngineInfo, Floats, State
+from lfm2vl_edge.engine import Constraint, EngineInfo, Floats, Sampled, State
 from lfm2vl_edge.image.load import Pixels
 from lfm2vl_edge.models.names import mmproj_type
 from lfm2vl_edge.opening import Opening, OpenOptions
@@ -63,10 +63,10 @@ class SlowEngine:
         raise NotImplementedError
 
     def sample(
-        self, sampling: Sampling, seed: int | None, seen: Sequence[int], grammar: str | None = None
-    ) -> Iterator[int]:
+        self, sampling: Sampling, seed: int | None, seen: Sequence[int], constraint: Constraint | None = None
+    ) -> Iterator[Sampled]:
         while True:
-            yield 7
+            yield Sampled(7)
             self.clock.now += 0.1
 
     def close(self) -> None:

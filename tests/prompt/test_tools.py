@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from lfm2vl_edge import ConfigError, Model, PromptError, Sampling, ToolCall, ToolError, Turn
 from lfm2vl_edge.config import ModelConfig
+from lfm2vl_edge.engine import Constraint, Sampled
 from lfm2vl_edge.image.tiles import Tile
 from lfm2vl_edge.models import facts as modelfile
 from lfm2vl_edge.prompt.messages import parse_messages
@@ -185,10 +186,9 @@ class Answering(FakeEngine):
         return bytes([token]) if token < 256 else b""
 
     def sample(
-        self, sampling: Sampling, seed: int | None, seen: Sequence[int], grammar: str | None = None
-    ) -> Iterator[int]:
-        yield from self.answer
-        yield END
+        self, sampling: Sampling, seed: int | None, seen: Sequence[int], constraint: Constraint | None = None
+    ) -> Iterator[Sampled]:
+        yield from map(Sampled, (*self.answer, END))
 
 
 def turn_of(*answer: str | int, tools: Sequence[ToolInput] = (CITY, WRAPPED), **options: Any) -> Turn:
