@@ -51,11 +51,11 @@ if TYPE_CHECKING:
     from lfm2vl_edge.generate import Chunk, FinishReason, Turn
     from lfm2vl_edge.image.load import ImageInput, load_image
     from lfm2vl_edge.image.tiles import PreprocessedImage, Tile, preprocess
-    from lfm2vl_edge.model import ChatOptions, EncodedImage, Model, ModelOptions
+    from lfm2vl_edge.model import ChatOptions, EncodedImage, Model
     from lfm2vl_edge.models.download import Download, OnStart, Progress, pull
     from lfm2vl_edge.models.hub import RemoteFile
     from lfm2vl_edge.models.names import Pair
-    from lfm2vl_edge.opening import ModelName
+    from lfm2vl_edge.opening import ModelName, ModelOptions
     from lfm2vl_edge.planning.budget import BudgetOptions, Detail, ImageBudget
     from lfm2vl_edge.planning.costs import Costs
     from lfm2vl_edge.planning.geometry import TilePlan, View, plan
@@ -78,11 +78,11 @@ _MODULES = {
     "generate": "Chunk FinishReason Turn",
     "image.load": "ImageInput load_image",
     "image.tiles": "PreprocessedImage Tile preprocess",
-    "model": "ChatOptions EncodedImage Model ModelOptions",
+    "model": "ChatOptions EncodedImage Model",
     "models.download": "Download OnStart Progress pull",
     "models.hub": "RemoteFile",
     "models.names": "Pair",
-    "opening": "ModelName",
+    "opening": "ModelName ModelOptions",
     "planning.budget": "BudgetOptions Detail ImageBudget",
     "planning.costs": "Costs",
     "planning.geometry": "TilePlan View plan",

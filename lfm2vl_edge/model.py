@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lfm2vl_edge.cache.disk import CACHE_BYTES, STATE, CacheFolder, DiskCache, digests_folder
-from lfm2vl_edge.cache.fingerprint import Fingerprint, OpenedFiles, encoder_digest, fingerprint_of, state_digest
-from lfm2vl_edge.cache.memory import STATE_BYTES, Caches, EmbeddingCache, Key, Piece, StateCache, chain
+from lfm2vl_edge.cache.disk import CACHE_BYTES, digests_folder
+from lfm2vl_edge.cache.fingerprint import Fingerprint, OpenedFiles, fingerprint_of
+from lfm2vl_edge.cache.memory import STATE_BYTES, Caches, Key, Piece, chain, open_caches
 from lfm2vl_edge.cache.saved_image import SavedImage, load_saved_image, save_image
 from lfm2vl_edge.config import DEFAULT_PROMPT, GREEDY, AskOptions, Box, ModelConfig, Options, Point, SamplingOptions
 from lfm2vl_edge.engine import Engine, Floats, State
@@ -26,7 +26,7 @@ from lfm2vl_edge.generate import Chunk, Runtime, Turn, prefill, stream
 from lfm2vl_edge.host import cache_folder
 from lfm2vl_edge.image.tiles import PreprocessedImage, Tile, preprocess_image
 from lfm2vl_edge.models.names import FALLBACK_NOTE, resolve_model
-from lfm2vl_edge.opening import LoadOptions, ModelName, OpenedModel, OpenOptions, check_count, open_model
+from lfm2vl_edge.opening import ModelName, ModelOptions, OpenedModel, OpenOptions, check_count, open_model
 from lfm2vl_edge.planning.budget import NO_BUDGET, BudgetOptions, ImageBudget
 from lfm2vl_edge.prompt.messages import AnyImage, Message, user_message
 from lfm2vl_edge.prompt.prepare import n_tokens, prepare, split
@@ -37,20 +37,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _LOG: Final = logging.getLogger(__name__)
-
-
-class ModelOptions(LoadOptions, total=False):
-    """Keywords of `Model.open`: those of `OpenOptions`, and what is kept for later answers.
-
-    `state_bytes` (bytes) limits the memory for states of earlier prompts, so that another question about an image or
-    the next turn of a conversation decodes only what is new; 0 keeps none. `cache` is a folder that keeps embeddings
-    of views and states after images for later processes; True means LFM2VL_CACHE or the user's cache folder. Problems
-    there are logged by `lfm2vl_edge.cache.disk`. `cache_bytes` limits what all processes together keep there.
-    """
-
-    state_bytes: int
-    cache: bool | str | os.PathLike[str]
-    cache_bytes: int
 
 
 class ChatOptions(AskOptions, total=False):
@@ -475,19 +461,8 @@ def model_of(
         opened.engine,
         opening.config,
         budget=opening.budget,
-        caches=_caches(opened.engine, opening.files, folder, state_bytes, cache_bytes),
+        caches=open_caches(opened.engine, opening.files, folder, state_bytes, cache_bytes),
         files=opening.files,
         digests=None if folder is None else digests_folder(folder),
         load_seconds=opened.seconds,
     )
-
-
-def _caches(engine: Engine, files: OpenedFiles, folder: Path | None, state_bytes: int, cache_bytes: int) -> Caches:
-    """Return the caches of states and embeddings, with disk caches if there is a folder for them."""
-    if folder is None:
-        return Caches(states=StateCache(state_bytes))
-    shared, memo = CacheFolder(folder, cache_bytes), digests_folder(folder)
-    views = DiskCache(shared, lambda: encoder_digest(files, engine.info, memo))
-    states = DiskCache(shared, lambda: state_digest(files, engine.info, memo), STATE)
-    embeddings = EmbeddingCache(disk=views, n_embd=engine.info.n_embd)
-    return Caches(states=StateCache(state_bytes, states), embeddings=embeddings)

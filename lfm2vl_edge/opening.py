@@ -49,6 +49,20 @@ class LoadOptions(BudgetOptions, total=False):
     device: str | None
 
 
+class ModelOptions(LoadOptions, total=False):
+    """Keywords of `Model.open`: those of `OpenOptions`, and what is kept for later answers.
+
+    `state_bytes` (bytes) limits the memory for states of earlier prompts, so that another question about an image or
+    the next turn of a conversation decodes only what is new; 0 keeps none. `cache` is a folder that keeps embeddings
+    of views and states after images for later processes; True means LFM2VL_CACHE or the user's cache folder. Problems
+    there are logged by `lfm2vl_edge.cache.disk`. `cache_bytes` limits what all processes together keep there.
+    """
+
+    state_bytes: int
+    cache: bool | str | os.PathLike[str]
+    cache_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenOptions:
     """How a model is opened; None leaves the choice to this program.

@@ -10,14 +10,16 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 
-from lfm2vl_edge.cache.disk import DiskCache
-from lfm2vl_edge.engine import Floats, State
+from lfm2vl_edge.cache.disk import CACHE_BYTES, STATE, CacheFolder, DiskCache, digests_folder
+from lfm2vl_edge.cache.fingerprint import OpenedFiles, encoder_digest, state_digest
+from lfm2vl_edge.engine import Engine, Floats, State
 from lfm2vl_edge.image.tiles import Tile
 
 Key: TypeAlias = bytes
@@ -144,6 +146,31 @@ class Caches:
     """States of the sequence, by the pieces that led to them."""
     embeddings: EmbeddingCache = field(default_factory=EmbeddingCache)
     """Embeddings of views, by their pixels."""
+
+
+def open_caches(
+    engine: Engine,
+    files: OpenedFiles,
+    folder: Path | None,
+    state_bytes: int = STATE_BYTES,
+    cache_bytes: int = CACHE_BYTES,
+) -> Caches:
+    """Return the caches of an opened model, with disk caches if there is a folder for them.
+
+    Args:
+        engine: computes what is kept; its settings are part of the keys on disk.
+        files: the model's files, whose content is part of the keys on disk.
+        folder: of the disk cache.
+        state_bytes: budget of the states in memory.
+        cache_bytes: budget of what all processes together keep on disk.
+    """
+    if folder is None:
+        return Caches(states=StateCache(state_bytes))
+    shared, memo = CacheFolder(folder, cache_bytes), digests_folder(folder)
+    views = DiskCache(shared, lambda: encoder_digest(files, engine.info, memo))
+    states = DiskCache(shared, lambda: state_digest(files, engine.info, memo), STATE)
+    embeddings = EmbeddingCache(disk=views, n_embd=engine.info.n_embd)
+    return Caches(states=StateCache(state_bytes, states), embeddings=embeddings)
 
 
 def chain(pieces: Sequence[Piece]) -> list[Key]:
