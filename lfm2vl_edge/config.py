@@ -362,6 +362,10 @@ GREEDY: Final[SamplingOptions] = {"temperature": 0.0, "repetition_penalty": 1.0}
 """Options of answers that programs read or compare: the most likely token, and no penalty for repeated characters."""
 
 
+SPACED: Final = {"item_separator": ", ", "key_separator": ": "}
+"""Value of `x-guidance`, llguidance's keyword of a JSON schema, for JSON with spaces, as models were trained on boxes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     """A pixel of a detected object, in the upright image.
@@ -435,7 +439,7 @@ class BoxFormat:
         }
         orders = (properties, dict(reversed(properties.items())))
         entries = [{"type": "object", "properties": order, "required": list(order)} for order in orders]
-        return {"type": "array", "items": {"anyOf": entries}, "maxItems": _MAX_BOXES}
+        return {"type": "array", "items": {"anyOf": entries}, "maxItems": _MAX_BOXES, "x-guidance": SPACED}
 
 
 SHORT_BOXES: Final = BoxFormat(question="Detect {what}.", everything="all objects", article=True)

@@ -16,8 +16,6 @@ from lfm2vl_edge.errors import AnswerError, ConfigError, clip, shorten
 _MAX_DEPTH: Final = 64
 _MAX_BYTES: Final = 1 << 20
 _OPTIONS: Final = {
-    "item_separator": ",",
-    "key_separator": ":",
     "whitespace_flexible": False,
     "coerce_one_of": True,
     "lenient": True,
