@@ -8,13 +8,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lfm2vl_edge.cache.memory import Caches, Key, Piece, chain
 from lfm2vl_edge.config import ModelConfig, Options
-from lfm2vl_edge.engine import Constraint, Engine, Floats
+from lfm2vl_edge.engine import Constraint, Engine, Floats, Sampled
 from lfm2vl_edge.errors import AnswerTruncated, ConfigError, ContextFull, StateError, ToolError
 from lfm2vl_edge.image.tiles import Tile, preprocess_image
 from lfm2vl_edge.planning.budget import ImageBudget
@@ -126,11 +126,9 @@ def stream(
         AnswerTruncated: max_tokens or the context was full before an answer under a grammar or schema was complete.
         AnswerError: the answer breaks a rule of the schema that no grammar expresses.
     """
-    schema, constraint = check_constraint(options, runtime.engine)
-    if tools and constraint is not None:
-        raise ConfigError("an answer under a grammar or a schema cannot call a tool; give one or the other")
-    chunks = _stream(runtime, messages, options, constraint, tools)
-    yield from chunks if constraint is None else _whole(chunks, options, schema)
+    answer = Answer(runtime, messages, options, tools)
+    chunks = _sampled(runtime, answer)
+    yield from chunks if answer.constraint is None else [answer.whole(list(chunks))]
 
 
 def check_constraint(options: Options, engine: Engine) -> tuple[Schema | None, Constraint | None]:
@@ -155,72 +153,122 @@ def check_constraint(options: Options, engine: Engine) -> tuple[Schema | None, C
     return schema, Constraint(grammar=grammar)
 
 
-def _stream(
-    runtime: Runtime, messages: Sequence[Message], options: Options, constraint: Constraint | None, tools: Sequence[Tool]
-) -> Generator[Chunk, None, None]:
-    engine, config = runtime.engine, runtime.config
-    watch = Stopwatch()
-    reader = CallReader(tools, config.control_tokens)
+class Answer:
+    """One answer: its prompt, and what the tokens that were sampled so far amount to.
 
-    # Messages become a prompt: each image is loaded, planned and preprocessed, the template decides the order.
-    with watch.phase("preprocess"):
-        parsed = parse_messages(messages)
-        images = [preprocess_image(image, config.image, runtime.budget) for image in images_in(parsed)]
-        segments = render(parsed, images, config, tools, options.template_options)
-        prompt = tokenize(engine, config, segments)
+    Attributes:
+        constraint: what the answer must match, if anything.
+        watch: measures it, from here on.
+        prompt: its prompt, not yet decoded.
+        pieces: the prompt, as it is decoded.
+        room: how many tokens it may have.
+        finish_reason: why it ended; None before.
+    """
 
+    def __init__(
+        self, runtime: Runtime, messages: Sequence[Message], options: Options, tools: Sequence[Tool] = ()
+    ) -> None:
+        """Check the options and make the prompt: images are loaded and preprocessed, nothing is encoded or decoded.
+
+        Raises:
+            EdgeError: see `stream`.
+        """
+        engine, config = runtime.engine, runtime.config
+        self._schema, self.constraint = check_constraint(options, engine)
+        if tools and self.constraint is not None:
+            raise ConfigError("an answer under a grammar or a schema cannot call a tool; give one or the other")
+        self._engine, self._options = engine, options
+        self._sampling = options.sampling(config.sampling)
+        self.watch = Stopwatch()
+        self._reader = CallReader(tools, config.control_tokens)
+        # Messages become a prompt: each image is loaded, planned and preprocessed, the template decides the order.
+        with self.watch.phase("preprocess"):
+            parsed = parse_messages(messages)
+            images = [preprocess_image(image, config.image, runtime.budget) for image in images_in(parsed)]
+            segments = render(parsed, images, config, tools, options.template_options)
+            self.prompt = tokenize(engine, config, segments)
+        self._n_images = len(images)
+        self.pieces = split(self.prompt)
+        self.room = _room(config, self.prompt, options.max_tokens)
+        self._text = TextStream(options.stop)
+        self._n_tokens = self._n_forced = 0
+        # Under a constraint one more is sampled, but not decoded: the end of the turn if the answer is complete.
+        self._most = self.room + (self.constraint is not None)
+        self.finish_reason: FinishReason | None = None
+
+    def sample(self, engine: Engine) -> Iterator[Sampled]:
+        """Yield the tokens that an engine samples after the prompt, without end."""
+        in_prompt = [segment for segment in self.prompt.segments if isinstance(segment, int)]
+        return engine.sample(self._sampling, self._options.seed, in_prompt, self.constraint)
+
+    def take(self, sampled: Sampled) -> str:
+        """Return the text that is certain after one more token; it may end the answer: see `finish_reason`."""
+        token, is_forced = sampled
+        if self._n_tokens == 0:
+            self.watch.first_token()
+        if self._engine.is_end(token):
+            self.finish_reason = "stop"
+            return ""
+        self._n_tokens += 1
+        self._n_forced += is_forced
+        piece = self._text.push(self._reader.take(token, self._engine.piece(token)))
+        if self._text.stopped or self._n_tokens == self._most:
+            self.finish_reason = "stop" if self._text.stopped else "length"
+        return piece
+
+    def rest(self) -> str:
+        """Return the text that was held back until the end."""
+        return self._text.flush()
+
+    def last(self) -> Chunk:
+        """Return the last chunk, without text.
+
+        Raises:
+            ToolError: a tool call is truncated or malformed.
+        """
+        stats = stats_of(self.prompt, self._n_images, self._n_tokens, self._n_forced, self.watch)
+        return Chunk(text="", finish_reason=self.finish_reason, tool_calls=self._reader.tool_calls(), stats=stats)
+
+    def whole(self, chunks: Sequence[Chunk]) -> Chunk:
+        """Return an answer under a constraint in one chunk, if it is complete and valid.
+
+        Raises:
+            AnswerTruncated: it is not complete.
+            AnswerError: it breaks a rule of the schema that no grammar expresses.
+        """
+        text = "".join(chunk.text for chunk in chunks)
+        if self.finish_reason == "length":
+            count = self._n_tokens - 1
+            remedy = "raise --max-tokens (max_tokens)"
+            if count < self._options.max_tokens:
+                remedy = "the context is full: use a smaller image or a shorter text"
+            tokens = "1 token" if count == 1 else f"{count} tokens"
+            raise AnswerTruncated(f"the answer was truncated after {tokens}, before it was complete; {remedy}")
+        if self._schema is not None:
+            from lfm2vl_edge.structured import parse_answer
+
+            parse_answer(text, self._schema)
+        return replace(chunks[-1], text=text)
+
+
+def _sampled(runtime: Runtime, answer: Answer) -> Generator[Chunk, None, None]:
     # The prompt goes through encoder and language tower; what is known from earlier answers is restored instead.
-    room = _make_room(engine, config, prompt, options.max_tokens)
-    prefill(engine, split(prompt), runtime.caches, watch)
+    runtime.engine.reserve(len(answer.prompt.token_ids) + answer.room)
+    prefill(runtime.engine, answer.pieces, runtime.caches, answer.watch)
 
     # Tokens are sampled one by one and become text; those of tool calls are collected instead.
-    text = TextStream(options.stop)
-    finish_reason: FinishReason = "length"
-    n_sampled = n_forced = 0
-    if constraint is not None:
-        room += 1  # one more is sampled, but not decoded: it is the end of the turn if the answer is complete
-    in_prompt = [segment for segment in prompt.segments if isinstance(segment, int)]
-    for token, is_forced in engine.sample(options.sampling(config.sampling), options.seed, in_prompt, constraint):
-        if n_sampled == 0:
-            watch.first_token()
-        if engine.is_end(token):
-            finish_reason = "stop"
-            break
-        n_sampled += 1
-        n_forced += is_forced
-        if piece := text.push(reader.take(token, engine.piece(token))):
+    for sampled in answer.sample(runtime.engine):
+        if piece := answer.take(sampled):
             yield Chunk(text=piece)
-        if text.stopped or n_sampled == room:
-            finish_reason = "stop" if text.stopped else "length"
+        if answer.finish_reason is not None:
             break
-    if piece := text.flush():
+    if piece := answer.rest():
         yield Chunk(text=piece)
-    stats = _stats(prompt, len(images), n_sampled, n_forced, watch)
-    yield Chunk(text="", finish_reason=finish_reason, tool_calls=reader.tool_calls(), stats=stats)
+    yield answer.last()
 
 
-def _whole(
-    chunks: Generator[Chunk, None, None], options: Options, schema: Schema | None
-) -> Generator[Chunk, None, None]:
-    """Yield an answer in one piece, once it is complete and valid."""
-    *pieces, last = chunks
-    text = "".join(chunk.text for chunk in (*pieces, last))
-    if last.finish_reason == "length":
-        count = last.stats.completion_tokens - 1 if last.stats else 0
-        remedy = "raise --max-tokens (max_tokens)"
-        if count < options.max_tokens:
-            remedy = "the context is full: use a smaller image or a shorter text"
-        tokens = "1 token" if count == 1 else f"{count} tokens"
-        raise AnswerTruncated(f"the answer was truncated after {tokens}, before it was complete; {remedy}")
-    if schema is not None:
-        from lfm2vl_edge.structured import parse_answer
-
-        parse_answer(text, schema)
-    yield replace(last, text=text)
-
-
-def _make_room(engine: Engine, config: ModelConfig, prompt: Prompt, max_tokens: int) -> int:
-    """Reserve context before anything is computed, and return how many tokens the answer may have."""
+def _room(config: ModelConfig, prompt: Prompt, max_tokens: int) -> int:
+    """Return how many tokens the answer may have."""
     n_prompt = len(prompt.token_ids)
     room = min(max_tokens, config.n_ctx_train - n_prompt)
     if room < 1:
@@ -228,7 +276,6 @@ def _make_room(engine: Engine, config: ModelConfig, prompt: Prompt, max_tokens: 
             f"the prompt has {n_prompt} tokens ({sum(tile.n_tokens for tile in prompt.tiles)} of them of images); "
             f"the model's context is {config.n_ctx_train}: use fewer or smaller images, or a shorter text"
         )
-    engine.reserve(n_prompt + room)
     return room
 
 
@@ -279,7 +326,7 @@ def _decode(engine: Engine, piece: Piece, caches: Caches, watch: Stopwatch, *, m
         engine.decode_embeddings(embeddings, more=more)
 
 
-def _stats(prompt: Prompt, n_images: int, n_sampled: int, n_forced: int, watch: Stopwatch) -> Stats:
+def stats_of(prompt: Prompt, n_images: int, n_sampled: int, n_forced: int, watch: Stopwatch) -> Stats:
     return Stats(
         images=n_images,
         views=len(prompt.tiles),
