@@ -174,7 +174,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except (SafetensorError, OSError) as error:
         if _is_lfs_pointer(path):
             raise lfs_error(path) from None
-        raise ConvertError(f"{path} is truncated or corrupt ({error}); download it again") from error
+        raise ConvertError(f"{path} is truncated or corrupt ({clip(str(error))}); download it again") from error
 
 
 def _is_lfs_pointer(path: Path) -> bool:

@@ -71,6 +71,16 @@ def test_garbled_weights(parted: Parted, tmp_path: Path) -> None:
         refused(folder, tmp_path / "out", r"corrupt|missing|was expected|is not part|stored as")
 
 
+def test_a_long_text_in_the_header_of_weights_is_not_repeated(parted: Parted, tmp_path: Path) -> None:
+    folder = unshared(parted, tmp_path / "checkpoint")
+    header = json.dumps({"w": {"dtype": "F32", "shape": ["\x1b" + "a" * 5000], "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ConvertError) as caught:
+        convert_checkpoint(folder, tmp_path / "out")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 200 + len(str(folder))
+
+
 def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
