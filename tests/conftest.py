@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -117,6 +117,13 @@ class HubHere:
 @pytest.fixture
 def hub_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubHere]:
     """Let huggingface_hub, in this process, know only an empty hub on 127.0.0.1 and an empty cache."""
+    with hub_in(tmp_path, monkeypatch) as here:
+        yield here
+
+
+@contextmanager
+def hub_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubHere]:
+    """Do the same during the block, with the cache and the data in a folder."""
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -125,12 +132,12 @@ def hub_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubHer
     with serving(Hub()) as hub:
         here = HubHere(
             hub=hub,
-            cache=tmp_path / "home" / "hub",
-            data=tmp_path / "data",
+            cache=folder / "home" / "hub",
+            data=folder / "data",
             environment={
                 "HF_ENDPOINT": hub.url,
-                "HF_HOME": str(tmp_path / "home"),
-                "LFM2VL_DATA": str(tmp_path / "data"),
+                "HF_HOME": str(folder / "home"),
+                "LFM2VL_DATA": str(folder / "data"),
                 "NO_PROXY": "*",
             },
         )
@@ -142,7 +149,7 @@ def hub_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubHer
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here.cache))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "home" / "token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(ours, "_RETRY_DELAYS", (0.01,) * 5)
         huggingface_hub.close_session()
