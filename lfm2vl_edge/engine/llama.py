@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,7 @@ from lfm2vl_edge.engine.ffi import (
 from lfm2vl_edge.engine.grammar import Follower, check_grammar, llguidance_tokenizer
 from lfm2vl_edge.engine.language import LanguageFile
 from lfm2vl_edge.engine.library import LOG
-from lfm2vl_edge.engine.sampling import sampler_chain
+from lfm2vl_edge.engine.sampling import Sampler
 from lfm2vl_edge.errors import ContextFull, EngineError
 from lfm2vl_edge.host import start_worker
 
@@ -243,36 +243,23 @@ class LlamaEngine:
         self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None = None
     ) -> Iterator[Sampled]:
         """Yield tokens without end; see the protocol."""
-        with sampler_chain(sampling, seed, self._n_vocab, self._n_ctx) as chain:
-            for token in prompt_tokens:
-                llama.llama_sampler_accept(chain, token)
-            follower = constraint and Follower(self._tokenizer(), constraint)
-            run = self._forced(chain, follower.forced()) if follower else []
+        with closing(self.sampler(sampling, seed, prompt_tokens, constraint)) as sampler:
+            run = sampler.first()
             while True:
                 if not run:
                     with self._in_use():
-                        run = self._sampled(chain, follower)
+                        run = sampler.next(self._context)
                 yield from run
                 self.decode_tokens([one.token for one in run])
                 run = []
 
-    def _sampled(self, chain: Any, follower: Follower | None) -> list[Sampled]:
-        """Return the next token, and those that must follow it."""
-        if follower is None:
-            return [Sampled(llama.llama_sampler_sample(chain, self._context, -1))]
-        if follower.is_complete:
-            return [Sampled(self._ends[0], is_forced=True)]
-        logits = require("llama_get_logits_ith", llama.llama_get_logits_ith(self._context, -1))
-        follower.restrict(np.ctypeslib.as_array(logits, (self._n_vocab,)))
-        token = int(llama.llama_sampler_sample(chain, self._context, -1))
-        if token in self._ends:
-            return [Sampled(token)]
-        return [Sampled(token), *self._forced(chain, follower.accept(token))]
-
-    def _forced(self, chain: Any, tokens: Sequence[int]) -> list[Sampled]:
-        for token in tokens:
-            llama.llama_sampler_accept(chain, token)
-        return [Sampled(token, is_forced=True) for token in tokens]
+    def sampler(
+        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None
+    ) -> Sampler:
+        """Return what samples the tokens of one answer; arguments as for `sample`. Close it."""
+        follower = None if constraint is None else Follower(self._tokenizer(), constraint)
+        sizes = self._n_vocab, self._settings.n_ctx_max
+        return Sampler(sampling, seed, prompt_tokens, sizes, follower, self._ends if follower else ())
 
     def _tokenizer(self) -> LLTokenizer:
         """Return llguidance's form of the vocabulary, which a worker thread makes once."""

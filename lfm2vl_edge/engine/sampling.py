@@ -3,24 +3,80 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from lfm2vl_edge.config import MAX_SEED, Sampling
-from lfm2vl_edge.engine.ffi import llama
+from lfm2vl_edge.engine import Sampled
+from lfm2vl_edge.engine.ffi import llama, require
+from lfm2vl_edge.engine.grammar import Follower
 
 
-@contextmanager
-def sampler_chain(sampling: Sampling, seed: int | None, n_vocab: int, n_ctx: int) -> Iterator[Any]:
-    """Own a chain in transformers' order: penalty, temperature, top-k, top-p, min-p, sampling."""
-    chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-    try:
-        for sampler in _samplers(sampling, seed, n_vocab, n_ctx):
-            llama.llama_sampler_chain_add(chain, sampler)  # the chain owns it now
-        yield chain
-    finally:
-        llama.llama_sampler_free(chain)
+class Sampler:
+    """Samples the tokens of one answer from the logits of a context, in transformers' order of samplers.
+
+    Close it: it owns llama.cpp's samplers.
+
+    Args:
+        sampling: temperature and the other sampling settings.
+        seed: of the random numbers; None takes a new one from the system.
+        prompt: the prompt's tokens, which the repetition penalty counts as transformers does.
+        sizes: length of the logits, and the most tokens of a prompt and its answer.
+        follower: follows the answer's constraint.
+        ends: tokens that end the model's turn, the usual one first; read only if there is a follower.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        seed: int | None,
+        prompt: Sequence[int],
+        sizes: tuple[int, int],
+        follower: Follower | None = None,
+        ends: Sequence[int] = (),
+    ) -> None:
+        self._n_vocab, self._follower, self._ends = sizes[0], follower, ends
+        self._chain: Any = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        for sampler in _samplers(sampling, seed, *sizes):
+            llama.llama_sampler_chain_add(self._chain, sampler)  # the chain owns it now
+        for token in prompt:
+            llama.llama_sampler_accept(self._chain, token)
+
+    def first(self) -> list[Sampled]:
+        """Return the tokens that the answer must start with."""
+        return self._forced(self._follower.forced()) if self._follower else []
+
+    def next(self, context: Any, row: int = -1) -> list[Sampled]:
+        """Return the next token, and those that must follow it.
+
+        Args:
+            context: llama.cpp's.
+            row: place of the logits among the tokens of its last call; -1 means the last.
+        """
+        follower = self._follower
+        if follower is None:
+            return [Sampled(llama.llama_sampler_sample(self._chain, context, row))]
+        if follower.is_complete:
+            return [Sampled(self._ends[0], is_forced=True)]
+        logits = require("llama_get_logits_ith", llama.llama_get_logits_ith(context, row))
+        follower.restrict(np.ctypeslib.as_array(logits, (self._n_vocab,)))
+        token = int(llama.llama_sampler_sample(self._chain, context, row))
+        if token in self._ends:
+            return [Sampled(token)]
+        return [Sampled(token), *self._forced(follower.accept(token))]
+
+    def close(self) -> None:
+        """Free the samplers; a second call does nothing."""
+        chain, self._chain = self._chain, None
+        if chain is not None:
+            llama.llama_sampler_free(chain)
+
+    def _forced(self, tokens: Sequence[int]) -> list[Sampled]:
+        for token in tokens:
+            llama.llama_sampler_accept(self._chain, token)
+        return [Sampled(token, is_forced=True) for token in tokens]
 
 
 def _samplers(sampling: Sampling, seed: int | None, n_vocab: int, n_ctx: int) -> Iterator[Any]:
