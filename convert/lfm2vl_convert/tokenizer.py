@@ -364,6 +364,9 @@ def _chat_templates(folder: Path, config: Section, notes: list[str]) -> dict[str
     if "default" not in found:
         names = ", ".join(map(clip, found))
         raise ConvertError(f"{folder} has no chat template called default, only {names}; add a {_TEMPLATE}")
+    for name, text in found.items():
+        if not text:  # gguf leaves out empty texts
+            raise ConvertError(f"{folder}: the chat template {clip(name)} is empty; download {_TEMPLATE} again")
     return _named_for_gguf(folder, found)
 
 

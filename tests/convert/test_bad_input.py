@@ -97,6 +97,10 @@ def numeric_template(parts: Parts) -> None:
     no_template(parts)
 
 
+def empty_template(parts: Parts) -> None:
+    parts.texts["chat_template.jinja"] = ""
+
+
 def no_bos(parts: Parts) -> None:
     del parts.json["tokenizer_config.json"]["bos_token"]
     del parts.text["bos_token_id"]
@@ -233,6 +237,8 @@ CASES: dict[str, tuple[Edit, str]] = {
     "template without name": (templates(default="x", **{"": "z"}), "name '' is empty or repeated"),
     "do_sample as text": (file("generation_config.json", {"do_sample": "no"}), "do_sample is 'no'; true or false"),
     "end token outside": (file("generation_config.json", {"eos_token_id": [7, 4096]}), "eos_token_id is 4096"),
+    "template is empty": (empty_template, "the chat template default is empty"),
+    "named template is empty": (templates(default="x", rag=""), "the chat template rag is empty"),
     "template is a number": (numeric_template, "chat_template is 5; a string"),
     "a token with a zero byte": (bpe_word("a\0b"), "zero byte.*rename it"),
     "a token named like padding": (bpe_word("[PAD2047]"), r"\[PAD2047\].*named like the padding.*rename it"),

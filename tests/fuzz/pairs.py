@@ -6,6 +6,7 @@ import json
 import os
 import random
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -48,18 +49,21 @@ def _header_sizes() -> tuple[int, ...]:
 
 
 def make_pair(rng: random.Random) -> Files:
+    """Return a pair with damaged bytes, or with one or two settings or tensors damaged."""
     if rng.random() < 0.4:
         files = list(_plain())
         which = rng.randrange(2)
         files[which] = damaged(files[which], rng, rng.choice((24, 400, 4000, _header_sizes()[which], None)))
         return dict(zip((LANGUAGE, MMPROJ), files, strict=True))
+    return _damaged_settings(rng, rng.choice((1, 1, 2)))
+
+
+def _damaged_settings(rng: random.Random, count: int = 1) -> Files:
     language, mmproj = (read(reader) for reader in originals())
-    for _ in range(rng.choice((1, 1, 2))):
-        damage = at_random(rng)[1] if rng.random() < 0.8 else rng.choice(_known())
-        try:
+    for _ in range(count):
+        damage = at_random(rng)[1] if rng.random() < 0.6 else rng.choice(_known())
+        with suppress(StopIteration):  # the first damage removed what the second one changes
             damage(language, mmproj)
-        except StopIteration:  # the first damage removed what the second one changes
-            break
     return {LANGUAGE: language.to_bytes(), MMPROJ: mmproj.to_bytes()}
 
 
@@ -158,5 +162,5 @@ def _ready() -> None:
 
 CAMPAIGNS: Final = (
     Campaign(name="pairs", count=3500, make=make_pair, use=use_pair, ready=_plain, seconds=10),
-    Campaign(name="commands", count=200, make=make_pair, use=use_commands, ready=_ready, seconds=60),
+    Campaign(name="commands", count=200, make=_damaged_settings, use=use_commands, ready=_ready, seconds=60),
 )
