@@ -1,23 +1,20 @@
 """Load an image of any form as upright RGB pixels: uint8 `[height, width, 3]`.
 
 Before Pillow sees a file, its metadata are removed (EXIF, XMP, profiles, text), so that only the pixels decide whether
-an image can be loaded; of the metadata, the orientation alone is read, here. Nothing global in Pillow is changed but
-its size limit and Python's warnings, under a lock, while it reads. Besides `draw.py`, only this module handles
-Pillow's order of width before height.
+an image can be loaded; of the metadata, the orientation alone is read, here. Then its header is read, which decides
+whether its pixels may be decoded. Nothing global in Pillow is changed but its size limit and Python's warnings, under
+a lock, while it reads. Besides `draw.py`, only this module handles Pillow's order of width before height.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import os
-import re
-import urllib.parse
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from dataclasses import dataclass, field
+from importlib import import_module
 from typing import IO, Any, Final, TypeAlias
 
 import numpy as np
@@ -25,37 +22,51 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from lfm2vl_edge.config import MAX_MEGAPIXELS
-from lfm2vl_edge.errors import ImageError, clip, shorten
+from lfm2vl_edge.errors import ImageError, clip
 from lfm2vl_edge.host import fork_safe_lock
+from lfm2vl_edge.image.headers import Header, read_header
 from lfm2vl_edge.image.metadata import (
     AVIF,
     HEIF,
     ORIENTATION,
-    has_metadata,
     read_orientation,
     remove_metadata,
     without_exif_item,
 )
-from lfm2vl_edge.image.web import display_url, fetch, is_url
+from lfm2vl_edge.image.source import open_source
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 """`[height, width, 3]`, RGB, 0..255."""
-ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any]"
-"""A path, an http, https or `data:` URL, base64 text, encoded bytes, a Pillow image, or a uint8 or uint16 array
-`[H, W]` or `[H, W, 1|3|4]`."""
+ImageInput: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any] | OpenedImage"
+)
+"""A path, an http, https or `data:` URL, base64 text, encoded bytes, a Pillow image, a uint8 or uint16 array `[H, W]`
+or `[H, W, 1|3|4]`, or what `open_image` returned."""
 
 MAX_PIXELS: Final = MAX_MEGAPIXELS * 1_000_000
 """Largest image that is decoded by default, height x width."""
 
-_MAX_CLEANED: Final = 512_000_000
-"""Bytes of a file that are held in memory to remove its metadata; Pillow reads a larger file as it is."""
-_COMMON_FORMATS: Final = ("JPEG", "PNG", "GIF", "BMP", "PPM")
-"""Formats that Pillow opens without importing all its plugins."""
-_OTHER_FORMATS: Final = (
-    *("WEBP", "TIFF", "AVIF", "JPEG2000", "MPO", "ICO", "CUR", "ICNS", "DIB", "QOI", "PCX", "DDS", "SGI", "PSD"),
-    *("BLP", "MSP", "XBM", "SUN", "TGA", "SPIDER", "IM"),
-)
-"""Raster formats only: formats that run another program (EPS, PDF, WMF) are never tried."""
+_MAX_BYTES: Final = 512_000_000
+"""Largest file, which is held in memory."""
+_SMALL_PIXELS: Final = 500_000
+"""Images up to this size are decoded at once whatever their kind."""
+_HEIF_SHARE: Final = 0.35
+"""As of AVIF."""
+_STRIP_PIXELS: Final = 1 << 19
+"""Pixels that are converted to RGB at a time."""
+_PLUGINS: Final = {
+    "JPEG": "JpegImagePlugin",
+    "PNG": "PngImagePlugin",
+    "GIF": "GifImagePlugin",
+    "BMP": "BmpImagePlugin",
+    "PPM": "PpmImagePlugin",
+    "WEBP": "WebPImagePlugin",
+    "TIFF": "TiffImagePlugin",
+    "AVIF": "AvifImagePlugin",
+    "JPEG2000": "Jpeg2KImagePlugin",
+    "ICO": "IcoImagePlugin",
+}
+"""The formats that are read, all of which have a reader of their header here, and the modules of Pillow for them."""
 _OTHER_FILES: Final = {
     b"%PDF": "a PDF; save its pages as PNG",
     b"%!PS": "a PostScript file; save it as PNG",
@@ -66,11 +77,28 @@ _OTHER_FILES: Final = {
     b"PK\3\4": "a ZIP archive; unpack it",
     b"<!doc": "a web page; give the image itself",
     b"<html": "a web page; give the image itself",
+    b"8BPS": "a Photoshop file; save it as PNG",
+    b"icns": "an icon of macOS; save it as PNG",
+    b"DDS ": "a texture; save it as PNG",
+    b"qoif": "a QOI image; save it as PNG",
 }
 """The start of what people give instead of an image: what it is, and the remedy."""
-_BASE64_IMAGE: Final = re.compile(rb"(?:iVBORw0KGg|[/_]9j[/_]|R0lGOD|UklGR|SUkq|TU0A|Qk|AAAA.GZ0eXB)")
-"""The start of PNG, JPEG, GIF, WebP, TIFF (two byte orders), BMP and HEIF or AVIF in base64."""
 _pillow_lock: Final = fork_safe_lock()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenedImage:
+    """An image whose size is known, and whose pixels need not be in memory.
+
+    Attributes:
+        height: of the upright image, pixels.
+        width: of the upright image, pixels.
+        pixels: decodes the image and returns uint8 `[height, width, 3]`, contiguous; or raises an ImageError.
+    """
+
+    height: int
+    width: int
+    pixels: Callable[[], Pixels] = field(repr=False)
 
 
 def load_image(source: ImageInput, *, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -101,126 +129,68 @@ def load_image(source: ImageInput, *, max_pixels: int = MAX_PIXELS) -> Pixels:
         ImageError: the source is not a valid image, is corrupt, or has more than `max_pixels` pixels; or a URL cannot
             be downloaded within the limits of `lfm2vl_edge.image.web`.
     """
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
-    if isinstance(source, Image.Image):
-        return _from_pillow(source, max_pixels)
-    name, file = _open(source)
-    with file:
-        return _from_file(name, file, max_pixels)
+    return open_image(source, max_pixels=max_pixels).pixels()
 
 
-def _open(source: Any) -> tuple[str, IO[bytes]]:
-    """Return the name of the source for messages, and its bytes as a file."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        data = bytes(source)
-        return "the given data", io.BytesIO(_bare_base64(data) or data)
-    if isinstance(source, str) and source[:100].lstrip()[:5].lower() == "data:":
-        return "the data URL", io.BytesIO(_data_url_bytes(source.strip()))
-    if isinstance(source, str) and is_url(source):
-        return display_url(source), io.BytesIO(fetch(source))
-    if not isinstance(source, (str, os.PathLike)):
-        raise ImageError(
-            f"a {clip(type(source).__name__)} is not an image; give a path, a URL, bytes, a Pillow image or an array"
-        )
-    return _open_path(source)
+def open_image(source: ImageInput, *, max_pixels: int = MAX_PIXELS) -> OpenedImage:
+    """Return the upright size of an image, and a way to its pixels. Of a file, only the header is read.
 
-
-def _open_path(source: str | os.PathLike[str]) -> tuple[str, IO[bytes]]:
-    text = str(source)
-    try:
-        path = Path(source)
-        if text.startswith("~") and not path.exists():
-            with suppress(RuntimeError):  # no such user
-                path = path.expanduser()
-        return clip(text), path.open("rb")
-    except (OSError, ValueError) as error:
-        data = _bare_base64(text.encode("ascii", "replace"))
-        if data is not None:
-            return "the base64 text", io.BytesIO(data)
-        if isinstance(error, FileNotFoundError):
-            raise ImageError(f"no image at {shorten(text)}; check the path") from None
-        reason = clip(str(getattr(error, "strerror", None) or error))
-        raise ImageError(f"cannot read {shorten(text)}: {reason}; give the path of an image") from error
-
-
-def _data_url_bytes(url: str) -> bytes:
-    head, comma, body = url.partition(",")
-    if not comma:
-        raise ImageError("the data URL has no comma; its form is data:image/png;base64,...")
-    raw = urllib.parse.unquote_to_bytes(body)
-    if not {"base64", "base64url"} & {part.strip().lower() for part in head[5:].split(";")}:
-        return _bare_base64(raw) or raw
-    try:
-        return _base64_bytes(raw)
-    except ValueError as error:
-        raise ImageError(f"the data URL is corrupt: {clip(str(error))}; check its encoding") from error
-
-
-def _bare_base64(text: bytes) -> bytes | None:
-    """Return the bytes of an image that is given as base64 without more; None for anything else."""
-    text = text.lstrip() if text[:1].isspace() else text
-    if len(text) < 32 or not _BASE64_IMAGE.match(text):
-        return None
-    try:
-        return _base64_bytes(text)
-    except ValueError:
-        return None
-
-
-def _base64_bytes(text: bytes) -> bytes:
-    """Decode base64 of both alphabets, in lines or not, with or without padding.
-
-    Raises:
-        ValueError: a character belongs to neither alphabet, or the length is impossible.
+    Arguments and errors as for `load_image`; what is damaged behind the header is an error of `pixels`.
     """
-    text = text.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f\v").rstrip(b"=")
-    try:
-        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
-    except binascii.Error as error:
-        raise ValueError(str(error)) from None
+    if isinstance(source, OpenedImage):
+        return source
+    if isinstance(source, (np.ndarray, Image.Image)):
+        pixels = _from_array(source) if isinstance(source, np.ndarray) else _from_pillow(source, max_pixels)
+        return OpenedImage(pixels.shape[0], pixels.shape[1], lambda: pixels)
+    name, file = open_source(source)
+    with file:
+        return _opened(name, file, max_pixels)
 
 
 def _from_file(name: str, file: IO[bytes], max_pixels: int) -> Pixels:
-    """Decode an encoded image; Pillow reads a very large one with its metadata, straight from the file."""
-    if not file.seekable():
-        file = io.BytesIO(file.read())
-    start = file.read(80)
-    file.seek(0)
-    if HEIF.match(start) and not AVIF.match(start):
-        return _from_heif(name, without_exif_item(file.read(_MAX_CLEANED)), max_pixels)
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if size > _MAX_CLEANED or not has_metadata(start):
-        return _decode_file(name, file, max_pixels)
-    data, orientation = remove_metadata(file.read())
-    return _decode_file(name, io.BytesIO(data), max_pixels, orientation)
+    """Decode an encoded image."""
+    return _opened(name, file, max_pixels).pixels()
 
 
-def _decode_file(name: str, file: IO[bytes], max_pixels: int, orientation: int | None = None) -> Pixels:
-    file.seek(0)
+def _opened(name: str, file: IO[bytes], max_pixels: int) -> OpenedImage:
+    data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ImageError(f"{name} has more than {_MAX_BYTES / 1e6:g} MB; give a smaller image")
+    if HEIF.match(data) and not AVIF.match(data):
+        return _opened_heif(name, without_exif_item(data), max_pixels)
     try:
-        image = _identify(file, _COMMON_FORMATS) or _identify(file, _registered(_OTHER_FORMATS))
+        data, orientation = remove_metadata(data)
+        header = read_header(data)
+        image = None if header is None else _identify(data, header.format)
     except Exception as error:
         raise _corrupt(name, error) from error
-    if image is None:
-        file.seek(0)
-        raise _unknown(name, file.read(80))
+    if header is None or image is None:
+        raise _unknown(name, data[:80])
     with image:
-        _check_size(*image.size, max_pixels)
+        _check_size(header.width, header.height, max_pixels, header)
+        _check_size(*image.size, max_pixels, header)
+        turn = orientation or _stated_orientation(image)
+        height, width = image.size if turn >= 5 else image.size[::-1]
+    return OpenedImage(height, width, lambda: _decode_file(data, header.format, name, turn))
+
+
+def _decode_file(data: bytes, form: str, name: str, orientation: int) -> Pixels:
+    image = _identify(data, form)
+    if image is None:
+        raise _unknown(name, data[:80])
+    with image:
         return _decode(image, name, orientation)
 
 
-def _registered(formats: tuple[str, ...]) -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in formats if name in Image.OPEN)
-
-
-def _identify(file: IO[bytes], formats: tuple[str, ...]) -> Image.Image | None:
-    """Read the header only."""
+def _identify(data: bytes, form: str) -> Image.Image | None:
+    """Read the header only; None if this Pillow cannot read the format."""
+    with suppress(ImportError):
+        import_module(f"PIL.{_PLUGINS[form]}")
+    if form not in Image.OPEN:
+        return None
     with _reading_pillow(lift_limit=True):
         try:
-            return Image.open(file, formats=formats)
+            return Image.open(io.BytesIO(data), formats=(form,))
         except UnidentifiedImageError:
             return None
 
@@ -256,13 +226,16 @@ def _unknown(name: str, start: bytes) -> ImageError:
     )
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+def _check_size(width: int, height: int, max_pixels: int, header: Header | None = None) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"an image of {width}x{height} pixels is empty; give one of 1x1 or more")
-    if width * height > max_pixels:
+    limit, kind = max_pixels, ""
+    if header is not None and header.share < 1 and width * height > _SMALL_PIXELS:
+        limit, kind = int(max_pixels * header.share), f" for {header.kind}"
+    if width * height > limit:
         raise ImageError(
             f"the image is {width}x{height}, {_millions(width * height)} megapixels; the limit is "
-            f"{_millions(max_pixels)}: make it smaller or raise --max-megapixels (max_pixels)"
+            f"{_millions(limit)}{kind}: make it smaller or raise --max-megapixels (max_pixels)"
         )
 
 
@@ -270,8 +243,8 @@ def _millions(number: int) -> str:
     return f"{number / 1e6:.0f}" if number >= 1_000_000 else f"{number / 1e6:.2g}"
 
 
-def _from_heif(name: str, data: bytes, max_pixels: int) -> Pixels:
-    """Decode with pillow-heif, without registering it in Pillow; it applies the orientation itself."""
+def _opened_heif(name: str, data: bytes, max_pixels: int) -> OpenedImage:
+    """Read the header with pillow-heif, without registering it in Pillow; it applies the orientation itself."""
     try:
         import pillow_heif
     except ImportError:
@@ -279,10 +252,19 @@ def _from_heif(name: str, data: bytes, max_pixels: int) -> Pixels:
             f"{name} is a HEIC (HEIF) image; to read it: pip install 'lfm2vl-edge[heic]', or save it as JPEG"
         ) from None
     try:
-        found = pillow_heif.open_heif(io.BytesIO(data))
-        width, height = found.size
-        _check_size(width, height, max_pixels)
-        return _decode(found.to_pillow(), name, 1)
+        width, height = pillow_heif.open_heif(io.BytesIO(data)).size
+    except Exception as error:
+        raise _corrupt(f"{name} (HEIC)", error) from error
+    header = Header(format="HEIF", height=height, width=width, share=_HEIF_SHARE, kind="a HEIC image")
+    _check_size(width, height, max_pixels, header)
+    return OpenedImage(height, width, lambda: _decode_heif(name, data))
+
+
+def _decode_heif(name: str, data: bytes) -> Pixels:
+    import pillow_heif
+
+    try:
+        return _decode(pillow_heif.open_heif(io.BytesIO(data)).to_pillow(), name, 1)
     except ImageError:
         raise
     except Exception as error:
@@ -307,25 +289,44 @@ def _decode(image: Image.Image, name: str, orientation: int | None = None) -> Pi
         with _reading_pillow(lift_limit=image.width * image.height > (Image.MAX_IMAGE_PIXELS or MAX_PIXELS)):
             transparent = _transparent_colour(image)
             image.load()
-            pixels = _to_rgb(image)
-            if transparent is not None:
-                pixels = _whiten(pixels, image, transparent)
-            return np.ascontiguousarray(_upright(pixels, orientation or _stated_orientation(image)))
+            return _upright_rgb(image, transparent, orientation or _stated_orientation(image))
     except ImageError:
         raise
     except Exception as error:
         raise _corrupt(name, error) from error
 
 
-def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Apply one of the eight orientations of EXIF."""
-    if orientation >= 5:
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
+def _upright_rgb(image: Image.Image, transparent: tuple[int, ...] | None, orientation: int) -> Pixels:
+    """Convert a loaded image part by part, so that no more than one copy of its pixels is made."""
+    width, height = image.size
+    result = np.empty((width, height, 3) if orientation >= 5 else (height, width, 3), np.uint8)
+    stored = _as_stored(result, orientation)
+    most = _range_of(image) if _is_deep(image) else None
+    for box in _parts(width, height):
+        part = image.crop(box)
+        pixels = _to_rgb(part) if most is None else _from_array(_scaled(np.asarray(part), most))
+        if transparent is not None:
+            pixels = _whiten(pixels, part, transparent)
+        stored[box[1] : box[3], box[0] : box[2]] = pixels
+    return result
+
+
+def _as_stored(upright: Pixels, orientation: int) -> Pixels:
+    """Return the view of an upright image, of one of the eight orientations of EXIF, whose order is the file's."""
     if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return pixels
+        upright = upright[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        upright = upright[::-1]
+    return upright.transpose(1, 0, 2) if orientation >= 5 else upright
+
+
+def _parts(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield left, top, right and bottom of the parts of an image that are converted one by one."""
+    across = min(width, _STRIP_PIXELS)
+    down = max(1, _STRIP_PIXELS // across)
+    for top in range(0, height, down):
+        for left in range(0, width, across):
+            yield left, top, min(left + across, width), min(top + down, height)
 
 
 def _stated_orientation(image: Image.Image) -> int:
@@ -345,12 +346,20 @@ def _stated_orientation(image: Image.Image) -> int:
     return int(value) if value in range(1, 9) else 1
 
 
+def _is_deep(image: Image.Image) -> bool:
+    """Return whether an image has more than 8 bits for a colour in Pillow."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _range_of(image: Image.Image) -> int:
+    """Return the largest value of the range that `load_image` documents: 1, 255 or 65535."""
+    is_file = image.format in ("PNG", "PPM", "JPEG2000") or (image.mode not in ("I", "F") and image.format is not None)
+    return _range((np.asarray(image.crop(box)) for box in _parts(*image.size)), is_deep=is_file)
+
+
 def _to_rgb(image: Image.Image) -> Pixels:
-    """Return the pixels of a loaded image; alpha and transparent palette colours become white."""
+    """Return the pixels of a loaded image of 8 bits; alpha and transparent palette colours become white."""
     mode, stated = image.mode, image.info.get("transparency")
-    if mode.startswith("I") or mode == "F":
-        is_deep = image.format in ("PNG", "PPM", "JPEG2000") or (mode not in ("I", "F") and image.format is not None)
-        return _from_array(_to_eight_bits(np.asarray(image), is_deep=is_deep))
     if mode == "LAB":
         from PIL import ImageCms
 
@@ -399,30 +408,49 @@ def _whiten(pixels: Pixels, image: Image.Image, colour: tuple[int, ...]) -> Pixe
     return np.where(is_colour, np.uint8(255), pixels)
 
 
-def _to_eight_bits(values: npt.NDArray[Any], *, is_deep: bool = False) -> Pixels:
-    """Scale the values of one of the ranges in `load_image`'s docstring to 0..255; is_deep: it is 0..65535.
+def _range(parts: Iterable[npt.NDArray[Any]], *, is_deep: bool = False) -> int:
+    """Return the largest value of the range in which values are: 1, 255 or 65535.
 
-    Pillow's own conversion clips at 255.
+    Args:
+        parts: all values, in arrays of one type.
+        is_deep: the range is 0..65535.
 
     Raises:
         ImageError: the values do not show what their range is.
     """
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values, nan=0.0, posinf=np.inf, neginf=-np.inf)
-    low, high = values.min(), values.max()
+    low, high, all_whole, kind, item_size = np.inf, -np.inf, True, "u", 1
+    for part in parts:
+        values, kind, item_size = _finite(part), part.dtype.kind, part.dtype.itemsize
+        low, high = min(low, values.min()), max(high, values.max())
+        all_whole = all_whole and (kind != "f" or np.array_equal(values, np.rint(values)))
     remedy = "give uint8 with values 0..255"
     if low < 0 or high > 65535:
         raise ImageError(f"the image's values are {low:g} to {high:g}, of 0..65535 at most; scale them and {remedy}")
-    if values.dtype.kind == "f" and high <= 1:
-        return np.asarray(np.rint(values * 255), np.uint8)
-    if values.dtype.kind == "f" and not np.array_equal(values, np.rint(values)):
+    if kind == "f" and high <= 1:
+        return 1
+    if not all_whole:
         raise ImageError(f"float values up to {high:g} are ambiguous, as 0..1 or 0..255 is expected; {remedy}")
     if is_deep or high > 255:
-        return np.asarray((values.astype(np.uint32) + 128) // 257, np.uint8)
-    if values.dtype.itemsize == 2 and high > 0:
+        return 65535
+    if item_size == 2 and high > 0:
         raise ImageError(
             f"16-bit values that nowhere exceed {high} are ambiguous, an 8-bit image or almost black; {remedy}"
         )
+    return 255
+
+
+def _finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return values with NaN as 0; infinite ones remain and are outside any range."""
+    return np.nan_to_num(values, nan=0.0, posinf=np.inf, neginf=-np.inf) if values.dtype.kind == "f" else values
+
+
+def _scaled(values: npt.NDArray[Any], most: int) -> Pixels:
+    """Scale values of the range 0..most to 0..255; Pillow's own conversion clips at 255."""
+    values = _finite(values)
+    if most == 1:
+        return np.asarray(np.rint(values * 255), np.uint8)
+    if most == 65535:
+        return np.asarray((values.astype(np.uint32) + 128) // 257, np.uint8)
     return values.astype(np.uint8)
 
 
@@ -434,7 +462,7 @@ def _from_array(array: npt.NDArray[Any]) -> Pixels:
             f"an array of shape {clip(str(array.shape))} is not an image; give [H, W], [H, W, 3] or [H, W, 4]"
         )
     if array.dtype == np.uint16:
-        array = _to_eight_bits(array)
+        array = _scaled(array, _range([array]))
     if array.dtype != np.uint8:
         raise ImageError(f"an array of {clip(str(array.dtype))} is ambiguous; give uint8 with values 0..255")
     if array.shape[2] == 4:

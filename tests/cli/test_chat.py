@@ -262,7 +262,7 @@ def test_a_terminal_gets_notes_unless_quiet_and_failures_do_not_count(monkeypatc
 def test_a_url_is_saved_without_its_secrets(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, converse: Converse
 ) -> None:
-    monkeypatch.setattr("lfm2vl_edge.image.load.fetch", lambda _: Path(SMALL).read_bytes())
+    monkeypatch.setattr("lfm2vl_edge.image.source.fetch", lambda _: Path(SMALL).read_bytes())
     result = converse(
         {}, "/image https://me:secret@host/a.png?key=secret\nHi\n/save chat.jsonl\n/image http://me:x@host:y/"
     )

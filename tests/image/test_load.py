@@ -463,13 +463,6 @@ def test_any_exception_of_a_decoder_is_an_image_error(error: type[Exception], mo
                 assert "\n" not in str(caught.value)
 
 
-def test_a_dds_file_of_an_unknown_kind_is_an_image_error() -> None:
-    data = bytearray(encoded(Image.fromarray(PIXELS), "DDS"))
-    data[80:84] = struct.pack("<I", 0x80000)  # flags of the pixel format that no reader knows
-    with pytest.raises(ImageError, match="corrupt"):
-        load_image(bytes(data))
-
-
 def test_an_opened_image_with_metadata_behind_its_pixels_is_loaded(tmp_path: Path) -> None:
     text = chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 3_000_000))
     data = PNG[:-12] + text + PNG[-12:]
