@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from lfm2vl_edge.cache.fingerprint import Fingerprint
     from lfm2vl_edge.chat import Chat
+    from lfm2vl_edge.choose import Choice, ChoiceOptions
     from lfm2vl_edge.config import (
         AskOptions,
         Box,
@@ -68,6 +69,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "cache.fingerprint": "Fingerprint",
     "chat": "Chat",
+    "choose": "Choice ChoiceOptions",
     "config": "AskOptions Box BoxFormat ImageConfig ModelConfig Options Point Sampling SamplingOptions",
     "engine": "Engine EngineInfo",
     "errors": (
@@ -103,6 +105,8 @@ __all__ = [
     "BudgetOptions",
     "Chat",
     "ChatOptions",
+    "Choice",
+    "ChoiceOptions",
     "Chunk",
     "Comparison",
     "ConfigError",

@@ -10,7 +10,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -19,6 +18,7 @@ from lfm2vl_edge.cache.disk import CACHE_BYTES, digests_folder
 from lfm2vl_edge.cache.fingerprint import Fingerprint, OpenedFiles, fingerprint_of
 from lfm2vl_edge.cache.memory import STATE_BYTES, Caches, Key, Piece, chain, open_caches
 from lfm2vl_edge.cache.saved_image import SavedImage, load_saved_image, save_image
+from lfm2vl_edge.choose import Choice, ChoiceOptions, choose
 from lfm2vl_edge.config import DEFAULT_PROMPT, GREEDY, AskOptions, Box, ModelConfig, Options, Point, SamplingOptions
 from lfm2vl_edge.engine import Engine, Floats, State
 from lfm2vl_edge.errors import ContextFull, EngineError, StateError
@@ -108,13 +108,17 @@ class Model:
         files: OpenedFiles | None = None,
         digests: Path | None = None,
         load_seconds: float = 0.0,
+        choice_temperature: float = 1.0,
     ) -> None:
         self.engine = engine
         self.config = config
         self.budget = budget
         self.last: Turn | None = None
         self.load_seconds = load_seconds
-        self._runtime = Runtime(engine=engine, config=config, budget=budget, caches=caches or Caches())
+        caches = caches or Caches()
+        self._runtime = Runtime(
+            engine=engine, config=config, budget=budget, caches=caches, choice_temperature=choice_temperature
+        )
         self._files = files
         self._digests = digests
         self._fingerprint: Fingerprint | None = None
@@ -262,6 +266,13 @@ class Model:
     ) -> list[Point]:
         """Return the centers of the boxes that `detect` finds; arguments and errors as there."""
         return [box.center for box in self.detect(image, what, prompt=prompt, free=free, **options)]
+
+    def choose(
+        self, images: AnyImage | Sequence[AnyImage], prompt: str, options: Sequence[str], **how: Unpack[ChoiceOptions]
+    ) -> Choice:
+        """Return the probability of each option as the answer; see `choose.choose`, also for errors."""
+        with self._exclusive():
+            return choose(self._runtime, [user_message(images, prompt)], options, **how)
 
     def extract(
         self, image: AnyImage, schema: Any, prompt: str | None = None, **options: Unpack[SamplingOptions]
@@ -433,9 +444,7 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @contextmanager
@@ -465,4 +474,5 @@ def model_of(
         files=opening.files,
         digests=None if folder is None else digests_folder(folder),
         load_seconds=opened.seconds,
+        choice_temperature=(opening.profile and opening.profile.choice_temperature) or 1.0,
     )

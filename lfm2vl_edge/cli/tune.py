@@ -28,7 +28,7 @@ def tune(
     """Measure this machine once, for plan, budgets, threads and the choice of an mmproj: lfm2vl-edge tune -m MODEL."""
     from lfm2vl_edge.diagnose.tune import Timer
     from lfm2vl_edge.diagnose.tune import tune as measure
-    from lfm2vl_edge.planning.device import profile_key, save_profile
+    from lfm2vl_edge.planning.device import keep_temperature, profile_key, save_profile
 
     def report(line: str) -> None:
         if not quiet:
@@ -39,7 +39,9 @@ def tune(
         resolved = chosen_model(model)
         options = model.open_options(resolved.mmproj)
         profile, measurements = measure(resolved.model, options, Timer(runs=runs), report)
-        path = save_profile(profile, profile_key(resolved.model, options.n_gpu_layers, options.device))
+        key = profile_key(resolved.model, options.n_gpu_layers, options.device)
+        profile = keep_temperature(profile, key)
+        path = save_profile(profile, key)
         if as_json:
             trials = [asdict(one) for one in measurements]
             write_out(to_json({"profile": asdict(profile), "path": str(path), "trials": trials}))

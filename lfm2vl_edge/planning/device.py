@@ -1,7 +1,8 @@
 """The device profile: what `tune` measured for one model on one machine, stored for later runs.
 
-It is valid for one processor, one build of the engine and one language file. It only affects speed: a damaged profile
-is a warning in the log `lfm2vl_edge.planning.device`, never an error.
+It is valid for one processor, one build of the engine and one language file. It affects speed, and how sure the
+probabilities of `choose` are, but no answer: a damaged profile is a warning in the log `lfm2vl_edge.planning.device`,
+never an error.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -74,6 +75,8 @@ class Profile:
     """Largest resident memory after an answer about one view, with `DEFAULT_N_CTX` tokens of context."""
     measured: str
     """Date and time, ISO 8601."""
+    choice_temperature: float | None = None
+    """Temperature of the probabilities of `choose` that `eval --fit` found, above 0; None if it was not fitted."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "memory_bytes"):
@@ -89,6 +92,9 @@ class Profile:
             raise ConfigError("a speed or time is not a finite number above 0")
         if self.mmproj not in self.encode or not all(is_integer(tokens, 1) for tokens, _ in views):
             raise ConfigError("the times of the encoder contradict each other")
+        temperature = 1.0 if self.choice_temperature is None else self.choice_temperature
+        if not is_finite(temperature) or temperature <= 0:
+            raise ConfigError("choice_temperature is not a finite number above 0")
 
     def costs(self, mmproj_type: str, context_bytes: float) -> Costs | None:
         """Return the costs with a type of mmproj file, or None if it was not measured.
@@ -159,6 +165,14 @@ def save_profile(profile: Profile, key: ProfileKey) -> Path:
         folder = key.path.parent
         raise ConfigError(f"cannot write to {folder}: {error.strerror or error}; set LFM2VL_CACHE") from error
     return key.path
+
+
+def keep_temperature(profile: Profile, key: ProfileKey) -> Profile:
+    """Return a new profile with the temperature of `choose` that the stored one has, if there is a stored one."""
+    try:
+        return replace(profile, choice_temperature=_read(key).choice_temperature)
+    except (OSError, ConfigError):
+        return profile
 
 
 def load_profile(key: ProfileKey) -> Profile | None:
