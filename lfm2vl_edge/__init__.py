@@ -21,12 +21,10 @@ if TYPE_CHECKING:
     from lfm2vl_edge.choose import Choice, ChoiceOptions
     from lfm2vl_edge.config import (
         AskOptions,
-        Box,
         BoxFormat,
         ImageConfig,
         ModelConfig,
         Options,
-        Point,
         Sampling,
         SamplingOptions,
     )
@@ -50,6 +48,7 @@ if TYPE_CHECKING:
     )
     from lfm2vl_edge.evaluate.verify import Comparison, TokenDifference, Verification, ViewDifference, verify
     from lfm2vl_edge.generate import Chunk, FinishReason, Turn
+    from lfm2vl_edge.image.boxes import Box, Point
     from lfm2vl_edge.image.load import ImageInput, load_image
     from lfm2vl_edge.image.tiles import PreprocessedImage, Tile, preprocess
     from lfm2vl_edge.model import ChatOptions, EncodedImage, Model
@@ -70,7 +69,7 @@ _MODULES = {
     "cache.fingerprint": "Fingerprint",
     "chat": "Chat",
     "choose": "Choice ChoiceOptions",
-    "config": "AskOptions Box BoxFormat ImageConfig ModelConfig Options Point Sampling SamplingOptions",
+    "config": "AskOptions BoxFormat ImageConfig ModelConfig Options Sampling SamplingOptions",
     "engine": "Engine EngineInfo",
     "errors": (
         "AnswerError AnswerTruncated ConfigError ContextFull ConvertError DataError DownloadError EdgeError "
@@ -78,6 +77,7 @@ _MODULES = {
     ),
     "evaluate.verify": "Comparison TokenDifference Verification ViewDifference verify",
     "generate": "Chunk FinishReason Turn",
+    "image.boxes": "Box Point",
     "image.load": "ImageInput load_image",
     "image.tiles": "PreprocessedImage Tile preprocess",
     "model": "ChatOptions EncodedImage Model",

@@ -1,4 +1,4 @@
-"""Frozen records: what images become, how tokens are sampled, what a model's files say, what a detection returns.
+"""Frozen records: what images become, how tokens are sampled, what a model's files say.
 
 The image settings keep the names of the checkpoints' processor_config.json. Their defaults are the documented ones of
 `Lfm2VlImageProcessor` (transformers 5.23); whatever a model's own files state replaces them.
@@ -69,6 +69,8 @@ _MIN_STD: Final = 1e-6
 _MAX_BOXES: Final = 100
 _MAX_LABEL: Final = 100
 """Characters."""
+_MAX_SIDE: Final = 99_999
+"""Pixels; a limit of what a model writes, not of images."""
 _DETERMINER: Final = re.compile(r"(?:the|all|every|each|any|a|an)\s", re.IGNORECASE)
 _FLAGS: Final = ("do_image_splitting", "use_thumbnail")
 
@@ -363,65 +365,32 @@ GREEDY: Final[SamplingOptions] = {"temperature": 0.0, "repetition_penalty": 1.0}
 
 
 SPACED: Final = {"item_separator": ", ", "key_separator": ": "}
-"""Value of `x-guidance`, llguidance's keyword of a JSON schema, for JSON with spaces, as models were trained on boxes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """A pixel of a detected object, in the upright image.
-
-    Attributes:
-        label: what the model calls it.
-        x: column, pixels from the left.
-        y: row, pixels from the top.
-    """
-
-    label: str
-    x: int
-    y: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Box:
-    """A detected object: `pixels[top:bottom, left:right]` of the upright image.
-
-    Attributes:
-        label: what the model calls it.
-        left: first column, pixels.
-        top: first row, pixels.
-        right: column after the last one; greater than `left`.
-        bottom: row after the last one; greater than `top`.
-    """
-
-    label: str
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    @property
-    def center(self) -> Point:
-        """The pixel in the middle."""
-        return Point(label=self.label, x=(self.left + self.right) // 2, y=(self.top + self.bottom) // 2)
+"""Value of `x-guidance`, llguidance's keyword of a JSON schema: JSON with spaces, as models were trained on boxes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoxFormat:
-    """How a model was trained to be asked for boxes and to write them.
+    """How a model was trained to be asked for boxes and to write them; `models.box_formats` has the known ones.
 
     Attributes:
         question: the prompt; {what} stands for the objects.
         everything: what stands there if no particular object is wanted.
         article: whether an article is put before an object that has none.
+        system: the system prompt before the question; empty if there is none.
         key: key of the corners, which are x1, y1, x2, y2.
-        scale: width and height of the image in these corners: 1 for fractions, 1000 for integers.
+        scale: width and height of the image in these corners: 1 for fractions, 1000 for integers; 0 for pixels.
+        image_key: key of the index of an entry's image, 0 for the first; empty: every image is asked about alone.
+        is_layout: whether the answer is not JSON but lines, each followed by what the region contains.
     """
 
     question: str
     everything: str = "objects"
     article: bool = False
+    system: str = ""
     key: str = "bbox"
     scale: int = 1
+    image_key: str = ""
+    is_layout: bool = False
 
     def ask(self, what: str | None) -> str:
         """Return the question for objects such as "red car"; None means everything."""
@@ -430,32 +399,30 @@ class BoxFormat:
             objects = f"the {objects}"
         return self.question.replace("{what}", objects or self.everything)
 
-    def schema(self) -> dict[str, Any]:
-        """Return the JSON schema of a list of boxes in this format; label and corners come in either order."""
-        corner = {"type": "number" if self.scale == 1 else "integer", "minimum": 0, "maximum": self.scale}
-        properties = {
-            "label": {"type": "string", "minLength": 1, "maxLength": _MAX_LABEL},
-            self.key: {"type": "array", "items": corner, "minItems": 4, "maxItems": 4},
-        }
-        orders = (properties, dict(reversed(properties.items())))
+    def schema(self, n_images: int = 1) -> dict[str, Any]:
+        """Return the JSON schema of a list of boxes in this format.
+
+        Without an index of the image, label and corners come in either order.
+
+        Args:
+            n_images: images of the question.
+        """
+        corner = {"type": "number" if self.scale == 1 else "integer", "minimum": 0, "maximum": self.scale or _MAX_SIDE}
+        corners = {self.key: {"type": "array", "items": corner, "minItems": 4, "maxItems": 4}}
+        label = {"label": {"type": "string", "minLength": 1, "maxLength": _MAX_LABEL}}
+        orders: list[dict[str, Any]] = [{**label, **corners}, {**corners, **label}]
+        if self.image_key:
+            orders = [{self.image_key: {"type": "integer", "minimum": 0, "maximum": n_images - 1}, **orders[1]}]
         entries = [{"type": "object", "properties": order, "required": list(order)} for order in orders]
-        return {"type": "array", "items": {"anyOf": entries}, "maxItems": _MAX_BOXES, "x-guidance": SPACED}
+        items = {"anyOf": entries} if entries[1:] else entries[0]
+        return {"type": "array", "items": items, "maxItems": _MAX_BOXES, "x-guidance": SPACED}
 
 
-SHORT_BOXES: Final = BoxFormat(question="Detect {what}.", everything="all objects", article=True)
-"""For a model that was trained on questions in few words."""
 FRACTION_BOXES: Final = BoxFormat(
     question="Detect all instances of: {what}. Response must be a JSON array: "
     '[{"label": ..., "bbox": [x1, y1, x2, y2]}, ...]. Coordinates are normalized to [0,1].'
 )
 """LFM2.5-VL; the question is that of its model card. It states the format, so it is the default for other models."""
-THOUSAND_BOXES: Final = BoxFormat(
-    question="Detect all instances of: {what}. Response must be a JSON array: "
-    '[{"label": ..., "bbox_2d": [x1, y1, x2, y2]}, ...]. Coordinates are normalized to [0,1000].',
-    key="bbox_2d",
-    scale=1000,
-)
-"""LFM2.5-VL-3B."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

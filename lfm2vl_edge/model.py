@@ -19,11 +19,12 @@ from lfm2vl_edge.cache.fingerprint import Fingerprint, OpenedFiles, fingerprint_
 from lfm2vl_edge.cache.memory import STATE_BYTES, Caches, Key, Piece, chain, open_caches
 from lfm2vl_edge.cache.saved_image import SavedImage, load_saved_image, save_image
 from lfm2vl_edge.choose import Choice, ChoiceOptions, choose
-from lfm2vl_edge.config import DEFAULT_PROMPT, GREEDY, AskOptions, Box, ModelConfig, Options, Point, SamplingOptions
+from lfm2vl_edge.config import DEFAULT_PROMPT, GREEDY, AskOptions, BoxFormat, ModelConfig, Options, SamplingOptions
 from lfm2vl_edge.engine import Engine, Floats, State
 from lfm2vl_edge.errors import ContextFull, EngineError, StateError
 from lfm2vl_edge.generate import Chunk, Runtime, Turn, prefill, stream
 from lfm2vl_edge.host import cache_folder
+from lfm2vl_edge.image.boxes import Box, Point
 from lfm2vl_edge.image.tiles import PreprocessedImage, Tile, preprocess_image
 from lfm2vl_edge.models.names import FALLBACK_NOTE, resolve_model
 from lfm2vl_edge.opening import ModelName, ModelOptions, OpenedModel, OpenOptions, check_count, open_model
@@ -221,51 +222,70 @@ class Model:
 
     def detect(
         self,
-        image: AnyImage,
+        images: AnyImage | Sequence[AnyImage],
         what: str | None = None,
         *,
         prompt: str | None = None,
         free: bool = False,
+        boxes: BoxFormat | str | None = None,
         **options: Unpack[AskOptions],
     ) -> list[Box]:
-        """Return the boxes of objects in an image, in pixels of the upright image.
+        """Return the boxes of objects in one or several images, in pixels of the upright image that each is in.
 
-        An entry of the answer that is not a valid box of the image is left out, with a warning in the log
-        `lfm2vl_edge.structured.boxes`. `last` has the finish reason and statistics of the answer.
+        An entry of the answer that is not a valid box of an image is left out, with a warning in the log
+        `lfm2vl_edge.structured.boxes`. `last` has the finish reason and statistics of the last answer: a model whose
+        format has no index of the image is asked about each image alone.
 
         Args:
-            image: an image, or a preprocessed one.
+            images: one image or a list of them; each may be preprocessed.
             what: such as "red car"; None means everything.
             prompt: the whole question, instead of the one that the model was trained on.
             free: let the model answer freely, and search boxes in that, instead of constraining it to their format.
+            boxes: another format than the model's own: a `BoxFormat`, or the name of one: fractions, thousandths,
+                layout, pixels, short.
             **options: fields of `Options`; the most likely answer is taken unless they say otherwise.
 
         Raises:
             AnswerTruncated: max_tokens ended the answer before its list of boxes was complete.
             AnswerError: a free answer holds no boxes.
+            ConfigError: there is no format of that name.
             EdgeError: see `stream`.
         """
         from lfm2vl_edge.structured.boxes import read_boxes
 
-        boxes = self.config.boxes
-        preprocessed = self.preprocess(image)
-        question = boxes.ask(what) if prompt is None else prompt
-        constraint: AskOptions = {} if free else {"schema": boxes.schema()}
-        chosen: AskOptions = {**GREEDY, **constraint, **options}
-        answer = self.ask(preprocessed, question, **chosen)
-        return read_boxes(answer, boxes, preprocessed.plan.height, preprocessed.plan.width)
+        how = {"what": what, "prompt": prompt, "free": free, "boxes": boxes}
+        found: list[Box] = self._find(read_boxes, images, options, **how)
+        return found
 
     def point(
         self,
-        image: AnyImage,
+        images: AnyImage | Sequence[AnyImage],
         what: str | None = None,
         *,
         prompt: str | None = None,
         free: bool = False,
+        boxes: BoxFormat | str | None = None,
         **options: Unpack[AskOptions],
     ) -> list[Point]:
-        """Return the centers of the boxes that `detect` finds; arguments and errors as there."""
-        return [box.center for box in self.detect(image, what, prompt=prompt, free=free, **options)]
+        """Return the centers of the boxes that `detect` finds, and points of a free answer; arguments as there."""
+        from lfm2vl_edge.structured.boxes import read_points
+
+        how = {"what": what, "prompt": prompt, "free": free, "boxes": boxes}
+        found: list[Point] = self._find(read_points, images, options, **how)
+        return found
+
+    def _find(self, read: Any, images: Any, options: AskOptions, *, boxes: Any, **how: Any) -> Any:
+        from lfm2vl_edge.models.box_formats import box_format
+        from lfm2vl_edge.structured.detect import Search, find
+
+        def ask(messages: Sequence[Message], constraint: AskOptions) -> tuple[str, bool]:
+            chosen: AskOptions = {**GREEDY, **constraint, **options}
+            turn = self.turn(messages, **chosen)
+            return turn.answer, turn.finish_reason == "length"
+
+        search = Search(boxes=self.config.boxes if boxes is None else box_format(boxes), **how)
+        several = images if isinstance(images, (list, tuple)) else [images]
+        return find([self.preprocess(image) for image in several], search, ask, read)
 
     def choose(
         self, images: AnyImage | Sequence[AnyImage], prompt: str, options: Sequence[str], **how: Unpack[ChoiceOptions]

@@ -13,7 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lfm2vl_edge.config import GREEDY, AskOptions, Options
+from lfm2vl_edge.config import GREEDY, AskOptions, BoxFormat, Options
 from lfm2vl_edge.errors import AnswerError, DataError, ImageError, PromptError, shorten
 from lfm2vl_edge.evaluate.results import Reply, Result
 from lfm2vl_edge.evaluate.rows import Row
@@ -22,6 +22,7 @@ from lfm2vl_edge.host import is_special
 from lfm2vl_edge.image.load import MAX_PIXELS, load_image
 from lfm2vl_edge.image.tiles import PreprocessedImage
 from lfm2vl_edge.model import Model
+from lfm2vl_edge.models.box_formats import box_format
 from lfm2vl_edge.prompt.messages import user_message
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def evaluate(
     out: str | os.PathLike[str] | None = None,
     restart: bool = False,
     max_pixels: int = MAX_PIXELS,
+    boxes: BoxFormat | str | None = None,
     **options: Unpack[AskOptions],
 ) -> Iterator[Result]:
     """Ask a model every row, and yield the results in the order of the rows.
@@ -64,6 +66,7 @@ def evaluate(
             model, engine and settings, are not asked again.
         restart: discard the results in the file.
         max_pixels: the largest image that is decoded, width x height.
+        boxes: the format in which boxes are read; None: the model's own. See `Model.detect`.
         **options: fields of `Options`; defaults are `GREEDY` and `MAX_TOKENS`.
 
     Raises:
@@ -74,6 +77,7 @@ def evaluate(
     """
     chosen: AskOptions = {**GREEDY, "max_tokens": MAX_TOKENS, **options}
     shared = Options.of(**chosen)
+    form = model.config.boxes if boxes is None else box_format(boxes)
 
     @functools.lru_cache(maxsize=1)
     def preprocess(images: tuple[Path, ...]) -> list[PreprocessedImage]:
@@ -88,7 +92,7 @@ def evaluate(
             known = [journal.reply(row) for row in rows]  # check all of them before the first question is asked
         for row, earlier in zip(rows, known, strict=True):
             reply = _ask(model, row, preprocess, chosen) if earlier is None else earlier
-            scored = score(reply.answer, row.answers, model.config.boxes)
+            scored = score(reply.answer, row.answers, form, _sizes(row, form, preprocess))
             result = Result(row=row, reply=reply, score=scored, resumed=earlier is not None)
             if journal is not None and earlier is None:
                 journal.add(result)
@@ -112,6 +116,18 @@ def _ask(
         completion_tokens=stats.completion_tokens if stats else 0,
         encoded_views=stats.encoded_views if stats else 0,
     )
+
+
+def _sizes(
+    row: Row, boxes: BoxFormat, preprocess: Callable[[tuple[Path, ...]], list[PreprocessedImage]]
+) -> list[tuple[int, int]]:
+    """Return height and width of a row's images, pixels; any numbers if the format of boxes does not need them."""
+    unknown = [(1, 1)] * len(row.images)
+    try:
+        images = () if boxes.scale else preprocess(row.images)
+    except ImageError:  # the row has failed
+        return unknown
+    return [(image.plan.height, image.plan.width) for image in images] or unknown
 
 
 def shared_fingerprints(model: Model, options: Options, max_pixels: int) -> dict[str, str]:

@@ -6,12 +6,13 @@ Normalised: they are the same after `normalised`. An accepted answer that is a J
 is, character by character.
 
 Boxes: if every accepted answer is a JSON list of `{"label": str, "bbox": [x1, y1, x2, y2]}`, with x and y as fractions
-of the image's width and height, the answer is read as such a list too, in the model's own box format. It is valid if
-it is JSON of that form and nothing else; corners outside of the image are moved to its edges. Its IoU (intersection
-over union) is the mean over the true boxes of the IoU with the matched box of the answer. Only boxes of the same label
-are matched, the pair with the largest IoU first; a true box without a match counts 0, and an unmatched box of the
-answer costs nothing here (the exact match sees it). If the true list is empty, an empty list counts 1 and anything
-else 0. Of several accepted lists the one with the largest IoU counts.
+of the image's width and height, the boxes of the answer are read too, as `detect` reads them with `free`: in the
+model's own format, also from among other text. It is valid if it is in that format and nothing else: a JSON list of
+boxes, or only the lines of a layout. Its IoU (intersection over union) is the mean over the true boxes of the IoU with
+the matched box of the answer. Only boxes of the same label and image (`image_id`, 0 if a true box has none) are
+matched, the pair with the largest IoU first; a true box without a match counts 0, and an unmatched box of the answer
+costs nothing here (the exact match sees it). If the true list is empty, an empty list counts 1 and anything else 0. Of
+several accepted lists the one with the largest IoU counts.
 """
 
 from __future__ import annotations
@@ -21,17 +22,13 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn
 
-from lfm2vl_edge.config import FRACTION_BOXES, BoxFormat
-from lfm2vl_edge.errors import DataError, clip
-from lfm2vl_edge.structured.boxes import read_entry
+from lfm2vl_edge.config import FRACTION_BOXES, BoxFormat, is_finite, is_integer
+from lfm2vl_edge.errors import AnswerError, DataError, clip
+from lfm2vl_edge.structured.boxes import Corners, Region, Regions, Size, read_regions
 
-Corners: TypeAlias = tuple[float, float, float, float]
-"""x1, y1, x2, y2 of a box, as fractions of the image's width and height."""
-LabelledBox: TypeAlias = tuple[str, Corners]
-"""Label and corners. Not `config.Box`, which is in pixels: rounding would change the IoU."""
-
+_ONE_IMAGE: Final[Sequence[Size]] = ((1, 1),)
 _ARTICLE: Final = re.compile(r"\A(?:a|an|the) ")
 _KEPT_CHARACTERS: Final = frozenset("%#&@")
 """Punctuation in Unicode, but part of an answer: 5%, C#."""
@@ -47,7 +44,7 @@ class Score:
         exact: it is an accepted answer, character by character.
         normalised: it is one after `normalised`; true if `exact` is.
         iou: how well its boxes fit, 0 to 1, see above; None if the accepted answers are not boxes.
-        is_valid: its boxes are JSON of the right form.
+        is_valid: its boxes are in the model's format, and it has nothing else.
         is_empty: there are no boxes to find: the true list is empty.
     """
 
@@ -58,13 +55,19 @@ class Score:
     is_empty: bool = False
 
 
-def score(answer: str | None, accepted: Sequence[str], boxes: BoxFormat = FRACTION_BOXES) -> Score:
+def score(
+    answer: str | None,
+    accepted: Sequence[str],
+    boxes: BoxFormat = FRACTION_BOXES,
+    sizes: Sequence[Size] = _ONE_IMAGE,
+) -> Score:
     """Return whether an answer is right.
 
     Args:
         answer: the model's text; None if it failed, which is wrong.
         accepted: the answers that are right, at least one.
         boxes: how the model writes boxes.
+        sizes: height and width of each image of the question, pixels; any numbers if the format is not of pixels.
 
     Raises:
         DataError: an accepted answer has boxes that are not valid, see `true_boxes`.
@@ -78,10 +81,12 @@ def score(answer: str | None, accepted: Sequence[str], boxes: BoxFormat = FRACTI
     )
     if len(known) < len(truths):
         return scored
-    found = found_boxes(answer or "", boxes)
+    regions = found_boxes(answer or "", boxes, sizes)
+    found = None if regions is None or (regions.dropped and not regions.found) else regions.found
     overlaps = [0.0 if found is None else mean_iou(found, truth) for truth in known]
     best = max(range(len(known)), key=overlaps.__getitem__)
-    return replace(scored, iou=overlaps[best], is_valid=found is not None, is_empty=not known[best])
+    is_valid = regions is not None and _is_valid(answer or "", regions, boxes)
+    return replace(scored, iou=overlaps[best], is_valid=is_valid, is_empty=not known[best])
 
 
 def normalised(text: str) -> str:
@@ -115,13 +120,14 @@ def _is_removed(character: str) -> bool:
     return character == " " or (is_punctuation and character not in _KEPT_CHARACTERS)
 
 
-def true_boxes(accepted: str) -> list[LabelledBox] | None:
+def true_boxes(accepted: str) -> list[Region] | None:
     """Return the boxes of an accepted answer; None if it is not a list of boxes.
 
     A JSON list whose entries all have a label and a bbox is a list of boxes.
 
     Raises:
-        DataError: a label is not a string, or a bbox is not four fractions with x1 < x2 and y1 < y2.
+        DataError: a label is not a string, a bbox is not four fractions with x1 < x2 and y1 < y2, or an image_id is
+            not an index.
     """
     parsed = _parsed(accepted)
     if not isinstance(parsed, list) or not all(
@@ -131,31 +137,40 @@ def true_boxes(accepted: str) -> list[LabelledBox] | None:
     return [_true_box(one) for one in parsed]
 
 
-def _true_box(entry: Any) -> LabelledBox:
-    found = read_entry(entry, FRACTION_BOXES)
-    if found is not None:
-        x1, y1, x2, y2 = found[1]
-        if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1:
-            return found[0], (x1, y1, x2, y2)
+def _true_box(entry: dict[str, Any]) -> Region:
+    label, bbox, image = entry["label"], entry["bbox"], entry.get("image_id", 0)
+    if isinstance(label, str) and isinstance(bbox, list) and len(bbox) == 4 and all(map(is_finite, bbox)):
+        x1, y1, x2, y2 = bbox
+        if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 and is_integer(image, 0):
+            return Region(label=label, corners=(x1, y1, x2, y2), image=image)
     raise DataError(
         f"{clip(json.dumps(entry, ensure_ascii=False))} is not a valid box; give the label as a string, and as bbox "
         "x1, y1, x2, y2 as fractions of width and height, 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1"
     )
 
 
-def found_boxes(answer: str, boxes: BoxFormat = FRACTION_BOXES) -> list[LabelledBox] | None:
-    """Return the boxes of a model's answer, moved into the image; None if it is not a list of boxes."""
-    parsed = _parsed(answer)
-    if not isinstance(parsed, list):
+def found_boxes(answer: str, boxes: BoxFormat = FRACTION_BOXES, sizes: Sequence[Size] = _ONE_IMAGE) -> Regions | None:
+    """Return the boxes of a model's answer, within their images; None if it holds none, nor an empty list."""
+    try:
+        return read_regions(answer, boxes, sizes)
+    except AnswerError:
         return None
-    read = [read_entry(entry, boxes) for entry in parsed]
-    known = [(box[0], _within_image(*box[1:])) for box in read if box is not None]
-    return known if len(known) == len(read) else None
 
 
-def _within_image(corners: Sequence[float], scale: int) -> Corners:
-    x1, y1, x2, y2 = (min(max(value, 0), scale) / scale for value in corners)
-    return x1, y1, x2, y2
+def _is_valid(answer: str, regions: Regions, boxes: BoxFormat) -> bool:
+    """Return whether an answer has boxes, which were read, in its format, and nothing else."""
+    if regions.dropped or any(one.is_point for one in regions.found):
+        return False
+    if boxes.is_layout:
+        return answer.lstrip().startswith("image_")
+    parsed = _parsed(answer)
+    return isinstance(parsed, list) and len(parsed) == len(regions.found) and all(map(_has_corners, parsed))
+
+
+def _has_corners(entry: Any) -> bool:
+    """Return whether an entry has four numbers, not in quotes, in a list."""
+    lists = [value for value in entry.values() if isinstance(value, list)] if isinstance(entry, dict) else []
+    return any(len(one) == 4 and all(map(is_finite, one)) for one in lists)
 
 
 def _parsed(text: str) -> Any:
@@ -170,15 +185,15 @@ def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is not valid JSON")
 
 
-def mean_iou(found: Sequence[LabelledBox], truth: Sequence[LabelledBox]) -> float:
+def mean_iou(found: Sequence[Region], truth: Sequence[Region]) -> float:
     """Return the mean over the true boxes of the IoU with the matched box of the answer, 0 to 1; see above."""
     if not truth:
         return 0.0 if found else 1.0
     pairs = [
-        (iou(corners, other_corners), i, j)
-        for i, (label, corners) in enumerate(truth)
-        for j, (other_label, other_corners) in enumerate(found)
-        if label == other_label
+        (iou(one.corners, other.corners), i, j)
+        for i, one in enumerate(truth)
+        for j, other in enumerate(found)
+        if (one.label, one.image) == (other.label, other.image)
     ]
     total, matched, used = 0.0, set[int](), set[int]()
     for overlap, i, j in sorted(pairs, key=lambda pair: (-pair[0], *pair[1:])):

@@ -10,9 +10,9 @@ from typing import Final, TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lfm2vl_edge.config import Box
 from lfm2vl_edge.errors import EdgeError, printable
 from lfm2vl_edge.host import write_whole
+from lfm2vl_edge.image.boxes import Box
 from lfm2vl_edge.image.load import Pixels
 from lfm2vl_edge.planning.geometry import TilePlan, View
 

@@ -13,8 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from lfm2vl_edge.config import BICUBIC, FRACTION_BOXES, SHORT_BOXES, THOUSAND_BOXES, BoxFormat, Sampling
+from lfm2vl_edge.config import BICUBIC, FRACTION_BOXES, BoxFormat, Sampling
 from lfm2vl_edge.errors import ModelNotFound, shorten
+from lfm2vl_edge.models.box_formats import SHORT_BOXES, THOUSAND_BOXES
 from lfm2vl_edge.models.gguf import split_file_name
 
 BUILT_IN: Final = "tiny"

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from lfm2vl_edge import Model
 from lfm2vl_edge.cli import app
-from lfm2vl_edge.config import SHORT_BOXES
+from lfm2vl_edge.models.box_formats import SHORT_BOXES
 from lfm2vl_edge.structured import grammar_of, read_schema
 from tests.conftest import IMAGES, Pair
 from tests.fake_engine import CONFIG, FakeEngine

@@ -10,9 +10,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lfm2vl_edge import DataError
-from lfm2vl_edge.config import FRACTION_BOXES, THOUSAND_BOXES, BoxFormat
+from lfm2vl_edge.config import FRACTION_BOXES, BoxFormat
 from lfm2vl_edge.evaluate import iou, mean_iou, normalised, score
-from lfm2vl_edge.evaluate.score import LabelledBox, found_boxes, true_boxes
+from lfm2vl_edge.evaluate.score import found_boxes, true_boxes
+from lfm2vl_edge.models.box_formats import LAYOUT_BOXES, PIXEL_BOXES, THOUSAND_BOXES
+from lfm2vl_edge.structured.boxes import Region
 
 GRID = 8
 
@@ -113,9 +115,9 @@ def test_iou_is_between_0_and_1(one: Any, other: Any) -> None:
     assert iou(one, one) == (1 if area > 0 else 0)
 
 
-def box(label: str, x1: float, x2: float) -> LabelledBox:
+def box(label: str, x1: float, x2: float) -> Region:
     """Return a box as high as the image, so that areas are lengths."""
-    return label, (x1, 0, x2, 1)
+    return Region(label=label, corners=(x1, 0, x2, 1))
 
 
 def test_boxes_are_matched_by_label_and_the_best_overlap_first() -> None:
@@ -147,8 +149,11 @@ TRUTH = boxes_text(("cat", [0, 0, 0.5, 1]))
     [
         (TRUTH, [TRUTH], True, False, 1.0),
         (boxes_text(("cat", [0, 0, 0.25, 1])), [TRUTH], True, False, 0.5),
-        (boxes_text(("cat", [-7, -0.5, 0.5, 9])), [TRUTH], True, False, 1.0),  # moved to the edges
-        (boxes_text(("cat", [0.5, 1, 0, 0])), [TRUTH], True, False, 0.0),
+        (boxes_text(("cat", [-0.25, -0.1, 0.5, 1.2])), [TRUTH], True, False, 1.0),  # moved to the edges
+        (boxes_text(("cat", [0, 0, 0.5, 480])), [TRUTH], False, False, 0.0),  # another scale
+        (boxes_text(("cat", [0.5, 1, 0, 0])), [TRUTH], True, False, 1.0),  # as detect reads it
+        (boxes_text(("cat", [0, 0, 0, 1])), [TRUTH], False, False, 0.0),
+        (boxes_text(("cat", [0, 0, 0, 1])), ["[]"], False, True, 0.0),
         ("[]", [TRUTH], True, False, 0.0),
         ("[]", ["[]"], True, True, 1.0),
         (" [ ] ", ["[]"], True, True, 1.0),
@@ -156,17 +161,20 @@ TRUTH = boxes_text(("cat", [0, 0, 0.5, 1]))
         ("nothing", ["[]"], False, True, 0.0),
         (None, ["[]"], False, True, 0.0),
         (TRUTH, ["[]", TRUTH], True, False, 1.0),
-        (f"Sure: {TRUTH}", [TRUTH], False, False, 0.0),
-        (TRUTH[:-1], [TRUTH], False, False, 0.0),
+        (f"Sure: {TRUTH}", [TRUTH], False, False, 1.0),
+        (f"```json\n{TRUTH}\n```", [TRUTH], False, False, 1.0),
+        (TRUTH[:-1], [TRUTH], False, False, 1.0),
+        (f"{TRUTH[:-1]}, 3]", [TRUTH], False, False, 1.0),
+        ('{"label": "cat", "bbox": [0, 0, 0.5, 1]}', [TRUTH], False, False, 1.0),
         ("{}", [TRUTH], False, False, 0.0),
         ("[3]", [TRUTH], False, False, 0.0),
         ('[{"label": "cat"}]', [TRUTH], False, False, 0.0),
         (boxes_text(("cat", [0, 0, 1])), [TRUTH], False, False, 0.0),
-        (boxes_text(("cat", [0, 0, "1", 1])), [TRUTH], False, False, 0.0),
+        (boxes_text(("cat", [0, 0, "1", 1])), [TRUTH], False, False, 0.5),  # read, but not its format
         (boxes_text(("cat", [0, 0, True, 1])), [TRUTH], False, False, 0.0),
         ('[{"label": "cat", "bbox": [0, 0, NaN, 1]}]', [TRUTH], False, False, 0.0),
         ('[{"label": "cat", "bbox": [0, 0, 1e999, 1]}]', [TRUTH], False, False, 0.0),
-        ('[{"label": "cat", "bbox": [0, 0, ' + "9" * 400 + ", 1]}]", [TRUTH], True, False, 0.5),
+        ('[{"label": "cat", "bbox": [0, 0, ' + "9" * 400 + ", 1]}]", [TRUTH], False, False, 0.0),
         ('[{"label": 5, "bbox": [0, 0, 1, 1]}]', [TRUTH], False, False, 0.0),
         ("[" * 100_000, [TRUTH], False, False, 0.0),
     ],
@@ -188,16 +196,32 @@ def test_boxes_of_an_answer(
         ('[{"label": "cat", "bbox": [0, 0, 500, 1000]}]', THOUSAND_BOXES, True, 1.0),  # either key, as detect reads it
         ('[{"label": "cat", "bbox": [0, 0, 0.25, 1]}]', THOUSAND_BOXES, True, 0.5),  # the other format altogether
         ('[{"label": "cat", "bbox_2d": [0, 0, 0.5, 1]}]', FRACTION_BOXES, True, 1.0),
-        ('[{"label": "cat", "bbox_2d": [0, 0, ' + "9" * 400 + ", 1000]}]", THOUSAND_BOXES, True, 0.5),
-        ('[{"label": "cat", "bbox_2d": [0, 0, "500", 1000]}]', THOUSAND_BOXES, False, 0.0),
+        ('[{"label": "cat", "bbox_2d": [0, 0, ' + "9" * 400 + ", 1000]}]", THOUSAND_BOXES, False, 0.0),
+        ('[{"label": "cat", "bbox_2d": [0, 0, "500", 1000]}]', THOUSAND_BOXES, False, 1.0),
+        ("image_index=0 cat [0, 0, 500, 1000]\nA cat.", LAYOUT_BOXES, True, 1.0),
+        ("Here:\nimage_index=0 cat [0, 0, 500, 1000]\nA cat.", LAYOUT_BOXES, False, 1.0),
+        ('[{"label": "cat", "bbox_2d": [0, 0, 320, 480]}]', PIXEL_BOXES, True, 1.0),
         ('[{"label": "cat", "point": [0, 0, 500, 1000]}]', THOUSAND_BOXES, False, 0.0),
     ],
 )
 def test_boxes_are_read_in_the_format_of_the_model(
     answer: str, boxes: BoxFormat, valid: bool, expected: float
 ) -> None:
-    found = score(answer, [TRUTH], boxes)
+    found = score(answer, [TRUTH], boxes, [(480, 640)])
     assert (found.is_valid, found.iou) == (valid, expected)
+
+
+def test_boxes_are_matched_within_their_image() -> None:
+    truth = '[{"label": "cat", "bbox": [0, 0, 0.5, 1]}, {"label": "cat", "bbox": [0, 0, 1, 1], "image_id": 1}]'
+    first = {"image_id": 0, "bbox_2d": [0, 0, 500, 1000], "label": "cat"}
+    second = {"image_id": 1, "bbox_2d": [0, 0, 1000, 1000], "label": "cat"}
+    two = [(10, 10), (20, 20)]
+    for answer, expected in (([second, first], 1.0), ([first], 0.5), ([{**first, "image_id": 1}], 0.25)):
+        assert score(json.dumps(answer), [truth], THOUSAND_BOXES, two).iou == expected
+    assert score(json.dumps([{**first, "image_id": 2}]), [truth], THOUSAND_BOXES, two).iou == 0
+    for image in (-1, 1.5, "0", None, True):
+        with pytest.raises(DataError, match="is not a valid box"):
+            true_boxes(json.dumps([{"label": "cat", "bbox": [0, 0, 1, 1], "image_id": image}]))
 
 
 def test_only_lists_of_boxes_are_scored_as_boxes() -> None:
@@ -220,9 +244,9 @@ def test_true_boxes_must_be_fractions(bbox: Any) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), corners), max_size=5), st.lists(corners, max_size=5))
 def test_mean_iou_is_between_0_and_1_and_at_most_that_of_the_best_boxes(some: Any, more: Any) -> None:
-    truth: list[LabelledBox] = list(some)
-    found: list[LabelledBox] = [("a", place) for place in more]
+    truth = [Region(label=label, corners=place) for label, place in some]
+    found = [Region(label="a", corners=place) for place in more]
     assert 0 <= mean_iou(found, truth) <= 1
     if truth:
-        best = [max((iou(one[1], b[1]) for b in found if b[0] == one[0]), default=0) for one in truth]
+        best = [max((iou(one.corners, b.corners) for b in found if b.label == one.label), default=0) for one in truth]
         assert mean_iou(found, truth) <= sum(best) / len(truth) + 1e-9

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lfm2vl_convert.verify import expected_shapes
-from lfm2vl_edge.config import BICUBIC, FRACTION_BOXES, THOUSAND_BOXES, BoxFormat, ImageConfig, Sampling
+from lfm2vl_edge.config import BICUBIC, FRACTION_BOXES, BoxFormat, ImageConfig, Sampling
+from lfm2vl_edge.models.box_formats import THOUSAND_BOXES
 from lfm2vl_edge.models.facts import read_facts
 from lfm2vl_edge.models.gguf import StoredTensor
 from lfm2vl_edge.models.names import Pair
