@@ -59,8 +59,9 @@ if TYPE_CHECKING:
     from lfm2vl_edge.planning.budget import BudgetOptions, Detail, ImageBudget
     from lfm2vl_edge.planning.costs import Costs
     from lfm2vl_edge.planning.geometry import TilePlan, View, plan
+    from lfm2vl_edge.prompt.calls import InvalidToolCall, ToolCall
     from lfm2vl_edge.prompt.messages import AnyImage, Message
-    from lfm2vl_edge.prompt.tools import ToolCall, ToolInput
+    from lfm2vl_edge.prompt.tools import ToolInput
     from lfm2vl_edge.stats import Stats
 
 __version__ = "0.1.0"
@@ -88,8 +89,9 @@ _MODULES = {
     "planning.budget": "BudgetOptions Detail ImageBudget",
     "planning.costs": "Costs",
     "planning.geometry": "TilePlan View plan",
+    "prompt.calls": "InvalidToolCall ToolCall",
     "prompt.messages": "AnyImage Message",
-    "prompt.tools": "ToolCall ToolInput",
+    "prompt.tools": "ToolInput",
     "stats": "Stats",
 }
 """Module -> its public names. They are imported on first use: a command that only prints its help needs none."""
@@ -128,6 +130,7 @@ __all__ = [
     "ImageConfig",
     "ImageError",
     "ImageInput",
+    "InvalidToolCall",
     "Message",
     "Model",
     "ModelConfig",

@@ -18,10 +18,10 @@ from lfm2vl_edge.engine import Constraint, Engine, Floats, Sampled
 from lfm2vl_edge.errors import AnswerTruncated, ConfigError, ContextFull, StateError, ToolError
 from lfm2vl_edge.image.tiles import Tile, preprocess_image
 from lfm2vl_edge.planning.budget import ImageBudget
+from lfm2vl_edge.prompt.calls import CallReader, InvalidToolCall, Tool, ToolCall
 from lfm2vl_edge.prompt.messages import Message, images_in, parse_messages
 from lfm2vl_edge.prompt.prepare import Prompt, n_tokens, split, tokenize
 from lfm2vl_edge.prompt.render import render
-from lfm2vl_edge.prompt.tools import CallReader, Tool, ToolCall
 from lfm2vl_edge.stats import Stats, Stopwatch
 from lfm2vl_edge.stream import TextStream
 
@@ -40,12 +40,14 @@ class Chunk:
         text: what is new; it may be empty in the last chunk.
         finish_reason: why the answer ended; only in the last chunk.
         tool_calls: the model's calls of the tools that it was given; only in the last chunk.
+        invalid_tool_calls: what it wrote for calls that are not valid, beside valid ones; only in the last chunk.
         stats: what the answer cost; only in the last chunk.
     """
 
     text: str
     finish_reason: FinishReason | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
     stats: Stats | None = None
 
     def __str__(self) -> str:
@@ -61,12 +63,14 @@ class Turn:
         tool_calls: the model's calls of the tools that it was given.
         finish_reason: why it ended.
         stats: what it cost.
+        invalid_tool_calls: what it wrote for calls that are not valid, beside valid ones.
     """
 
     text: str
     tool_calls: tuple[ToolCall, ...]
     finish_reason: FinishReason | None
     stats: Stats | None
+    invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
 
     @classmethod
     def of(cls, chunks: Iterable[Chunk]) -> Turn:
@@ -78,7 +82,13 @@ class Turn:
         pieces = list(chunks)
         last = pieces[-1]
         text = "".join(chunk.text for chunk in pieces)
-        return cls(text=text, tool_calls=last.tool_calls, finish_reason=last.finish_reason, stats=last.stats)
+        return cls(
+            text=text,
+            tool_calls=last.tool_calls,
+            finish_reason=last.finish_reason,
+            stats=last.stats,
+            invalid_tool_calls=last.invalid_tool_calls,
+        )
 
     @property
     def message(self) -> dict[str, Any]:
@@ -123,7 +133,7 @@ def stream(
         ImageError: an image of the messages is not valid.
         PromptError: the messages have no valid form, (ContextFull) do not fit into the model's context, or the model
             does not support tools.
-        ToolError: a tool call is truncated or malformed; the text of the answer has come before.
+        ToolError: the model wrote a tool call, and no valid one; the text of the answer has come before.
         EngineError: a native call failed, or the answer was cancelled.
         AnswerTruncated: max_tokens or the context was full before an answer under a grammar or schema was complete.
         AnswerError: the answer breaks a rule of the schema that no grammar expresses.
@@ -220,16 +230,19 @@ class Answer:
 
     def rest(self) -> str:
         """Return the text that was held back until the end."""
-        return self._text.flush()
+        return self._text.push(self._reader.rest()) + self._text.flush()
 
     def last(self) -> Chunk:
         """Return the last chunk, without text.
 
         Raises:
-            ToolError: a tool call is truncated or malformed.
+            ToolError: the model wrote a tool call, and no valid one.
         """
+        calls, invalid = self._reader.tool_calls()
         stats = stats_of(self.prompt, self._n_images, self._n_tokens, self._n_forced, self.watch)
-        return Chunk(text="", finish_reason=self.finish_reason, tool_calls=self._reader.tool_calls(), stats=stats)
+        return Chunk(
+            text="", finish_reason=self.finish_reason, tool_calls=calls, invalid_tool_calls=invalid, stats=stats
+        )
 
     def whole(self, chunks: Sequence[Chunk]) -> Chunk:
         """Return an answer under a constraint in one chunk, if it is complete and valid.

@@ -22,7 +22,7 @@ WORDS: Final = {
     "send, add_image, pending images": r"(?:\.|def )say\(|\.show\(|\bwaiting\b(?= (?:image|for the next))|\.waiting\b",
     "finish_reason": r"\bfinish\b(?![_ ]reason)",
     "completion_tokens": r"\banswer_tokens\b",
-    "tool_calls": r"\.calls\b|\bcalls=|[\"']calls[\"']",
+    "tool_calls": r"(?<!prompt)\.calls\b|\bcalls=|[\"']calls[\"']",
     "n_gpu_layers": r"(?<!n_)gpu_layers|(?<!n-)gpu-layers",
     "option, setting": r"\bwish(?:es|ed)?\b",
     "image budget": r"\bsight\b",

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 from lfm2vl_edge.errors import PromptError, shorten
 from lfm2vl_edge.image.load import ImageInput
 from lfm2vl_edge.image.tiles import PreprocessedImage
-from lfm2vl_edge.prompt.tools import tool_calls_of
+from lfm2vl_edge.prompt.calls import tool_calls_of
 
 Message: TypeAlias = Mapping[str, Any]
 """`role`, and `content` as a string or a list of parts such as `{"type": "image", "image": ...}` and

@@ -17,9 +17,9 @@ from lfm2vl_edge.config import IMAGE_TOKEN, ModelConfig
 from lfm2vl_edge.engine import Engine
 from lfm2vl_edge.image.tiles import Tile, preprocess_image
 from lfm2vl_edge.planning.budget import NO_BUDGET, ImageBudget
+from lfm2vl_edge.prompt.calls import Tool
 from lfm2vl_edge.prompt.messages import Message, images_in, parse_messages
 from lfm2vl_edge.prompt.render import Segment, render, split_names
-from lfm2vl_edge.prompt.tools import Tool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

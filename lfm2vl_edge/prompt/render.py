@@ -38,8 +38,8 @@ from lfm2vl_edge.config import (
 )
 from lfm2vl_edge.errors import PromptError, clip, printable, shorten
 from lfm2vl_edge.image.tiles import PreprocessedImage, Tile
+from lfm2vl_edge.prompt.calls import Tool, tool_calls_of, write_calls
 from lfm2vl_edge.prompt.messages import ImagePart, ParsedMessage
-from lfm2vl_edge.prompt.tools import Tool, tool_calls_of, write_calls
 
 _BREAKERS: Final = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 """Unicode's noncharacters: no text of a human holds one, let alone all."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import keyword
-import string
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,8 +11,6 @@ from typing import Any, Literal, Optional
 
 import jinja2
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lfm2vl_edge import ConfigError, Model, PromptError, Sampling, ToolCall, ToolError, Turn
 from lfm2vl_edge.config import ModelConfig
@@ -23,7 +19,7 @@ from lfm2vl_edge.image.tiles import Tile
 from lfm2vl_edge.models import facts as modelfile
 from lfm2vl_edge.prompt.messages import parse_messages
 from lfm2vl_edge.prompt.render import render
-from lfm2vl_edge.prompt.tools import ToolInput, as_tools, parse_calls, write_calls
+from lfm2vl_edge.prompt.tools import ToolInput, as_tools
 from tests.fake_engine import CONFIG, CONTROLS, END, FakeEngine
 from tests.models.test_facts import strings
 
@@ -208,6 +204,50 @@ def test_calls_are_taken_out_of_the_text() -> None:
     assert turn_of(STOP, "x", START, START, "now()", STOP).text == "x"
 
 
+@pytest.mark.parametrize(
+    ("after", "text"),
+    [
+        (['[weather(place="Köln"), now()]'], ""),
+        (["\n[weather(place='Köln'),\nnow()]", STOP], ""),
+        (['[weather(place="Köln"), now()]', STOP, " Here it is."], " Here it is."),
+        (['[weather(place="Köln"), now()]Here it is.'], "Here it is."),
+        (['weather(place="Köln"), now()', STOP], ""),
+        (['[weather(place="Köln"), now()]', '\n[weather(place="Köln"), now()]', STOP], ""),
+        (['[weather(place="Kö', STOP, "ln"], "ln"),
+        (['[weather(place="Kö'], '[weather(place="Kö'),
+        (["[1] says so."], "[1] says so."),
+        ([" weathermen know"], " weathermen know"),
+        (["[", STOP], "["),
+        ([" "], " "),
+    ],
+)
+def test_a_call_that_is_repeated_as_text_counts_once(after: list[str | int], text: str) -> None:
+    turn = turn_of("So: ", START, '[weather(place="Köln"), now()]', STOP, *after)
+    assert [one.name for one in turn.tool_calls] == ["weather", "now"]
+    assert (turn.text, turn.invalid_tool_calls) == ("So: " + text, ())
+
+
+def test_a_good_call_beside_a_bad_one_is_kept() -> None:
+    turn = turn_of(START, "[now(), weather(days=1), now(x=open)]", STOP, "?", START, "text", STOP)
+    assert ([one.name for one in turn.tool_calls], turn.text) == (["now"], "?")
+    assert [(one.text, one.reason) for one in turn.invalid_tool_calls] == [
+        ("weather(days=1)", "weather: place is missing"),
+        ("now(x=open)", "'open)]' is not a value"),
+        ("text", "'text' is not a tool; known: weather, now"),
+    ]
+    assert turn.message["tool_calls"] == [call("now")]
+
+
+def test_a_call_without_an_end_counts_if_it_is_whole() -> None:
+    turn = turn_of(START, "[now()]")
+    assert ([one.name for one in turn.tool_calls], turn.invalid_tool_calls) == (["now"], ())
+    turn = turn_of(START, "[now(), weather(place=")
+    assert [one.name for one in turn.tool_calls] == ["now"]
+    assert "max_tokens" in turn.invalid_tool_calls[0].reason
+    with pytest.raises(ToolError, match="ends within it"):
+        turn_of(START, "now")
+
+
 def test_without_tools_nothing_is_a_call() -> None:
     turn = turn_of("a", START, "[now()]", STOP, "b", tools=())
     assert (turn.text, turn.tool_calls) == ("a[now()]b", ())
@@ -220,11 +260,12 @@ def test_a_truncated_call_is_an_error_after_the_text() -> None:
     model = Model(Answering(["Wait", START, '[weather(place="Bo']), config())
     chunks = model.chat([{"role": "user", "content": "?"}], tools=[CITY], stop="it's")
     assert [next(chunks).text for _ in range(3)] == ["W", "a", "it"]  # the last was held back: "it's" would end it
-    with pytest.raises(ToolError, match="ends within a tool call: .*raise max_tokens") as caught:
+    with pytest.raises(ToolError, match="invalid tool call: .* ends within it; raise max_tokens") as caught:
         next(chunks)
     assert caught.value.text == '[weather(place="Bo'
-    with pytest.raises(ToolError, match="max_tokens"):
-        turn_of(START, "[now()]", STOP, START, "[now()]", STOP, max_tokens=10)
+    turn = turn_of(START, "[now()]", STOP, START, "[now()]", STOP, max_tokens=10)
+    assert [one.name for one in turn.tool_calls] == ["now"]
+    assert ["ends within" in one.reason for one in turn.invalid_tool_calls] == [True]
     assert model.ask([], "?", tools=[], max_tokens=2) == "Wa"  # and the model answers again
 
 
@@ -238,112 +279,6 @@ def test_ask_returns_text_and_nothing_else() -> None:
     with pytest.raises(ToolError, match="the model calls now; use Model.turn"):
         model.ask([], "?", tools=[WRAPPED])
     assert Model(Answering(["Hi"]), config()).ask([], "?", tools=[WRAPPED]) == "Hi"
-
-
-NAMES = st.sampled_from(["weather", "now"])
-KEYS = st.text(string.ascii_letters + "_", min_size=1, max_size=6).filter(lambda key: not keyword.iskeyword(key))
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
-    max_leaves=6,
-)
-CALLS_OF_ALL_KINDS = st.builds(
-    lambda name, arguments: ToolCall(name=name, arguments=arguments),
-    NAMES,
-    st.dictionaries(KEYS, VALUES, max_size=3),
-)
-
-
-@given(st.lists(CALLS_OF_ALL_KINDS, max_size=3))
-@settings(max_examples=100, deadline=None)
-def test_calls_come_back_as_they_were_written(calls: list[ToolCall]) -> None:
-    text = write_calls(calls)
-    assert parse_calls(text, TOOLS) == calls
-    assert parse_calls(json.dumps([call(one.name, **one.arguments) for one in calls]), TOOLS) == calls
-    functions = {name: lambda _name=name, **given: (_name, given) for name in ("weather", "now")}
-    assert eval(text, functions) == [(one.name, one.arguments) for one in calls]  # noqa: S307  # Python's own reading
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ('[weather(place="a", days=-3)]', [("weather", {"place": "a", "days": -3})]),
-        (" weather('a', 3) ", [("weather", {"place": "a", "days": 3})]),
-        ("[now(x=[true, false, null, True, None])]", [("now", {"x": [True, False, None, True, None]})]),
-        (r'[now(x="\d\"", y={"k": [1.5, {}]})]', [("now", {"x": '\\d"', "y": {"k": [1.5, {}]}})]),
-        ("[now(),\n now()]", [("now", {}), ("now", {})]),
-        ("[]", []),
-        ('{"name": "now"}', [("now", {})]),
-        ('[{"name": "weather", "arguments": {"place": "a"}}]', [("weather", {"place": "a"})]),
-        ('{"function": {"name": "now", "arguments": "{\\"a\\": 1}"}}', [("now", {"a": 1})]),
-    ],
-)
-def test_forms_of_calls(text: str, expected: list[tuple[str, dict[str, Any]]]) -> None:
-    assert [(one.name, one.arguments) for one in parse_calls(text, TOOLS)] == expected
-
-
-HOSTILE = [
-    "",
-    "text",
-    "[now()",
-    "now(x=1, x=2)",
-    "now(1)",
-    "weather('a', place='b')",
-    "now(**{'a': 1})",
-    "now(*[1])",
-    "now(x=now())",
-    "now(x=y)",
-    "now(x=1 + 1)",
-    "now(x=f'{1}')",
-    "now(x=b'a')",
-    "now(x=1j)",
-    "now(x=...)",
-    "now(x=(1, 2))",
-    "now(x={1, 2})",
-    "now(x={1: 2})",
-    "now(x={**{}})",
-    "now(x=-'a')",
-    "now(x=-True)",
-    "now(x=1e999)",
-    "now(x=lambda: 1)",
-    "now(x=[i for i in range(9)])",
-    "now(x=__import__('os').system('exit'))",
-    "now.__class__()",
-    "now()()",
-    "other()",
-    "[now(), 3]",
-    "now()\nnow()",
-    "import os",
-    "now(x='\0')",
-    "now(x='\ud800')",
-    "now(x=" + "[" * 17 + "]" * 17 + ")",
-    "now(x=" + "[" * 5000,
-    "now(x=" + "-" * 8000 + "1)",
-    "now" + ".a" * 4000 + "()",
-    "now" + "()" * 4000,
-    "now(x=" + "1+" * 4000 + "1)",
-    "now(x=" + "9" * 8000 + "0" * 8000 + ")",
-    "now(x='" + "a" * 9000 + "')",
-    "[" + "now()," * 65 + "]",
-    "{",
-    '{"name": 3}',
-    '{"name": "now", "arguments": [1]}',
-    '{"name": "now", "arguments": "["}',
-    '{"name": "now", "arguments": {"x": NaN}}',
-    '{"name": "other"}',
-    '[{"name": "now"}, 3]',
-    '{"name": "now", "arguments": {"x": ' + "[" * 17 + "]" * 17 + "}}",
-    '{"a":' * 1500,
-]
-
-
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_an_invalid_call_is_an_error_with_its_text(text: str) -> None:
-    with pytest.raises(ToolError, match="the model wrote an invalid tool call: .*ask again") as caught:
-        parse_calls(text, TOOLS)
-    assert caught.value.text == text
-    assert len(str(caught.value)) < 1500
 
 
 def silent(place: str) -> None: ...
@@ -409,8 +344,10 @@ def many(*x: int) -> None:
         ([3], "must be a function or a definition"),
         ([CITY, CITY], "2 tools are called 'weather'"),
         ([{}], "None is not a valid name"),
-        ([{"name": "a-b"}], "'a-b' is not a valid name"),
-        ([{"name": "x", "parameters": {"properties": {"from": {}}}}], "'from' is not a valid name"),
+        ([{"name": "a b"}], "'a b' is not a valid name of a tool"),
+        ([{"name": "a(b"}], "is not a valid name of a tool"),
+        ([{"name": ""}], "'' is not a valid name of a tool"),
+        ([{"name": "x" + "\n"}], "is not a valid name of a tool"),
         ([{"name": "x", "parameters": {"properties": [1]}}], "has another form"),
         ([{"name": "x", "parameters": 3}], "has another form"),
         ([{"type": "function", "function": "x"}], "has another form"),
