@@ -7,7 +7,11 @@ or the JSON that its `grammar_from_*` functions return.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import functools
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -16,43 +20,138 @@ from lfm2vl_edge.engine import Constraint, Floats
 from lfm2vl_edge.errors import ConfigError, EngineError, clip
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-_MOST_BYTES: Final = 1 << 20
+_MOST_BYTES: Final = 3 << 20
 """Limit of a grammar's size."""
-_SPECIAL: Final = b"\xff"
+_MOST_RULES: Final = 250
+"""Rules that may refer to each other in this process: llguidance follows such a chain by recursion, 10 to 30 kB of
+stack for each, and ends the process if the stack is full."""
+_CHECK_SECONDS: Final = 2
+_TEXT: Final = 1
+_USER_DEFINED: Final = 4
+"""llama.cpp's types of tokens; the others are control tokens, unknown ones, unused ones and bytes."""
+_MARKER: Final = re.compile(rb"<.*>", re.DOTALL)
+"""A token that is not a control token by its type, but by its text, as llama.cpp sees it."""
+CONTROL: Final = b"\xff"
 """Marks a control token for llguidance: text never matches it, only its name in a grammar."""
 
 
+@functools.lru_cache(maxsize=64)
 def check_grammar(grammar: str) -> None:
     """Check that llguidance can use a grammar.
 
     Raises:
         ConfigError: it cannot, or the grammar is too large; the message has llguidance's reason.
     """
-    from llguidance import LLMatcher
-
     if len(grammar) > _MOST_BYTES:
         raise ConfigError(f"the grammar has {len(grammar)} characters; at most {_MOST_BYTES} are read")
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
-    if is_error:
-        raise ConfigError(f"the grammar cannot be used: {clip(messages[0])}; correct it")
+    has_references = "ref" in grammar or "\\u" in grammar
+    if grammar.count("\n") + grammar.count("\\n") + has_references * grammar.count("{") > _MOST_RULES:
+        _check_in_child(grammar)
+    elif fault := _fault(grammar):
+        raise ConfigError(f"the grammar cannot be used: {clip(fault)}; correct it")
 
 
-def llguidance_tokenizer(llama: Any, vocab: Any, pieces: Sequence[bytes], ends: Sequence[int]) -> LLTokenizer:
+def _fault(grammar: str) -> str:
+    """Return llguidance's reason why it cannot use a grammar; an empty text if it can."""
+    from llguidance import LLMatcher
+
+    try:
+        is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=_limits())
+    except ValueError as error:  # half of a surrogate pair
+        return str(error)
+    return messages[0].strip() if is_error else ""
+
+
+def _limits() -> LLParserLimits:
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=50_000, verbose_errors=False)  # of up to 2 kB
+
+
+def _check_in_child(grammar: str) -> None:
+    """Check a grammar in a process of its own, which llguidance may end.
+
+    Raises:
+        ConfigError: it does, or it cannot use the grammar.
+    """
+    code = f"import sys; sys.path[:] = {sys.path!r}; from lfm2vl_edge.engine.grammar import work; work()"
+    command = [sys.executable, "-c", code]
+    data = grammar.encode("utf-8", "replace")
+    try:
+        done = subprocess.run(command, input=data, capture_output=True, check=False, timeout=_CHECK_SECONDS)  # noqa: S603  # our own code
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"llguidance cannot read this grammar in {_CHECK_SECONDS} s; simplify it") from error
+    fault = done.stdout.decode("utf-8", "replace") or ("rules refer to rules too deeply" if done.returncode else "")
+    if fault:
+        raise ConfigError(f"the grammar cannot be used: {clip(fault)}; simplify it")
+
+
+def work() -> None:
+    """Write what is wrong with the grammar on stdin: the child's side of `check_grammar`, on half of the usual stack."""
+    import threading
+
+    threading.stack_size(4 << 20)
+    grammar = sys.stdin.buffer.read().decode("utf-8")
+    checker = threading.Thread(target=lambda: sys.stdout.write(_fault(grammar)))
+    checker.start()
+    checker.join()
+
+
+def token_bytes(metadata: Mapping[str, Any]) -> list[bytes]:
+    """Return the bytes of each token of a vocabulary, as text or, after `CONTROL`, as the name of a control token.
+
+    Args:
+        metadata: of a language file; its tokens are written in GPT-2's alphabet, which has a character for each byte.
+    """
+    texts = metadata["tokenizer.ggml.tokens"].encoded()
+    whole = b"".join(texts).decode("utf-8", "replace")
+    codes = np.minimum(np.frombuffer(whole.encode("utf-32-le", "replace"), "<u4"), 511)
+    letters = np.frombuffer(b"".join(texts), np.uint8) & 0xC0 != 0x80
+    sizes = np.fromiter(map(len, texts), np.int64, len(texts))
+    table = _alphabet()
+    data = table[codes].astype(np.uint8).tobytes()
+    is_foreign = np.concatenate([[0], np.cumsum(table[codes] < 0)])
+    ends = np.concatenate([[0], np.cumsum(letters)])[np.concatenate([[0], np.cumsum(sizes)])]
+    types = np.asarray(metadata["tokenizer.ggml.token_type"])
+    is_text = (types == _TEXT) & (is_foreign[ends[1:]] == is_foreign[ends[:-1]])
+    places = ends.tolist()
+    pieces = [data[start:end] for start, end in zip(places, places[1:], strict=False)]
+    for token in np.flatnonzero(~is_text).tolist():
+        is_plain = types[token] == _USER_DEFINED and not _MARKER.fullmatch(texts[token])
+        pieces[token] = texts[token] if is_plain else CONTROL + texts[token]
+    return pieces
+
+
+@functools.lru_cache(maxsize=1)
+def _alphabet() -> Any:
+    """Return the byte of each character of GPT-2's alphabet, int16 `[512]`; -1 for other characters.
+
+    Printable characters of Latin-1 stand for themselves, the others are counted from U+0100 on.
+    """
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = np.full(512, -1, np.int16)
+    table[shown] = shown
+    hidden = [byte for byte in range(256) if byte not in shown]
+    table[256 : 256 + len(hidden)] = hidden
+    return table
+
+
+def llguidance_tokenizer(tokenize: Any, vocab: Any, pieces: Sequence[bytes], ends: Sequence[int]) -> LLTokenizer:
     """Return llguidance's form of a vocabulary.
 
     Args:
-        llama: llama_cpp's bindings.
+        tokenize: llama.cpp's function.
         vocab: llama.cpp's vocabulary, which must outlive the result.
-        pieces: the bytes of each token; those of control tokens start with `_SPECIAL`.
+        pieces: from `token_bytes`.
         ends: tokens that end the model's turn.
     """
     from llguidance import LLTokenizer
 
-    tokenize = ctypes.cast(llama._lib.llama_tokenize, ctypes.c_void_p).value  # noqa: SLF001
+    pointer = ctypes.cast(tokenize, ctypes.c_void_p).value
     made: LLTokenizer = LLTokenizer.from_llamacpp(  # type: ignore[attr-defined]
-        tokens=list(pieces), vocab_ptr=vocab, tokenize_fptr=tokenize, eos_token=list(ends), slices=None
+        tokens=list(pieces), vocab_ptr=vocab, tokenize_fptr=pointer, eos_token=list(ends), slices=None
     )
     return made
 
@@ -72,7 +171,7 @@ class Follower:
         from llguidance import LLMatcher
 
         self._trigger = constraint.trigger
-        self._first = LLMatcher(tokenizer, constraint.grammar, log_level=0)
+        self._first = LLMatcher(tokenizer, constraint.grammar, log_level=0, limits=_limits())
         if self._first.is_error():
             raise ConfigError(f"the grammar cannot be used: {clip(self._first.get_error())}; correct it")
         self._mask = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
@@ -92,7 +191,7 @@ class Follower:
         if self._now.is_error():
             raise EngineError(f"the grammar cannot be followed: {clip(self._now.get_error())}; simplify it")
         allowed = np.unpackbits(self._mask.view(np.uint8), count=len(logits), bitorder="little")
-        logits[allowed == 0] = -np.inf
+        np.putmask(logits, allowed == 0, -np.inf)
 
     def accept(self, token: int) -> list[int]:
         """Follow a sampled token, and return the tokens that must come after it.
@@ -120,3 +219,9 @@ class Follower:
             self.is_complete = self._trigger is None
             self._now = None
         return list(tokens)
+
+    def matches(self, tokens: Sequence[int]) -> bool:
+        """Return whether these tokens, from here on, are a whole answer."""
+        if self._now is None:
+            return not tokens
+        return self._now.try_consume_tokens(list(tokens)) == len(tokens) and self._now.is_accepting()

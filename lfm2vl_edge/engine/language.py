@@ -48,7 +48,7 @@ class LanguageFile:
 
     def __init__(self, path: Path, n_gpu_layers: int, device: str | None, *, verbose: bool = False) -> None:
         libllama().llama_backend_init()
-        self._path, self._n_gpu_layers = path, n_gpu_layers
+        self.path, self._n_gpu_layers = path, n_gpu_layers
         self.stamp = stamp(path)
         """The file's size and times before it is read."""
         self.metadata: Mapping[str, Any] | None = None
@@ -88,11 +88,11 @@ class LanguageFile:
         from lfm2vl_edge.engine.ffi import require
 
         LOG.forget()
-        return int(require("llama_model_load_from_file", self._load(verbose=True), f" on {self._path}"))
+        return int(require("llama_model_load_from_file", self._load(verbose=True), f" on {self.path}"))
 
     def _load(self, verbose: bool) -> int | None:
         """Return llama.cpp's model, or None if it refuses the file."""
-        name = os.fsencode(self._path)
+        name = os.fsencode(self.path)
         with nullcontext() if verbose else LOG.silence():
             if libllama().llama_supports_gpu_offload():
                 return _load_with_gpu(name, self._n_gpu_layers, self.gpu)

@@ -90,6 +90,11 @@ class Strings(Sequence[str]):
         index %= len(self)
         return self._buffer[self._starts[index] + 8 : self._starts[index + 1]].decode("utf-8", "replace")
 
+    def encoded(self) -> list[bytes]:
+        """Return all strings in UTF-8."""
+        buffer = self._buffer
+        return [buffer[start + 8 : end] for start, end in pairwise(self._starts)]
+
     def repeated(self) -> str | None:
         """Return a text that occurs twice or contains a zero byte, at which llama.cpp would truncate it; else None."""
         buffer = self._buffer

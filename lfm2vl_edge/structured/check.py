@@ -12,8 +12,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from lfm2vl_edge.errors import AnswerError, ConfigError
-from lfm2vl_edge.structured.schema import parse_answer, read_schema
-
+from lfm2vl_edge.structured.schema import parse_answer, read_schema, validator_of
 
 _PLAIN: Final[Mapping[Any, str]] = {
     str: "string",
@@ -133,5 +132,5 @@ def _convert(kind: Any, value: Any) -> Any:
 
 def _fits(kind: Any, value: Any) -> bool:
     writer = _Writer()
-    schema = read_schema({"anyOf": [writer.schema(kind, "")], "$defs": writer.parts})
-    return bool(schema.validator.is_valid(value))
+    described = writer.schema(kind, "")
+    return bool(validator_of({**described, "$defs": writer.parts}).is_valid(value))
