@@ -38,11 +38,11 @@ _Path = tuple[int, ...]
 class ChoiceOptions(TypedDict, total=False):
     """Keywords of `choose`.
 
-    `temperature` of the probabilities: see `Choice`; None is what `eval --fit` found for this model, else 1.
+    `temperature` of the probabilities: see `Choice`; by default what `eval --fit` found for the model, else 1.
     `template_options` are variables of the model's chat template.
     """
 
-    temperature: float | None
+    temperature: float
     template_options: Mapping[str, Any] | None
 
 
@@ -78,7 +78,7 @@ def choose(
     messages: Sequence[Message],
     options: Sequence[str],
     *,
-    temperature: float | None = None,
+    temperature: float = 1.0,
     template_options: Mapping[str, Any] | None = None,
 ) -> Choice:
     """Return the probabilities of options as the model's next turn.
@@ -90,8 +90,8 @@ def choose(
         runtime: the opened model.
         messages: the conversation that they answer.
         options: the answers, at least two, as the model would write them.
-        temperature: see `ChoiceOptions`.
-        template_options: see `ChoiceOptions`.
+        temperature: see `Choice`.
+        template_options: variables of the model's chat template.
 
     Raises:
         ConfigError: an option or the temperature is not valid, or two options are the same tokens.
@@ -100,7 +100,6 @@ def choose(
         EngineError: a native call failed, it was cancelled, or the logits are not finite.
     """
     check_options(options)
-    temperature = runtime.choice_temperature if temperature is None else temperature
     check_temperature(temperature)
     engine, config = runtime.engine, runtime.config
     watch = Stopwatch()
@@ -130,7 +129,7 @@ def check_options(options: Sequence[str]) -> None:
     """
     is_list = isinstance(options, Sequence) and not isinstance(options, (str, bytes))
     require(is_list, f'options is {shorten(options)}; it must be a list of texts, such as ["yes", "no"]')
-    require(len(options) >= 2, f"there are {len(options)} options; give at least two")
+    require(len(options) > 1, f"options: {len(options)} given; at least two are needed")
     require(len(options) <= MAX_OPTIONS, f"there are {len(options)} options; at most {MAX_OPTIONS} can be compared")
     places: dict[str, int] = {}
     for number, option in enumerate(options, 1):

@@ -117,8 +117,6 @@ class Runtime:
     config: ModelConfig
     budget: ImageBudget
     caches: Caches
-    choice_temperature: float = 1.0
-    """Temperature of the probabilities of `choose`."""
 
 
 def stream(

@@ -97,6 +97,7 @@ class Model:
         budget: what one image may take unless options say otherwise.
         last: the last turn that came to its end, with `finish_reason` and `stats`; None before the first one.
         load_seconds: time that opening took.
+        choice_temperature: of the probabilities of `choose`: what `eval --fit` stored for this model, else 1.
     """
 
     def __init__(
@@ -116,10 +117,8 @@ class Model:
         self.budget = budget
         self.last: Turn | None = None
         self.load_seconds = load_seconds
-        caches = caches or Caches()
-        self._runtime = Runtime(
-            engine=engine, config=config, budget=budget, caches=caches, choice_temperature=choice_temperature
-        )
+        self.choice_temperature = choice_temperature
+        self._runtime = Runtime(engine=engine, config=config, budget=budget, caches=caches or Caches())
         self._files = files
         self._digests = digests
         self._fingerprint: Fingerprint | None = None
@@ -292,7 +291,8 @@ class Model:
     ) -> Choice:
         """Return the probability of each option as the answer; see `choose.choose`, also for errors."""
         with self._exclusive():
-            return choose(self._runtime, [user_message(images, prompt)], options, **how)
+            given: ChoiceOptions = {"temperature": self.choice_temperature, **how}
+            return choose(self._runtime, [user_message(images, prompt)], options, **given)
 
     def extract(
         self, image: AnyImage, schema: Any, prompt: str | None = None, **options: Unpack[SamplingOptions]

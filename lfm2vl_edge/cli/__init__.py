@@ -21,6 +21,7 @@ COMMANDS: Final = (
     "run",
     "chat",
     "caption",
+    "choose",
     "detect",
     "point",
     "extract",

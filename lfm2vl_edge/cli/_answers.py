@@ -16,6 +16,7 @@ from lfm2vl_edge.cli._output import at_once, harmless, reporting, write_line
 from lfm2vl_edge.errors import EdgeError
 
 if TYPE_CHECKING:
+    from lfm2vl_edge.choose import Choice
     from lfm2vl_edge.generate import Chunk, Turn
     from lfm2vl_edge.image.load import Pixels
     from lfm2vl_edge.model import Model
@@ -71,7 +72,7 @@ def write_answer(text: str) -> None:
     sys.stdout.flush()
 
 
-def statistics(turn: Turn, model: Model) -> Iterator[str]:
+def statistics(turn: Turn | Choice, model: Model) -> Iterator[str]:
     """Yield the lines of a table of what an answer cost."""
     from lfm2vl_edge.stats import peak_memory
 

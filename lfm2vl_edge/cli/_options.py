@@ -260,6 +260,22 @@ def _check_variables(texts: list[str] | None) -> list[str] | None:
     return texts
 
 
+def variables(texts: Iterable[str] | None) -> dict[str, Any] | None:
+    """Return the template variables that the values of `TemplateOption` set; None without any."""
+    return dict(map(_variable, texts or ())) or None
+
+
+TemplateOption = Annotated[
+    list[str] | None,
+    _answer(
+        "--template-option",
+        metavar="KEY=VALUE",
+        callback=_check_variables,
+        help="A variable of the model's chat template, JSON or text; may be repeated.",
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
     """How the answer is sampled; the fields are those of `Options`."""
@@ -271,21 +287,12 @@ class SamplingOptions:
     top_k: Annotated[int | None, _answer("--top-k", help="Keep this many tokens; 0 keeps all.")] = None
     top_p: Annotated[float | None, _answer("--top-p", help="Keep the likeliest up to this probability.")] = None
     seed: Annotated[int | None, _answer("--seed", help="The same seed gives the same answer.")] = None
-    template_option: Annotated[
-        list[str] | None,
-        _answer(
-            "--template-option",
-            metavar="KEY=VALUE",
-            callback=_check_variables,
-            help="A variable of the model's chat template, JSON or text; may be repeated.",
-        ),
-    ] = None
+    template_option: TemplateOption = None
 
     def values(self) -> dict[str, Any]:
         """Return the options by the names of `Options`' fields."""
         values = {field.name: getattr(self, field.name) for field in fields(SamplingOptions)}
-        variables = dict(map(_variable, values.pop("template_option") or ()))
-        return values | {"template_options": variables or None}
+        return values | {"template_options": variables(values.pop("template_option"))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,21 +12,25 @@ import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._answers import note_unused_variables
-from lfm2vl_edge.cli._loading import opening
+from lfm2vl_edge.cli._loading import find_model, opening
 from lfm2vl_edge.cli._output import (
     EXIT_FAILED,
     Interrupt,
     at_once,
+    on_line,
     progress_bar,
+    refuse_drawing,
     reporting,
     to_json,
     write_line,
     write_out,
 )
-from lfm2vl_edge.errors import printable
+from lfm2vl_edge.errors import ConfigError, DataError, printable
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.evaluate import Result, Summary, Tally
+    from lfm2vl_edge.evaluate import Result, Row, Summary, Tally
+    from lfm2vl_edge.evaluate.reliability import ChoiceTally, Fit, Weighed
+    from lfm2vl_edge.planning.device import ProfileKey
 
 _SHOWN_FAILURES = 5
 _ROUNDING = 1e-9
@@ -46,6 +50,19 @@ _MinAccuracy = Annotated[
     ),
 ]
 
+_Plot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot", metavar="OUT.png", help="Draw the accuracy of answers to rows with options by probability."
+    ),
+]
+_Fit = Annotated[
+    bool,
+    typer.Option(
+        "--fit", help="Fit the temperature of choose to half of the rows with options, and store it for the model."
+    ),
+]
+
 
 @opt.takes_groups
 def evaluate(
@@ -62,6 +79,9 @@ def evaluate(
     out: _Out = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard the results in --out and start over.")] = False,
     min_accuracy: _MinAccuracy = None,
+    fit: _Fit = False,
+    plot: _Plot = None,
+    force: opt.Force = False,
     cache: opt.Cache = None,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -72,23 +92,38 @@ def evaluate(
     Normalised: it is one after Unicode NFKC, in lower case, with single spaces,
     without punctuation around it and articles before it.
     If the accepted answers are lists of boxes, the IoU is computed too.
+    The answer to a row with "options" is the likeliest of them, as in choose.
     """
     from lfm2vl_edge.evaluate import evaluate as ask_all
     from lfm2vl_edge.evaluate import read_rows, summarise
+    from lfm2vl_edge.evaluate.results import weighed
 
     if restart and out is None:
         raise typer.BadParameter("it needs --out, the file whose results are discarded", param_hint="--restart")
     with reporting(), at_once() as interrupt:
         rows = read_rows(data)[:limit]
+        if plot is not None:
+            refuse_drawing(plot, force)
+        if fit or plot is not None:
+            _check_options(rows, fit=fit)
+        key = _tuned_key(model) if fit else None
         with opening(model, image, 0, remember=True, cache=cache) as when_open:
             opened = when_open()
             interrupt.cancel = opened.cancel
             options = answer.values()
             note_unused_variables(options, opened)
             results = ask_all(opened, rows, out=out, restart=restart, max_pixels=image.max_pixels, **options)
-            summary = summarise(_collect(results, len(rows), interrupt, _how_to_resume(out, restart), quiet))
-            name = opened.config.name
-        write_out(_as_json(summary, name, data) if as_json else "\n".join(_lines(summary)))
+            done = _collect(results, len(rows), interrupt, _how_to_resume(out, restart), quiet)
+            choices, name, temperature = weighed(done), opened.config.name, opened.choice_temperature
+        summary = summarise(done, temperature)
+        fitted = _fit_and_store(choices, key) if key else None
+        if plot is not None:
+            _draw(_compared(choices, temperature, fitted), plot)
+        write_out(
+            _as_json(summary, name, data, fitted)
+            if as_json
+            else "\n".join([*_lines(summary), *_choice_lines(_compared(choices, temperature, fitted), fitted)])
+        )
     accuracy = 100 * summary.total.normalised
     if min_accuracy is not None and not accuracy + _ROUNDING >= min_accuracy:
         write_line(f"error: accuracy {accuracy:.4g} % is below --min-accuracy {min_accuracy:g}")
@@ -123,12 +158,90 @@ def _how_to_resume(out: Path | None, restart: bool) -> str:
     return f"the same command{' without --restart' if restart else ''} resumes there"
 
 
-def _as_json(summary: Summary, model: str, data: Path) -> str:
+def _check_options(rows: Sequence[Row], *, fit: bool) -> None:
+    """Check that there are enough rows with options, before the first question is asked.
+
+    Raises:
+        DataError: there are not.
+    """
+    from lfm2vl_edge.evaluate.reliability import check_count
+
+    check_count(sum(bool(row.options) for row in rows), fit=fit)
+
+
+def _tuned_key(options: opt.ModelOptions) -> ProfileKey:
+    """Return the key of the model's device profile.
+
+    Raises:
+        ConfigError: there is no usable one.
+    """
+    from lfm2vl_edge.planning.device import load_profile, profile_key
+
+    key = profile_key(find_model(options.model, options.mmproj).model, options.n_gpu_layers, options.device)
+    if load_profile(key) is None:
+        raise ConfigError(
+            "this model has no device profile, in which --fit stores the temperature; run `lfm2vl-edge tune` first"
+        )
+    return key
+
+
+def _fit_and_store(choices: Sequence[Weighed], key: ProfileKey) -> tuple[Fit, Path]:
+    """Return the fitted temperature, and the device profile that has it now."""
+    from dataclasses import replace
+
+    from lfm2vl_edge.evaluate.reliability import fit
+    from lfm2vl_edge.planning.device import load_profile, save_profile
+
+    fitted, profile = fit(choices), load_profile(key)
+    if profile is None:
+        raise ConfigError("the device profile was removed meanwhile; run `lfm2vl-edge tune`, then this command again")
+    return fitted, save_profile(replace(profile, choice_temperature=fitted.temperature), key)
+
+
+def _compared(
+    choices: Sequence[Weighed], temperature: float, fitted: tuple[Fit, Path] | None
+) -> Sequence[ChoiceTally]:
+    """Return the rows with options at temperature 1, and at the fitted one, or that of the device profile."""
+    from lfm2vl_edge.evaluate.reliability import tally_choices
+
+    if fitted is not None:
+        return fitted[0].before, fitted[0].after
+    if not choices:
+        return ()
+    return [tally_choices(choices, one) for one in dict.fromkeys((1.0, temperature))]
+
+
+def _draw(tallies: Sequence[ChoiceTally], path: Path) -> None:
+    from lfm2vl_edge.evaluate.reliability import draw_reliability
+    from lfm2vl_edge.image.draw import save_png
+
+    if not tallies:
+        raise DataError("no row with options was answered, so there is nothing to draw")
+    save_png(draw_reliability(tallies), path)
+
+
+def _choice_lines(tallies: Sequence[ChoiceTally], fitted: tuple[Fit, Path] | None) -> Iterator[str]:
+    """Yield the lines about rows with options."""
+    for one in tallies:
+        yield (
+            f"options: {one.rows} rows, accuracy {one.accuracy:.1%}; at temperature {one.temperature:.4g} "
+            f"calibration error {one.calibration_error:.1%} (15 bins), log loss {one.log_loss:.4f}"
+        )
+    if fitted is not None:
+        yield (
+            f"temperature {fitted[0].temperature:.4g} was fitted to {fitted[0].fitted_rows} other rows; stored in "
+            f"{on_line(fitted[1])}"
+        )
+
+
+def _as_json(summary: Summary, model: str, data: Path, fitted: tuple[Fit, Path] | None) -> str:
     """Return one object: the summary of all rows, with lists of the groups and of the failures."""
     shown: dict[str, Any] = {"model": model, "data": str(data), **_rounded(summary.total)}
     shown["groups"] = [{"group": name, **_rounded(tally)} for name, tally in summary.groups.items()]
     shown["failures"] = [{"id": name, "error": error} for name, error in summary.failures.items()]
     shown["resumed"] = summary.resumed
+    if fitted is not None:
+        shown["fit"] = asdict(fitted[0]) | {"stored_in": str(fitted[1])}
     return to_json(shown)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lfm2vl_edge.errors import DataError
+from lfm2vl_edge.evaluate.reliability import ChoiceTally, Weighed, tally_choices
 from lfm2vl_edge.evaluate.rows import Row
 from lfm2vl_edge.evaluate.score import Score
 from lfm2vl_edge.generate import FinishReason
@@ -24,6 +25,7 @@ class Reply:
         completion_tokens: sampled tokens.
         encoded_views: views that were encoded for this answer; 0 if an earlier row had the same images.
         error: why it failed: an image that cannot be read, a prompt that does not fit.
+        log_probabilities: of the options of the row, see `Choice`; None without options or if it failed.
     """
 
     answer: str | None
@@ -33,6 +35,7 @@ class Reply:
     completion_tokens: int = 0
     encoded_views: int = 0
     error: str | None = None
+    log_probabilities: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +86,7 @@ class Tally:
         exact: share that is right character by character, 0 to 1.
         normalised: share that is right after normalising, 0 to 1; called the accuracy.
         boxes: of the rows that ask for boxes; None if there are none.
+        choices: of the rows with options that have an answer; None if there are none.
         mean_image_tokens: image tokens of a prompt, over the rows with an answer.
         mean_completion_tokens: tokens of an answer, over the same rows.
         median_seconds: of a question with its images, over the same rows.
@@ -94,6 +98,7 @@ class Tally:
     exact: float
     normalised: float
     boxes: BoxTally | None
+    choices: ChoiceTally | None
     mean_image_tokens: float
     mean_completion_tokens: float
     median_seconds: float
@@ -117,8 +122,12 @@ class Summary:
     resumed: int
 
 
-def summarise(results: Iterable[Result]) -> Summary:
+def summarise(results: Iterable[Result], choice_temperature: float = 1.0) -> Summary:
     """Return the summary of results.
+
+    Args:
+        results: from `evaluate`.
+        choice_temperature: at which the probabilities of options are summarised.
 
     Raises:
         DataError: there are none.
@@ -130,14 +139,30 @@ def summarise(results: Iterable[Result]) -> Summary:
     for result in listed:
         groups.setdefault(result.row.group, []).append(result)
     return Summary(
-        total=_tally(listed),
-        groups={} if set(groups) == {None} else {name: _tally(some) for name, some in groups.items()},
+        total=_tally(listed, choice_temperature),
+        groups={}
+        if set(groups) == {None}
+        else {name: _tally(some, choice_temperature) for name, some in groups.items()},
         failures={one.row.name: one.reply.error for one in listed if one.reply.error is not None},
         resumed=sum(one.resumed for one in listed),
     )
 
 
-def _tally(results: Sequence[Result]) -> Tally:
+def weighed(results: Iterable[Result]) -> list[Weighed]:
+    """Return the options of the rows that have some and an answer: what a temperature is fitted to."""
+    return [
+        Weighed(
+            name=one.row.name,
+            log_probabilities=one.reply.log_probabilities,
+            right=one.row.options.index(one.row.answers[0]),
+        )
+        for one in results
+        if one.reply.log_probabilities is not None
+    ]
+
+
+def _tally(results: Sequence[Result], choice_temperature: float) -> Tally:
+    choices = weighed(results)
     answered = [one.reply for one in results if one.reply.answer is not None]
     boxes = [(one.score, one.score.iou) for one in results if one.score.iou is not None]
     return Tally(
@@ -146,6 +171,7 @@ def _tally(results: Sequence[Result]) -> Tally:
         exact=_mean([one.score.exact for one in results]),
         normalised=_mean([one.score.normalised for one in results]),
         boxes=_box_tally(boxes) if boxes else None,
+        choices=tally_choices(choices, choice_temperature) if choices else None,
         mean_image_tokens=_mean([one.image_tokens for one in answered]),
         mean_completion_tokens=_mean([one.completion_tokens for one in answered]),
         median_seconds=statistics.median([one.seconds for one in answered]) if answered else 0.0,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lfm2vl_edge.errors import DataError, shorten
+from lfm2vl_edge.choose import check_options
+from lfm2vl_edge.errors import ConfigError, DataError, shorten
 from lfm2vl_edge.evaluate.score import true_boxes
 
 MAX_LINE_BYTES: Final = 1_000_000
@@ -27,6 +28,7 @@ class Row:
         question: the prompt; not empty.
         answers: the accepted answers, at least one; may be empty if `read_rows` needs no answers.
         group: the rows with the same group are also summarised separately.
+        options: the answers of a multiple-choice question, at least two, of which `answers` has one; else empty.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Row:
     question: str
     answers: tuple[str, ...]
     group: str | None = None
+    options: tuple[str, ...] = ()
 
 
 def read_rows(path: str | os.PathLike[str], *, needs_answers: bool = True) -> list[Row]:
@@ -42,6 +45,7 @@ def read_rows(path: str | os.PathLike[str], *, needs_answers: bool = True) -> li
     A line is an object with `image` (a path, or a list of paths; relative to the folder of the file, or absolute),
     `question` (a string), `answer` (a string, or a list of accepted ones), and optionally `group` (a string) and `id`
     (a string or an integer). Images must exist, but are not opened here. `answer` is optional without `needs_answers`.
+    A multiple-choice question has `options` (a list of strings), one of which is the answer.
 
     Raises:
         DataError: the file cannot be read or has no row, a line is not such an object, two rows have the same id, or
@@ -106,6 +110,7 @@ def _row(fields: dict[str, Any], number: int, folder: Path, needs_answers: bool)
     answers = _texts(fields, "answer") if needs_answers or "answer" in fields else ()
     for answer in answers:
         true_boxes(answer)  # raises if boxes are not valid, before anything is asked
+    options = _options(fields, answers)
     question = _text(fields, "question")
     if not question.strip():
         raise DataError("'question' is empty; write a question")
@@ -115,7 +120,25 @@ def _row(fields: dict[str, Any], number: int, folder: Path, needs_answers: bool)
         question=question,
         answers=answers,
         group=None if fields.get("group") is None else _text(fields, "group"),
+        options=options,
     )
+
+
+def _options(fields: dict[str, Any], answers: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the options of a row, if it has any."""
+    value = fields.get("options")
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise DataError(f"'options' is {_kind(value)}; give a list of strings")
+    try:
+        check_options(value)
+    except ConfigError as error:
+        raise DataError(f"'options': {error}") from None
+    options = tuple(_checked(one, "options") for one in value)
+    if answers and (len(answers) > 1 or answers[0] not in options):
+        raise DataError(f"'answer' is {shorten(answers[0] if len(answers) == 1 else list(answers))}; give one option")
+    return options
 
 
 def _name(value: Any, number: int) -> str:

@@ -13,8 +13,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lfm2vl_edge.config import GREEDY, AskOptions, BoxFormat, Options
-from lfm2vl_edge.errors import AnswerError, DataError, ImageError, PromptError, shorten
+from lfm2vl_edge.config import GREEDY, AskOptions, BoxFormat, Options, is_finite
+from lfm2vl_edge.errors import AnswerError, ConfigError, DataError, ImageError, PromptError, shorten
 from lfm2vl_edge.evaluate.results import Reply, Result
 from lfm2vl_edge.evaluate.rows import Row
 from lfm2vl_edge.evaluate.score import score
@@ -40,6 +40,7 @@ _SHARED: Final[Mapping[str, str]] = {
 """Fingerprints that all results of a run share -> what a file was made with if one differs."""
 _DIGITS: Final = 16
 """Hexadecimal digits of a SHA-256 that are stored: enough to notice a change, short enough to read."""
+_ROUNDING: Final = 1e-6
 _REMEDY: Final = "give another file (--out), or start over (--restart)"
 
 
@@ -57,7 +58,8 @@ def evaluate(
 
     Consecutive rows with the same images encode them once. An image that cannot be decoded, a prompt that does not
     fit, or an answer that does not match its schema makes a result with an error, and the next row is asked. The most
-    likely token is always sampled unless the options say otherwise, so every run gives the same answers.
+    likely token is always sampled unless the options say otherwise, so every run gives the same answers. The answer to
+    a multiple-choice question is its likeliest option, see `Model.choose`: nothing is sampled.
 
     Args:
         model: an opened model.
@@ -103,6 +105,8 @@ def _ask(
     model: Model, row: Row, preprocess: Callable[[tuple[Path, ...]], list[PreprocessedImage]], options: AskOptions
 ) -> Reply:
     start = time.perf_counter()
+    if row.options:
+        return _choose(model, row, preprocess, options, start)
     try:
         turn = model.turn([user_message(preprocess(row.images), row.question)], **options)
     except (AnswerError, ImageError, PromptError) as error:  # of this row only
@@ -128,6 +132,31 @@ def _sizes(
     except ImageError:  # the row has failed
         return unknown
     return [(image.plan.height, image.plan.width) for image in images] or unknown
+
+
+def _choose(
+    model: Model,
+    row: Row,
+    preprocess: Callable[[tuple[Path, ...]], list[PreprocessedImage]],
+    options: AskOptions,
+    start: float,
+) -> Reply:
+    """Return the likeliest option of a row, and the probabilities of all."""
+    template = options.get("template_options")
+    try:
+        images = preprocess(row.images)
+        choice = model.choose(images, row.question, row.options, temperature=1.0, template_options=template)
+    except (ConfigError, ImageError, PromptError) as error:  # of this row only
+        return Reply(answer=None, seconds=time.perf_counter() - start, error=str(error))
+    return Reply(
+        answer=choice.best,
+        seconds=time.perf_counter() - start,
+        finish_reason="stop",
+        image_tokens=choice.stats.image_tokens,
+        completion_tokens=choice.stats.completion_tokens,
+        encoded_views=choice.stats.encoded_views,
+        log_probabilities=tuple(choice.log_probabilities.values()),
+    )
 
 
 def shared_fingerprints(model: Model, options: Options, max_pixels: int) -> dict[str, str]:
@@ -200,6 +229,8 @@ class Journal:
             return None
         reply, fingerprints = known
         if fingerprints.get("row") == self._fingerprint(row):
+            if reply.answer is not None and len(reply.log_probabilities or ()) != len(row.options):
+                raise DataError(f"row {shorten(row.name)} of {self._path} is corrupt; {_REMEDY}")
             return reply
         if reply.answer is None:
             return None
@@ -225,7 +256,8 @@ class Journal:
             if path not in self._images:
                 self._images[path] = _content_digest(path)
         images = [self._images[path] for path in row.images]
-        return _digest(row.name, images, row.question, row.answers, row.group)
+        options = [row.options] if row.options else []
+        return _digest(row.name, images, row.question, row.answers, row.group, *options)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -250,6 +282,8 @@ def _read_line(path: Path, number: int, line: bytes) -> tuple[str, tuple[Reply, 
         raise DataError(f"{path}, line {number} is not a result of eval; give another file (--out)")
     try:
         value = json.loads(line)
+        logs = value.setdefault("log_probabilities", None)  # lines of earlier versions have none
+        value["log_probabilities"] = tuple(logs) if isinstance(logs, list) else logs
         reply = Reply(**{field.name: value[field.name] for field in fields(Reply)})
         name, fingerprints = value["id"], value["fingerprints"]
         is_sound = isinstance(name, str) and isinstance(fingerprints, dict) and _is_sound(reply)
@@ -270,7 +304,13 @@ def _is_sound(reply: Reply) -> bool:
         and all(type(count) is int and count >= 0 for count in counts)
         and type(reply.seconds) in (int, float)
         and 0 <= reply.seconds < float("inf")
+        and (reply.log_probabilities is None or _are_logs(reply.log_probabilities))
     )
+
+
+def _are_logs(values: object) -> bool:
+    """Return whether these are finite logarithms of probabilities, up to rounding."""
+    return isinstance(values, tuple) and all(is_finite(one) and one < _ROUNDING for one in values)
 
 
 def _as_dict(result: Result) -> dict[str, Any]:
