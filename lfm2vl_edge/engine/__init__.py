@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from lfm2vl_edge.config import Sampling
+    from lfm2vl_edge.engine.sampling import Sampler
+    from lfm2vl_edge.engine.slots import Slots
     from lfm2vl_edge.image.load import Pixels
 
 Floats: TypeAlias = "npt.NDArray[np.float32]"
@@ -73,7 +75,46 @@ class Sampled(NamedTuple):
     """Whether the constraint allowed no other, so that nothing was sampled."""
 
 
-class Engine(Protocol):
+class Decoder(Protocol):
+    """A sequence that tokens and embeddings are appended to, and the encoder of views.
+
+    Every method raises EngineError when a native call fails.
+    """
+
+    def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
+        """Return the embeddings of one view (a tile, the thumbnail or the whole image).
+
+        Args:
+            pixels: uint8 `[height, width, 3]`, both sides multiples of an image token's side.
+            n_tokens: how many embeddings the plan expects; any other number is an EngineError.
+
+        Returns:
+            float32 `[n_tokens, n_embd]`.
+        """
+
+    def decode_tokens(self, tokens: Sequence[int], *, more: bool = False) -> None:
+        """Append tokens to the sequence.
+
+        Args:
+            tokens: their ids.
+            more: whether more is appended before logits are read, so that none need be computed now.
+        """
+
+    def decode_embeddings(self, embeddings: Floats, *, more: bool = False) -> None:
+        """Append float32 `[n, n_embd]` embeddings to the sequence; `more` as above."""
+
+    def snapshot(self) -> State:
+        """Return a copy of the sequence; after restoring it, results have the same bits as after decoding it again."""
+
+    def restore(self, state: State, n_tokens: int) -> None:
+        """Replace the sequence by a snapshot, after `reserve`. There are no logits until something is decoded.
+
+        Raises:
+            StateError: the bytes are not a snapshot of this model after `n_tokens` tokens; the sequence is empty then.
+        """
+
+
+class Engine(Decoder, Protocol):
     """A language tower with its encoder and one sequence.
 
     Every method raises EngineError when a native call fails.
@@ -92,17 +133,6 @@ class Engine(Protocol):
     def is_end(self, token: int) -> bool:
         """Return whether a token ends the model's turn."""
 
-    def encode(self, pixels: Pixels, n_tokens: int) -> Floats:
-        """Return the embeddings of one view (a tile, the thumbnail or the whole image).
-
-        Args:
-            pixels: uint8 `[height, width, 3]`, both sides multiples of an image token's side.
-            n_tokens: how many embeddings the plan expects; any other number is an EngineError.
-
-        Returns:
-            float32 `[n_tokens, n_embd]`.
-        """
-
     def reserve(self, n_tokens: int) -> None:
         """Clear the sequence and make room for `n_tokens` tokens.
 
@@ -110,29 +140,8 @@ class Engine(Protocol):
             ContextFull: it is more than the model's longest context.
         """
 
-    def decode_tokens(self, tokens: Sequence[int], *, more: bool = False) -> None:
-        """Append tokens to the sequence.
-
-        Args:
-            tokens: their ids.
-            more: whether more is appended before logits are read, so that none need be computed now.
-        """
-
-    def decode_embeddings(self, embeddings: Floats, *, more: bool = False) -> None:
-        """Append float32 `[n, n_embd]` embeddings to the sequence; `more` as above."""
-
     def logits(self) -> Floats:
         """Return float32 `[n_vocab]`, the logits of the token after the sequence."""
-
-    def snapshot(self) -> State:
-        """Return a copy of the sequence; after restoring it, results have the same bits as after decoding it again."""
-
-    def restore(self, state: State, n_tokens: int) -> None:
-        """Replace the sequence by a snapshot, after `reserve`. There are no logits until something is decoded.
-
-        Raises:
-            StateError: the bytes are not a snapshot of this model after `n_tokens` tokens; the sequence is empty then.
-        """
 
     def check_grammar(self, grammar: str) -> None:
         """Check that `sample` can use a grammar, before any image is encoded, and prepare for it in a worker thread.
@@ -151,6 +160,17 @@ class Engine(Protocol):
             seed: of the random numbers; `None` takes a new one from the system.
             prompt_tokens: the prompt's tokens, which the repetition penalty counts as transformers does.
             constraint: what the tokens before the end of the turn must match; its grammar passed `check_grammar`.
+        """
+
+    def sampler(
+        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None
+    ) -> Sampler:
+        """Return what samples the tokens of one answer, for `Slots.sample`; arguments as for `sample`. Close it."""
+
+    def open_slots(self, count: int, n_ctx: int) -> Slots:
+        """Return `count` sequences of one context of their own, at first for `n_ctx` tokens of all together.
+
+        It is freed with the engine at the latest.
         """
 
     def cancel(self) -> None:

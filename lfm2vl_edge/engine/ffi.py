@@ -96,36 +96,36 @@ def native_function(name: str, prototype: Any) -> Any:
     return prototype((name, library))
 
 
-def sequence_bytes(context: Any) -> npt.NDArray[np.uint8]:
-    """Return a copy of the sequence of a llama context, uint8 `[n_bytes]`.
+def sequence_bytes(context: Any, sequence: int = 0) -> npt.NDArray[np.uint8]:
+    """Return a copy of a sequence of a llama context, uint8 `[n_bytes]`.
 
     Raises:
         EngineError: llama.cpp wrote a different number of bytes than it announced.
     """
-    size = llama.llama_state_seq_get_size(context, 0)
+    size = llama.llama_state_seq_get_size(context, sequence)
     state = np.empty(size, np.uint8)
-    written = llama.llama_state_seq_get_data(context, _bytes_at(state), size, 0)
+    written = llama.llama_state_seq_get_data(context, _bytes_at(state), size, sequence)
     if not size or written != size:
         raise EngineError(f"llama_state_seq_get_data wrote {written} of {size} bytes{LOG.reason()}")
     return state
 
 
-def set_sequence_bytes(context: Any, state: npt.NDArray[np.uint8], n_tokens: int) -> None:
-    """Replace the sequence of a llama context by uint8 `[n_bytes]` from `sequence_bytes`, after `n_tokens` tokens.
+def set_sequence_bytes(context: Any, state: npt.NDArray[np.uint8], n_tokens: int, sequence: int = 0) -> None:
+    """Replace a sequence of a llama context by uint8 `[n_bytes]` from `sequence_bytes`, after `n_tokens` tokens.
 
     Raises:
         StateError: llama.cpp rejects the bytes, or finds another number of tokens in them; the sequence is empty then.
     """
     memory = llama.llama_get_memory(context)
-    llama.llama_memory_clear(memory, False)
+    llama.llama_memory_seq_rm(memory, sequence, -1, -1)
     whole = np.ascontiguousarray(state, np.uint8)
-    read = llama.llama_state_seq_set_data(context, _bytes_at(whole), whole.size, 0)
+    read = llama.llama_state_seq_set_data(context, _bytes_at(whole), whole.size, sequence)
     if not whole.size or read != whole.size:
-        llama.llama_memory_clear(memory, False)
+        llama.llama_memory_seq_rm(memory, sequence, -1, -1)
         raise StateError(f"llama_state_seq_set_data read {read} of {whole.size} bytes{LOG.reason()}")
-    found = llama.llama_memory_seq_pos_max(memory, 0) + 1
+    found = llama.llama_memory_seq_pos_max(memory, sequence) + 1
     if found != n_tokens:
-        llama.llama_memory_clear(memory, False)
+        llama.llama_memory_seq_rm(memory, sequence, -1, -1)
         raise StateError(f"the state is one of {found} tokens, not of {n_tokens}")
 
 

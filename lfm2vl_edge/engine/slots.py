@@ -1,0 +1,211 @@
+"""Several sequences in one context of llama.cpp, so that several answers are computed together.
+
+One native call decodes the tokens of many sequences; the embeddings of a view go through alone. A sequence cannot be
+shortened, because the convolutions of LFM2 keep no history: it is cleared, or replaced by a snapshot.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from lfm2vl_edge.engine import Floats, Sampled, State
+from lfm2vl_edge.engine.ffi import (
+    ABORTED,
+    NO_MEMORY_SLOT,
+    AbortFlag,
+    check,
+    compute,
+    llama,
+    sequence_bytes,
+    set_sequence_bytes,
+)
+from lfm2vl_edge.engine.library import LOG
+from lfm2vl_edge.errors import ContextFull, EngineError
+
+if TYPE_CHECKING:
+    from lfm2vl_edge.engine.sampling import Sampler
+    from lfm2vl_edge.image.load import Pixels
+
+MAX_SLOTS: Final = 64
+"""llama.cpp's limit is 256 (LLAMA_MAX_SEQ); each sequence has states of its own, and more than eight gain no speed."""
+
+
+class Slots:
+    """The sequences 0 to `count - 1` of one context, used by one thread at a time.
+
+    Args:
+        open_context: returns a new native context for a number of tokens, those of all sequences together.
+        encode: the engine's encoder: see `Engine.encode`.
+        in_use: the engine's guard: native memory is not freed inside its block.
+        abort: the engine's flag that stops a decode.
+        count: how many sequences there are.
+        n_ctx: tokens of all sequences together; it grows if `reserve` needs more.
+
+    Raises:
+        EngineError: no memory for the context.
+    """
+
+    def __init__(
+        self,
+        open_context: Callable[[int], Any],
+        encode: Callable[[Pixels, int], Floats],
+        in_use: Callable[[], AbstractContextManager[None]],
+        abort: AbortFlag,
+        count: int,
+        n_ctx: int,
+    ) -> None:
+        self._open_context, self._in_use, self._abort = open_context, in_use, abort
+        self.slots = tuple(Slot(self, number, encode) for number in range(count))
+        self._rows: dict[int, int] = {}  # sequence -> place of its logits in the last call
+        self._context: Any = None
+        self.n_ctx = 0
+        """Tokens that fit now."""
+        self._open(n_ctx)
+
+    def reserve(self, n_tokens: int) -> None:
+        """Make room for this many tokens of all sequences together; sequences keep what they hold.
+
+        Logits of the last call are lost if the context grows.
+
+        Raises:
+            EngineError: no memory for the context.
+        """
+        if n_tokens > self.n_ctx:
+            states = [(slot, slot.snapshot(), slot.length) for slot in self.slots if slot.length]
+            self._open(max(n_tokens, 2 * self.n_ctx))
+            for slot, state, length in states:
+                slot.restore(state, length)
+
+    def decode(self, runs: Mapping[Slot, Sequence[int]], *, more: bool = False) -> None:
+        """Append a run of tokens to each of several sequences, in one native call.
+
+        Args:
+            runs: at least one token for each sequence.
+            more: whether more is appended to them before logits are read, so that none need be computed now.
+
+        Raises:
+            ContextFull: the context has no room left; nothing was appended.
+            EngineError: a native call failed, or was cancelled.
+        """
+        owners = [slot.number for slot, run in runs.items() for _ in run]
+        positions = [slot.length + index for slot, run in runs.items() for index in range(len(run))]
+        ends = np.cumsum([len(run) for run in runs.values()]) - 1
+        rows = {} if more else dict(zip((slot.number for slot in runs), ends.tolist(), strict=True))
+        ids = [token for run in runs.values() for token in run]
+        self._decode(owners, positions, rows, token=(llama.llama_token * len(ids))(*ids))
+        for slot, run in runs.items():
+            slot.length += len(run)
+
+    def decode_embeddings(self, slot: Slot, embeddings: Floats, *, more: bool = False) -> None:
+        """Append float32 `[n, n_embd]` embeddings to one sequence; arguments and errors as for `decode`."""
+        whole, start = np.ascontiguousarray(embeddings, np.float32), slot.length
+        pointer = whole.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        rows = {} if more else {slot.number: len(whole) - 1}
+        self._decode([slot.number] * len(whole), range(start, start + len(whole)), rows, embd=pointer)
+        slot.length += len(whole)
+
+    def sample(self, slot: Slot, sampler: Sampler) -> list[Sampled]:
+        """Return the next token of a sequence, and those that must follow it.
+
+        Raises:
+            EngineError: the last call computed no logits for it, or a constraint cannot be followed.
+        """
+        if slot.number not in self._rows:
+            raise EngineError(f"sequence {slot.number} has no logits; decode a token of it first")
+        with self._in_use():
+            return sampler.next(self._context, self._rows[slot.number])
+
+    def state(self, slot: Slot) -> State:
+        """Return a copy of a sequence."""
+        with self._in_use():
+            return sequence_bytes(self._context, slot.number)
+
+    def replace(self, slot: Slot, state: State, n_tokens: int) -> None:
+        """Replace a sequence by a copy; an empty one only clears it.
+
+        Raises:
+            StateError: the bytes are not a state of this model after `n_tokens` tokens; the sequence is empty then.
+        """
+        self._rows.pop(slot.number, None)
+        slot.length = 0
+        with self._in_use():
+            llama.llama_memory_seq_rm(llama.llama_get_memory(self._context), slot.number, -1, -1)
+            if n_tokens:
+                set_sequence_bytes(self._context, state, n_tokens, slot.number)
+        slot.length = n_tokens
+
+    def close(self) -> None:
+        """Free the context; a second call does nothing."""
+        context, self._context = self._context, None
+        if context:
+            llama.llama_free(context)
+
+    def _open(self, n_ctx: int) -> None:
+        with self._in_use():
+            self.close()
+            self._context = self._open_context(n_ctx)
+            self.n_ctx = int(llama.llama_n_ctx(self._context))
+        for slot in self.slots:
+            slot.length = 0
+        self._rows = {}
+
+    def _decode(
+        self, owners: Sequence[int], positions: Iterable[int], rows: Mapping[int, int], **content: Any
+    ) -> None:
+        count = len(owners)
+        numbers = (llama.llama_seq_id * count)(*owners)
+        pointer, width = ctypes.POINTER(llama.llama_seq_id), ctypes.sizeof(llama.llama_seq_id)
+        start = ctypes.addressof(numbers)
+        batch = llama.llama_batch(
+            n_tokens=count,
+            pos=(llama.llama_pos * count)(*positions),
+            n_seq_id=(ctypes.c_int32 * count)(*[1] * count),
+            seq_id=(pointer * count)(*(ctypes.cast(start + width * index, pointer) for index in range(count))),
+            logits=(ctypes.c_int8 * count)(*(index in set(rows.values()) for index in range(count))),
+            **content,
+        )
+        LOG.forget()
+        self._rows = {}
+        with self._in_use():
+            code = compute(llama.llama_decode, self._context, batch)
+        if code == ABORTED:
+            self._abort.lower()
+            raise EngineError("the answer was cancelled")
+        if code == NO_MEMORY_SLOT:
+            raise ContextFull(f"the context of {self.n_ctx} tokens is full")
+        check("llama_decode", code)
+        self._rows = dict(rows)
+
+
+class Slot:
+    """One sequence, with the methods of an engine that fill it."""
+
+    def __init__(self, slots: Slots, number: int, encode: Callable[[Pixels, int], Floats]) -> None:
+        self._slots, self.number, self.encode = slots, number, encode
+        self.length = 0
+        """Tokens in the sequence."""
+
+    def decode_tokens(self, tokens: Sequence[int], *, more: bool = False) -> None:
+        """Append tokens; see `Engine.decode_tokens`."""
+        self._slots.decode({self: tokens}, more=more)
+
+    def decode_embeddings(self, embeddings: Floats, *, more: bool = False) -> None:
+        """Append embeddings; see `Engine.decode_embeddings`."""
+        self._slots.decode_embeddings(self, embeddings, more=more)
+
+    def snapshot(self) -> State:
+        """Return a copy of the sequence."""
+        return self._slots.state(self)
+
+    def restore(self, state: State, n_tokens: int) -> None:
+        """Replace the sequence by a snapshot; see `Engine.restore`."""
+        self._slots.replace(self, state, n_tokens)
+
+    def clear(self) -> None:
+        """Forget the tokens of the sequence."""
+        self._slots.replace(self, np.empty(0, np.uint8), 0)
