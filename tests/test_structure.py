@@ -36,6 +36,7 @@ ORDER = (
     ("generate",),
     ("opening",),
     ("model", "chat"),
+    ("scheduler",),
     ("evaluate", "diagnose"),
     ("",),
     ("cli",),

@@ -1,0 +1,307 @@
+"""One thread that owns the engine and shares it among requests. Read `Scheduler._work` first."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from lfm2vl_edge.cache.memory import Caches
+from lfm2vl_edge.config import Options
+from lfm2vl_edge.engine import Sampled
+from lfm2vl_edge.errors import EdgeError, EngineError, QueueFull, clip
+from lfm2vl_edge.generate import Answer, Chunk, prefill_steps
+from lfm2vl_edge.image.tiles import Tile
+from lfm2vl_edge.opening import check_count
+from lfm2vl_edge.prompt.prepare import n_tokens
+from lfm2vl_edge.prompt.tools import as_tools
+from lfm2vl_edge.scheduler.stream import Stream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lfm2vl_edge.cache.memory import Piece
+    from lfm2vl_edge.engine.sampling import Sampler
+    from lfm2vl_edge.engine.slots import Slot, Slots
+    from lfm2vl_edge.model import ChatOptions, Model
+    from lfm2vl_edge.prompt.messages import Message
+
+_LOG: Final = logging.getLogger(__name__)
+_RUN: Final = 128
+"""Tokens of a prompt that are decoded at a time, between steps of the answers that run."""
+_FIRST_CONTEXT: Final = 4096
+"""Tokens of all sequences together, before the context grows: 50 MB (450M)."""
+_VIEW_COST: Final = 256
+"""What encoding a view takes, in tokens of a prompt that could be decoded meanwhile (450M, measured: 1.4 times)."""
+_MOST_PASSED: Final = 8
+"""Steps of later requests after which an earlier one comes first."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Job:
+    """A request that has a sequence."""
+
+    answer: Answer
+    stream: Stream
+    slot: Slot
+    """Its sequence."""
+    steps: Iterator[None]
+    """What is left of its prompt."""
+    n_left: int
+    """What that takes, in the time of tokens."""
+    n_passed: int = 0
+    """Steps of later requests that came first."""
+    run: list[Sampled] = field(default_factory=list)
+    """Tokens that were sampled, but not decoded."""
+    chunks: list[Chunk] = field(default_factory=list)
+    """Chunks of an answer under a constraint, which comes whole."""
+
+
+class Scheduler:
+    """Answers many requests at the same time on one model, which answers nothing else meanwhile.
+
+    Requests may be submitted from any thread. With several answers at the same time the last bits of logits may
+    differ from those of one answer alone.
+
+    Args:
+        model: an opened model; close it after the scheduler.
+        parallel: answers that run at the same time.
+        queue: requests that wait at most.
+
+    Raises:
+        ConfigError: a number is out of range.
+        EngineError: the model is closed or is answering, or there is no memory for the context.
+    """
+
+    def __init__(self, model: Model, *, parallel: int = 4, queue: int = 64) -> None:
+        check_count("parallel", parallel, most=64)
+        check_count("queue", queue)
+        self.model, self.parallel, self.queue = model, parallel, queue
+        self._runtime = model.runtime
+        # States that other sequences were beside may differ in the last bits, so they are not those of the model.
+        self._caches = Caches(embeddings=self._runtime.caches.embeddings)
+        self._waiting: deque[tuple[Answer, Stream]] = deque()
+        self._filling: list[_Job] = []
+        self._running: dict[_Job, Sampler] = {}
+        self._changed = threading.Condition()
+        self._is_closed = False
+        with ExitStack() as stack:
+            stack.enter_context(model.exclusive())
+            self._slots: Slots = self._runtime.engine.open_slots(parallel, _FIRST_CONTEXT)
+            stack.callback(self._slots.close)
+            self._release = stack.pop_all().close
+        self._thread = threading.Thread(target=self._work, daemon=True, name="scheduler")
+        self._thread.start()
+
+    def submit(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Stream:
+        """Return the stream of an answer; its prompt is made here, in the calling thread.
+
+        Args:
+            messages: the conversation, as for `Model.chat`.
+            **options: as for `Model.chat`.
+
+        Raises:
+            QueueFull: too many requests are waiting.
+            EngineError: the scheduler is closed.
+            EdgeError: the request is not valid or cannot fit into the context; see `Model.stream`.
+        """
+        self._check_open()
+        tools = as_tools(options.pop("tools", ()))
+        answer, stream = Answer(self._runtime, messages, Options.of(**options), tools), Stream()
+        with self._changed:
+            self._check_open()
+            self._waiting.append((answer, stream))
+            self._changed.notify()
+        return stream
+
+    def counts(self) -> dict[str, int]:
+        """Return how many requests wait and run, and how much of the context is in use, tokens."""
+        with self._changed:
+            jobs = self._jobs()
+            tokens = sum(_context_of(job.answer) for job in jobs)
+            return {"waiting": len(self._waiting), "running": len(jobs), "tokens": tokens, "n_ctx": self._slots.n_ctx}
+
+    def close(self) -> None:
+        """Cancel all requests and release the model; a second call does nothing."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineError("the scheduler is closed; open another one")
+        if len(self._waiting) >= self.queue:
+            raise QueueFull(f"{self.queue} requests are waiting already; try again later, or raise queue")
+
+    def _work(self) -> None:
+        """Answer requests until the scheduler is closed."""
+        try:
+            while self._wait():
+                self._end_cancelled()
+                self._admit()
+                # One step of one prompt, so that a running answer waits no longer than for one view, ...
+                if self._filling:
+                    self._fill(self._next_to_fill())
+                # ... and one token of every running answer, in one native call.
+                if self._running:
+                    self._step()
+        except Exception as error:  # noqa: BLE001  # nobody may wait for ever
+            why = f"the scheduler failed: {type(error).__name__}: {clip(str(error))}; open the model again"
+            _LOG.exception("the scheduler failed")
+        else:
+            why = "the scheduler was closed before the answer was complete"
+        with self._changed:
+            self._is_closed = True
+        self._end_all(EngineError(why))
+        self._release()
+
+    def _wait(self) -> bool:
+        """Wait for something to do, and return whether the scheduler is still open."""
+        with self._changed:
+            while not (self._is_closed or self._waiting or self._filling or self._running):
+                self._changed.wait()
+            return not self._is_closed
+
+    def _jobs(self) -> list[_Job]:
+        return [*self._filling, *self._running]
+
+    def _end_cancelled(self) -> None:
+        error = EngineError("the answer was cancelled")
+        with self._changed:
+            cancelled = [entry for entry in self._waiting if entry[1].is_cancelled]
+            for entry in cancelled:
+                self._waiting.remove(entry)
+        for _, stream in cancelled:
+            stream.end(error)
+        for job in self._jobs():
+            if job.stream.is_cancelled:
+                self._end(job, error)
+
+    def _admit(self) -> None:
+        """Give sequences to the requests that wait longest."""
+        while self._waiting and len(self._jobs()) < self.parallel:
+            answer, stream = self._waiting[0]
+            try:
+                self._slots.reserve(sum(_context_of(job.answer) for job in self._jobs()) + _context_of(answer))
+            except EngineError as error:  # no memory for it: later, or never if it is the only one
+                if self._jobs():
+                    return
+                self._waiting.popleft()[1].end(error)
+                continue
+            taken = {job.slot for job in self._jobs()}
+            slot = next(slot for slot in self._slots.slots if slot not in taken)
+            steps = prefill_steps(slot, answer.pieces, self._caches, answer.watch, most=_RUN)
+            job = _Job(answer=answer, stream=stream, slot=slot, steps=steps, n_left=sum(map(_cost, answer.pieces)))
+            with self._changed:
+                self._waiting.popleft()
+                self._filling.append(job)
+
+    def _next_to_fill(self) -> _Job:
+        """Return the prompt with the least left; one that was passed often comes first.
+
+        So a short question does not wait for a large image, and of several requests about one image the first one is
+        finished before the others start: they find its state.
+        """
+        first = self._filling[0]
+        chosen = first if first.n_passed >= _MOST_PASSED else min(self._filling, key=lambda job: job.n_left)
+        for job in self._filling[: self._filling.index(chosen)]:
+            job.n_passed += 1
+        return chosen
+
+    def _fill(self, job: _Job) -> None:
+        """Do one step of a prompt; after the last one, sample the first token."""
+        with self._errors_of(job):
+            before = job.slot.length
+            for _ in job.steps:
+                job.n_left -= max(1, job.slot.length - before)
+                return
+            sampler = self._runtime.engine.sampler(*job.answer.sampling)
+            with self._changed:
+                self._filling.remove(job)
+                self._running[job] = sampler
+            job.run = sampler.first() or self._slots.sample(job.slot, sampler)
+            self._take(job)
+
+    def _step(self) -> None:
+        """Decode what was sampled, sample the next token of every answer, and send it."""
+        try:
+            self._slots.decode({job.slot: [one.token for one in job.run] for job in self._running})
+        except EdgeError as error:
+            for job in tuple(self._running):
+                self._end(job, error)
+        for job, sampler in tuple(self._running.items()):
+            with self._errors_of(job):
+                job.run = self._slots.sample(job.slot, sampler)
+                self._take(job)
+
+    def _take(self, job: _Job) -> None:
+        """Turn sampled tokens into chunks, and end the answer if it ends with one of them."""
+        answer = job.answer
+        for sampled in job.run:
+            self._send(job, answer.take(sampled))
+            if answer.finish_reason is not None:
+                break
+        else:
+            return
+        self._send(job, answer.rest())
+        last = answer.last()
+        job.stream.put(last if answer.constraint is None else answer.whole([*job.chunks, last]))
+        self._end(job)
+
+    def _send(self, job: _Job, text: str) -> None:
+        if not text:
+            return
+        if job.answer.constraint is None:
+            job.stream.put(Chunk(text=text))
+        else:
+            job.chunks.append(Chunk(text=text))
+
+    @contextmanager
+    def _errors_of(self, job: _Job) -> Iterator[None]:
+        """End a request, and no other, with an error of its own."""
+        try:
+            yield
+        except EdgeError as error:
+            self._end(job, error)
+
+    def _end(self, job: _Job, error: EdgeError | None = None) -> None:
+        """Free what a request holds, and end its stream."""
+        with self._changed:
+            sampler = self._running.pop(job, None)
+            if job in self._filling:
+                self._filling.remove(job)
+        if sampler is not None:
+            sampler.close()
+        with suppress(EngineError):  # closed meanwhile
+            job.slot.clear()
+        job.stream.end(error)
+
+    def _end_all(self, error: EdgeError) -> None:
+        for job in self._jobs():
+            self._end(job, error)
+        with self._changed:
+            while self._waiting:
+                self._waiting.popleft()[1].end(error)
+
+
+def _context_of(answer: Answer) -> int:
+    """Return the tokens of context that an answer needs at most."""
+    return len(answer.prompt.token_ids) + answer.room
+
+
+def _cost(piece: Piece) -> int:
+    return n_tokens(piece) + _VIEW_COST * isinstance(piece, Tile)
