@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -89,7 +90,7 @@ def _check_in_child(grammar: str) -> None:
 
 
 def work() -> None:
-    """Write what is wrong with the grammar on stdin: the child's side of `check_grammar`, on half of the usual stack."""
+    """Write what is wrong with the grammar on stdin, if anything, on half of the usual stack: the child's side."""
     import threading
 
     threading.stack_size(4 << 20)
@@ -117,7 +118,7 @@ def token_bytes(metadata: Mapping[str, Any]) -> list[bytes]:
     types = np.asarray(metadata["tokenizer.ggml.token_type"])
     is_text = (types == _TEXT) & (is_foreign[ends[1:]] == is_foreign[ends[:-1]])
     places = ends.tolist()
-    pieces = [data[start:end] for start, end in zip(places, places[1:], strict=False)]
+    pieces = [data[start:end] for start, end in pairwise(places)]
     for token in np.flatnonzero(~is_text).tolist():
         is_plain = types[token] == _USER_DEFINED and not _MARKER.fullmatch(texts[token])
         pieces[token] = texts[token] if is_plain else CONTROL + texts[token]

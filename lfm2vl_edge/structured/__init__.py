@@ -8,6 +8,6 @@ Imports only errors and config.
 """
 
 from lfm2vl_edge.structured.grammar import read_grammar, read_regex
-from lfm2vl_edge.structured.schema import Schema, grammar_of, parse_answer, read_schema
+from lfm2vl_edge.structured.schema import Schema, grammar_of, parse_answer, read_schema, unbounded_part
 
-__all__ = ["Schema", "grammar_of", "parse_answer", "read_grammar", "read_regex", "read_schema"]
+__all__ = ["Schema", "grammar_of", "parse_answer", "read_grammar", "read_regex", "read_schema", "unbounded_part"]

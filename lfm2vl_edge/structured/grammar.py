@@ -2,26 +2,66 @@
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
 from lfm2vl_edge.errors import ConfigError, clip
+
+_MOST_GBNF: Final = 1 << 16
+"""Characters of GBNF: the time to convert it grows with the square, half a second for these."""
+_MOST_CHARACTERS: Final = 1 << 20
+_ESCAPE: Final = re.compile(r"\\(?:\\|x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8}))")
+"""A character of GBNF by its number; a backslash that is escaped itself starts none."""
 
 
 def read_grammar(text: str) -> str:
-    """Return the grammar in a text: GBNF (llama.cpp's notation, starting at `root`), or Lark (starting at `start`).
+    """Return a grammar in llguidance's form.
+
+    Args:
+        text: GBNF (llama.cpp's notation, starting at `root`), or Lark (with llguidance's extensions, starting at
+            `start`).
 
     Raises:
-        ConfigError: it is GBNF that llguidance cannot take.
+        ConfigError: it is too large, or GBNF that llguidance cannot convert.
     """
-    from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark, is_lark_syntax
 
+    _check(text, _MOST_CHARACTERS)
+    if is_lark_syntax(text):
+        return text
+    _check(text, _MOST_GBNF)
+    if not re.search(r"^\s*root\s*::=", text, re.MULTILINE):
+        raise ConfigError("the grammar starts neither at `root ::= ...` (GBNF) nor at `start: ...` (Lark); add it")
     try:
-        return LLMatcher.grammar_from_lark(any_to_lark(text))
-    except (GbnfToLarkError, ValueError, RecursionError) as error:
-        raise ConfigError(f"the grammar cannot be read: {clip(str(error))}; correct it") from error
+        return gbnf_to_lark(_ESCAPE.sub(_character, text))
+    except (GbnfToLarkError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise ConfigError(f"the grammar cannot be read as GBNF: {clip(str(error))}; correct it") from error
+    except RecursionError as error:
+        raise ConfigError("the grammar cannot be read as GBNF: it is nested too deeply; simplify it") from error
+
+
+def _character(escape: re.Match[str]) -> str:
+    """Return a printable character itself, which llguidance reads; others as they are."""
+    digits = next((one for one in escape.groups() if one), None)
+    if digits is None or (code := int(digits, 16)) > 0x10FFFF or 0xD800 <= code < 0xE000:
+        return escape[0]
+    return chr(code) if chr(code).isprintable() and chr(code) not in '"[]^-\\' else escape[0]
 
 
 def read_regex(text: str) -> str:
-    """Return the grammar of a regular expression (Rust's syntax), which the whole answer matches."""
+    """Return the grammar of a regular expression (the syntax of Rust's regex crate), which the whole answer matches.
+
+    Raises:
+        ConfigError: it is too large.
+    """
     from llguidance import LLMatcher
 
+    _check(text, _MOST_GBNF)
     return LLMatcher.grammar_from_regex(text)
+
+
+def _check(text: str, most: int) -> None:
+    if len(text) > most or "\0" in text:
+        raise ConfigError(f"the grammar has {len(text)} characters; at most {most} are read, none of them zero")
+    if any("\ud800" <= one <= "\udfff" for one in text):
+        raise ConfigError("the grammar contains half a surrogate pair; remove it")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -320,3 +321,33 @@ def _is_expressible(pattern: str | None) -> bool:
     schema = {"type": "string", "pattern": pattern}
     grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
     return not LLMatcher.validate_grammar_with_warnings(grammar)[0]
+
+
+def unbounded_part(text: str) -> str:
+    """Return the place in a truncated JSON answer that grew, with the keyword that limits it; empty if none did.
+
+    It is the string that is not closed, if it is long, else the list with the most entries of those not closed.
+    """
+    path: list[str | int] = []  # a key, or an index, for each object and list that is open
+    last = ""
+    for last in _TOKEN.findall(text):
+        if last in "{[":
+            path.append(0 if last == "[" else "")
+        elif last in "}]":
+            path.pop()
+        elif path and last == ",":
+            step = path[-1]
+            path[-1] = step + 1 if isinstance(step, int) else ""
+        elif path and path[-1] == "":
+            path[-1] = last.strip('"')
+    lists = [(step, path[:level]) for level, step in enumerate(path) if isinstance(step, int) and step > 1]
+    is_open = last.startswith('"') and not (len(last) > 1 and last.endswith('"'))
+    if is_open and (len(last) > _LONG or not lists):
+        return f"{clip(place_of(path))} (maxLength)"
+    return f"{clip(place_of(max(lists, key=lambda one: one[0])[1]))} (maxItems)" if lists else ""
+
+
+_LONG: Final = 100
+"""Characters of a string that has probably no end."""
+_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"?|[][{},]|[^][{},"\s:]+', re.DOTALL)
+"""A string, a bracket, a comma, or the text of another value."""
