@@ -38,6 +38,8 @@ _FIRST_CONTEXT: Final = 4096
 """Tokens of all sequences together, before the context grows: 50 MB (450M)."""
 _VIEW_COST: Final = 256
 """What encoding a view takes, in tokens of a prompt that could be decoded meanwhile (450M, measured: 1.4 times)."""
+_MOST_WAITING: Final = 10_000
+"""Each keeps the pixels of its views, 0.8 MB for 512x512."""
 _MOST_PASSED: Final = 8
 """Steps of later requests after which an earlier one comes first."""
 
@@ -80,7 +82,7 @@ class Scheduler:
 
     def __init__(self, model: Model, *, parallel: int = 4, queue: int = 64) -> None:
         check_count("parallel", parallel, most=64)
-        check_count("queue", queue)
+        check_count("queue", queue, most=_MOST_WAITING)
         self.model, self.parallel, self.queue = model, parallel, queue
         self._runtime = model.runtime
         # States that other sequences were beside may differ in the last bits, so they are not those of the model.
@@ -259,13 +261,13 @@ class Scheduler:
             return
         self._send(job, answer.rest())
         last = answer.last()
-        job.stream.put(last if answer.constraint is None else answer.whole([*job.chunks, last]))
+        job.stream.put(answer.whole([*job.chunks, last]) if answer.is_whole else last)
         self._end(job)
 
     def _send(self, job: _Job, text: str) -> None:
         if not text:
             return
-        if job.answer.constraint is None:
+        if not job.answer.is_whole:
             job.stream.put(Chunk(text=text))
         else:
             job.chunks.append(Chunk(text=text))

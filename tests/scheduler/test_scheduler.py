@@ -1,0 +1,187 @@
+"""Many requests on one engine: the same answers as alone, nothing computed twice, and errors that stay with one."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lfm2vl_edge import AnswerTruncated, AskOptions, ConfigError, EngineError, Model
+from lfm2vl_edge.errors import ContextFull, QueueFull
+from lfm2vl_edge.prompt.messages import user_message
+from lfm2vl_edge.scheduler import Scheduler, Stream
+from tests.conftest import REFERENCE
+
+EXAMPLES = REFERENCE.parent.parent.parent / "examples"
+SHAPES = EXAMPLES / "shapes.png"
+OPTIONS: AskOptions = {"temperature": 0.0, "max_tokens": 24}
+LONG = {"regex": "[0-9]{1500}", "max_tokens": 1600}
+"""Runs until it is cancelled, unless a test waits for seconds."""
+QUESTIONS = ["Describe this image.", "Where is the red circle?", "How many circles are there?", "What is blue?"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model.open("tiny", n_threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture
+def scheduler(model: Model) -> Iterator[Scheduler]:
+    with Scheduler(model, parallel=3) as opened:
+        yield opened
+
+
+def ask(scheduler: Scheduler, question: str, image: Any = SHAPES, **options: Any) -> Stream:
+    return scheduler.submit([user_message([] if image is None else image, question)], **{**OPTIONS, **options})
+
+
+def text_of(stream: Stream) -> str:
+    return "".join(chunk.text for chunk in stream)
+
+
+def test_answers_are_those_of_one_request_alone(model: Model) -> None:
+    alone = [model.ask(SHAPES, question, **OPTIONS) for question in QUESTIONS]
+    with Scheduler(model, parallel=3) as scheduler:
+        streams = [ask(scheduler, question) for question in QUESTIONS * 2]
+        assert [text_of(stream) for stream in streams] == alone * 2
+        assert scheduler.counts() == {"waiting": 0, "running": 0, "tokens": 0, "n_ctx": scheduler.counts()["n_ctx"]}
+    assert model.ask(SHAPES, QUESTIONS[0], **OPTIONS) == alone[0]
+
+
+def test_an_image_of_several_requests_is_encoded_and_decoded_once(model: Model) -> None:
+    with Scheduler(model, parallel=4) as scheduler:
+        streams = [ask(scheduler, question, EXAMPLES / "hopper.jpg") for question in QUESTIONS]
+        stats = [[*stream][-1].stats for stream in streams]
+    assert [one.encoded_views for one in stats if one] == [stats[0].views if stats[0] else 0, 0, 0, 0]
+    assert all(one.restored_tokens >= one.image_tokens for one in stats[1:] if one)
+
+
+def test_the_next_turn_of_interleaved_conversations_costs_only_the_turn(scheduler: Scheduler) -> None:
+    conversations = [[user_message(SHAPES, question)] for question in QUESTIONS[:2]]
+    for turn in range(3):
+        for messages in conversations:
+            *_, last = chunks = list(scheduler.submit(messages, **OPTIONS))
+            assert last.stats is not None
+            assert last.stats.encoded_views == 0 or turn == 0
+            assert last.stats.prompt_tokens - last.stats.restored_tokens < 80 or turn == 0
+            answer = "".join(chunk.text for chunk in chunks)
+            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And now?"}]
+
+
+def test_a_cancelled_request_frees_its_sequence_and_disturbs_no_other(scheduler: Scheduler) -> None:
+    expected = text_of(ask(scheduler, QUESTIONS[0]))
+    others = [ask(scheduler, QUESTIONS[0]) for _ in range(2)]
+    # Without an end of its turn it would run for long.
+    long = [ask(scheduler, "Count.", None, **LONG) for _ in range(4)]
+    for stream in long:
+        stream.close()
+        assert stream.wait(60)
+        with pytest.raises(EngineError, match="cancelled"):
+            text_of(stream)
+    assert [text_of(stream) for stream in others] == [expected] * 2
+    assert text_of(ask(scheduler, QUESTIONS[0])) == expected
+
+
+def test_an_error_ends_one_request_only(scheduler: Scheduler) -> None:
+    good = ask(scheduler, QUESTIONS[0])
+    truncated = ask(scheduler, QUESTIONS[0], schema={"type": "array", "items": {"const": "x"}, "minItems": 99})
+    with pytest.raises(ConfigError):
+        ask(scheduler, QUESTIONS[0], temperature=-1)
+    with pytest.raises(ContextFull):
+        ask(scheduler, "long " * 100_000)
+    with pytest.raises(AnswerTruncated, match="max_tokens"):
+        text_of(truncated)
+    assert text_of(good)
+
+
+def test_an_answer_under_a_schema_comes_whole(scheduler: Scheduler) -> None:
+    chunks = list(ask(scheduler, QUESTIONS[0], schema={"enum": ["yes", "no"]}))
+    assert [chunk.text for chunk in chunks] in (['"yes"'], ['"no"'])
+    assert chunks[0].stats is not None
+    assert chunks[0].stats.forced_tokens
+
+
+def test_the_queue_is_bounded(model: Model) -> None:
+    with Scheduler(model, parallel=1, queue=1) as scheduler:
+        running = ask(scheduler, "Count.", None, **LONG)
+        while not scheduler.counts()["running"]:
+            running.wait(0.01)
+        waiting = ask(scheduler, QUESTIONS[0])
+        with pytest.raises(QueueFull, match="1 request"):
+            ask(scheduler, QUESTIONS[0])
+        running.close()
+        assert text_of(waiting)
+    for name in ("parallel", "queue"):
+        for wrong in (0, -1, 2**70, True, "4", 1.5):
+            with pytest.raises(ConfigError, match=name):
+                Scheduler(model, **{name: wrong})
+
+
+def test_the_context_grows_while_answers_run(model: Model) -> None:
+    question = "What do you see? " * 150
+    alone = model.ask(SHAPES, question, **OPTIONS)
+    with Scheduler(model, parallel=4) as scheduler:
+        before = scheduler.counts()["n_ctx"]
+        streams = [ask(scheduler, question, max_tokens=24 + 900 * (index == 3)) for index in range(4)]
+        assert [text_of(stream) for stream in streams][:3] == [alone] * 3
+        assert scheduler.counts()["n_ctx"] > before
+
+
+def test_the_model_answers_nothing_else_meanwhile(model: Model) -> None:
+    with Scheduler(model):
+        with pytest.raises(EngineError, match="answering already"):
+            model.ask([], "hello", **OPTIONS)
+        with pytest.raises(EngineError, match="answering already"):
+            Scheduler(model)
+    assert isinstance(model.ask([], "hello", **OPTIONS), str)
+
+
+def test_closing_ends_every_request_with_an_error() -> None:
+    for model_first in (False, True):
+        model = Model.open("tiny", n_threads=1)
+        scheduler = Scheduler(model, parallel=1)
+        streams = [ask(scheduler, "Count.", None, **LONG) for _ in range(3)]
+        next_to_close = [model, scheduler] if model_first else [scheduler, model]
+        for one in next_to_close:
+            one.close()
+        for stream in streams:
+            with pytest.raises(EngineError, match="closed|cancelled"):
+                text_of(stream)
+        with pytest.raises(EngineError, match="closed"):
+            ask(scheduler, "hello", None)
+        scheduler.close()
+
+
+def test_streams_are_read_by_threads_and_by_asyncio(scheduler: Scheduler) -> None:
+    expected = [text_of(ask(scheduler, question)) for question in QUESTIONS]
+    found: dict[int, str] = {}
+
+    def read(index: int) -> None:
+        found[index] = text_of(ask(scheduler, QUESTIONS[index]))
+
+    threads = [threading.Thread(target=read, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[index] for index in range(4)] == expected
+
+    async def read_all() -> list[str]:
+        async def one(question: str) -> str:
+            return "".join([chunk.text async for chunk in ask(scheduler, question)])
+
+        return await asyncio.gather(*map(one, QUESTIONS))
+
+    assert asyncio.run(read_all()) == expected
+
+
+def test_a_stream_that_was_read_stays_at_its_end(scheduler: Scheduler) -> None:
+    stream = ask(scheduler, QUESTIONS[0])
+    assert text_of(stream)
+    assert list(stream) == []
+    assert stream.is_ended
+    stream.close()
