@@ -189,10 +189,10 @@ def _fit_and_store(choices: Sequence[Weighed], key: ProfileKey) -> tuple[Fit, Pa
     """Return the fitted temperature, and the device profile that has it now."""
     from dataclasses import replace
 
-    from lfm2vl_edge.evaluate.reliability import fit
+    from lfm2vl_edge.evaluate.reliability import fit_choices
     from lfm2vl_edge.planning.device import load_profile, save_profile
 
-    fitted, profile = fit(choices), load_profile(key)
+    fitted, profile = fit_choices(choices), load_profile(key)
     if profile is None:
         raise ConfigError("the device profile was removed meanwhile; run `lfm2vl-edge tune`, then this command again")
     return fitted, save_profile(replace(profile, choice_temperature=fitted.temperature), key)

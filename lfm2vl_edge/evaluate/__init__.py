@@ -9,25 +9,33 @@ with Model.open("models/450m") as model:
 ```
 """
 
-from lfm2vl_edge.evaluate.results import BoxTally, Reply, Result, Summary, Tally, summarise
+from lfm2vl_edge.evaluate.reliability import Bin, ChoiceTally, Fit, Weighed, draw_reliability, fit_choices
+from lfm2vl_edge.evaluate.results import BoxTally, Reply, Result, Summary, Tally, summarise, weighed
 from lfm2vl_edge.evaluate.rows import Row, read_rows
 from lfm2vl_edge.evaluate.run import MAX_TOKENS, evaluate
 from lfm2vl_edge.evaluate.score import Score, iou, mean_iou, normalised, score
 
 __all__ = [
     "MAX_TOKENS",
+    "Bin",
     "BoxTally",
+    "ChoiceTally",
+    "Fit",
     "Reply",
     "Result",
     "Row",
     "Score",
     "Summary",
     "Tally",
+    "Weighed",
+    "draw_reliability",
     "evaluate",
+    "fit_choices",
     "iou",
     "mean_iou",
     "normalised",
     "read_rows",
     "score",
     "summarise",
+    "weighed",
 ]

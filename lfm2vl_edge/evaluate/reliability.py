@@ -140,7 +140,7 @@ def tally_choices(questions: Sequence[Weighed], temperature: float = 1.0) -> Cho
     )
 
 
-def fit(questions: Sequence[Weighed]) -> Fit:
+def fit_choices(questions: Sequence[Weighed]) -> Fit:
     """Fit the temperature to one half of the questions, and judge it by the other half.
 
     The halves are the same in every run: the rows are sorted by the SHA-256 of their names, and divided in the middle.

@@ -157,7 +157,7 @@ def weighed(results: Iterable[Result]) -> list[Weighed]:
             right=one.row.options.index(one.row.answers[0]),
         )
         for one in results
-        if one.reply.log_probabilities is not None
+        if one.reply.log_probabilities is not None and one.row.answers
     ]
 
 
