@@ -258,6 +258,8 @@ class Options:
             and comes in one piece.
         regex: a regular expression, in Rust's syntax: the whole answer matches it, and comes in one piece.
         template_options: variables of the model's chat template, such as `{"keep_past_thinking": True}`.
+        tool_choice: whether the model calls tools, if it is given any: "auto" (if it chooses to), "none", "required",
+            or the name of the one to call. Calls match the definitions.
 
     Raises:
         ConfigError: a value is out of range.
@@ -275,6 +277,7 @@ class Options:
     grammar: str | None = None
     regex: str | None = None
     template_options: Mapping[str, Any] | None = None
+    tool_choice: str = "auto"
 
     def __post_init__(self) -> None:
         self._check_structure()
@@ -307,6 +310,10 @@ class Options:
             self.template_options is None
             or (isinstance(self.template_options, Mapping) and all(map(_is_variable, self.template_options))),
             f"template_options is {str(self.template_options)[:40]!r}; it must be a dictionary of template variables",
+        )
+        require(
+            isinstance(self.tool_choice, str) and bool(self.tool_choice),
+            f"tool_choice is {shorten(self.tool_choice)}; it must be auto, none, required, or the name of a tool",
         )
         chosen = [name for name in ("schema", "grammar", "regex") if getattr(self, name) is not None]
         require(len(chosen) < 2, f"{' and '.join(chosen)} cannot be combined; choose one")
@@ -358,6 +365,7 @@ class AskOptions(SamplingOptions, total=False):
     schema: Mapping[str, Any] | None
     grammar: str | None
     regex: str | None
+    tool_choice: str
 
 
 GREEDY: Final[SamplingOptions] = {"temperature": 0.0, "repetition_penalty": 1.0}

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lfm2vl_edge.cache.memory import Caches, Key, Piece, chain
-from lfm2vl_edge.config import ModelConfig, Options
+from lfm2vl_edge.config import TOOL_CALL_START, ModelConfig, Options
 from lfm2vl_edge.engine import Constraint, Engine, Floats, Sampled
-from lfm2vl_edge.errors import AnswerTruncated, ConfigError, ContextFull, StateError, ToolError
+from lfm2vl_edge.errors import AnswerTruncated, ConfigError, ContextFull, StateError, ToolError, clip, shorten
 from lfm2vl_edge.image.tiles import Tile, preprocess_image
 from lfm2vl_edge.planning.budget import ImageBudget
-from lfm2vl_edge.prompt.calls import CallReader, InvalidToolCall, Tool, ToolCall
+from lfm2vl_edge.prompt.calls import CallReader, InvalidToolCall, Tool, ToolCall, error_of
 from lfm2vl_edge.prompt.messages import Message, images_in, parse_messages
 from lfm2vl_edge.prompt.prepare import Prompt, n_tokens, split, tokenize
 from lfm2vl_edge.prompt.render import render
@@ -127,7 +127,7 @@ def stream(
     An answer under a grammar or a schema comes in one piece, or not at all.
 
     Raises:
-        ConfigError: the grammar or schema is not valid, or is combined with tools.
+        ConfigError: the grammar or schema is not valid, or is combined with tools; there is no tool to be called.
         ImageError: an image of the messages is not valid.
         PromptError: the messages have no valid form, (ContextFull) do not fit into the model's context, or the model
             does not support tools.
@@ -138,7 +138,7 @@ def stream(
     """
     answer = Answer(runtime, messages, options, tools)
     chunks = _sampled(runtime, answer)
-    yield from chunks if answer.constraint is None else [answer.whole(list(chunks))]
+    yield from [answer.whole(list(chunks))] if answer.is_whole else chunks
 
 
 def check_constraint(options: Options, engine: Engine) -> tuple[Schema | None, Constraint | None]:
@@ -167,7 +167,8 @@ class Answer:
     """One answer: its prompt, and what the tokens that were sampled so far amount to.
 
     Attributes:
-        constraint: what the answer must match, if anything.
+        is_whole: whether the answer comes in one piece, or not at all.
+        constraint: what the answer, or the tool calls in it, must match, if anything.
         watch: measures it, from here on.
         prompt: its prompt, not yet decoded.
         pieces: the prompt, as it is decoded.
@@ -185,12 +186,16 @@ class Answer:
         """
         engine, config = runtime.engine, runtime.config
         self._schema, self.constraint = check_constraint(options, engine)
-        if tools and self.constraint is not None:
+        self.is_whole = self.constraint is not None
+        if tools and self.is_whole:
             raise ConfigError("an answer under a grammar or a schema cannot call a tool; give one or the other")
+        self._tools = tools = () if options.tool_choice == "none" else tools
         self._engine, self._options = engine, options
         self._sampling = options.sampling(config.sampling)
         self.watch = Stopwatch()
         self._reader = CallReader(tools, config.control_tokens)
+        if tools or options.tool_choice not in ("auto", "none"):
+            self.constraint = _call_constraint(tools, options.tool_choice, config, engine)
         # Messages become a prompt: each image is loaded, planned and preprocessed, the template decides the order.
         with self.watch.phase("preprocess"):
             parsed = parse_messages(messages)
@@ -203,7 +208,7 @@ class Answer:
         self._text = TextStream(options.stop)
         self._n_tokens = self._n_forced = 0
         # Under a constraint one more is sampled, but not decoded: the end of the turn if the answer is complete.
-        self._most = self.room + (self.constraint is not None)
+        self._most = self.room + self.is_whole
         self.finish_reason: FinishReason | None = None
 
     def sample(self, engine: Engine) -> Iterator[Sampled]:
@@ -236,11 +241,22 @@ class Answer:
         Raises:
             ToolError: the model wrote a tool call, and no valid one.
         """
-        calls, invalid = self._reader.tool_calls()
+        calls, invalid = self._tool_calls()
         stats = stats_of(self.prompt, self._n_images, self._n_tokens, self._n_forced, self.watch)
         return Chunk(
             text="", finish_reason=self.finish_reason, tool_calls=calls, invalid_tool_calls=invalid, stats=stats
         )
+
+    def _tool_calls(self) -> tuple[tuple[ToolCall, ...], tuple[InvalidToolCall, ...]]:
+        calls, invalid = self._reader.tool_calls()
+        if not calls:
+            return calls, invalid
+        from lfm2vl_edge.structured.tool_grammar import check_calls
+
+        valid, broken = check_calls(calls, self._tools)
+        if broken and not valid:
+            raise error_of(broken)
+        return tuple(valid), (*invalid, *broken)
 
     def whole(self, chunks: Sequence[Chunk]) -> Chunk:
         """Return an answer under a constraint in one chunk, if it is complete and valid.
@@ -270,6 +286,25 @@ def _unbounded_part(text: str) -> str:
     from lfm2vl_edge.structured import unbounded_part
 
     return unbounded_part(text)
+
+
+def _call_constraint(tools: Sequence[Tool], choice: str, config: ModelConfig, engine: Engine) -> Constraint:
+    """Return the constraint of tool calls: on the whole answer if the caller requires one, else from its start on.
+
+    Raises:
+        ConfigError: there is no tool, or none of that name.
+    """
+    from lfm2vl_edge.structured.tool_grammar import tool_grammar
+
+    names = [tool.name for tool in tools]
+    if not names or choice not in ("auto", "required", *names):
+        raise ConfigError(
+            f"tool_choice is {shorten(choice)}, but "
+            + (f"the tools are {clip(', '.join(names))}; name one of them" if names else "there are no tools; give some")
+        )
+    grammar = tool_grammar(tools, choice)
+    engine.check_grammar(grammar)
+    return Constraint(grammar=grammar, trigger=config.control_tokens[TOOL_CALL_START] if choice == "auto" else None)
 
 
 def _sampled(runtime: Runtime, answer: Answer) -> Generator[Chunk, None, None]:

@@ -567,7 +567,7 @@ HOSTILE = {
     "comments": "f(a=1 " + "#\n" * (N // 2) + "x",
     "commas": "," * N,
     "bad calls": "(),3," * (N // 5),
-    "calls": "now()," * (N // 6),
+    "many calls": "now()," * (N // 6),
 }
 CHILD = """
 import resource, time

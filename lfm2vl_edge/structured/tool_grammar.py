@@ -1,0 +1,153 @@
+"""The grammar of tool calls: between their markers, a model can only write calls of the given tools.
+
+    <|tool_call_start|>[weather(place="Bergen", days=3)]<|tool_call_end|>
+
+Names are those of the tools and their parameters, in the order of the definition; each argument is JSON that matches
+its schema. `prompt.calls` reads the result.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final
+
+from lfm2vl_edge.config import SPACED, TOOL_CALL_END, TOOL_CALL_START
+from lfm2vl_edge.errors import ConfigError, clip
+from lfm2vl_edge.prompt.call_text import is_parameter_name
+from lfm2vl_edge.prompt.calls import InvalidToolCall, Tool, ToolCall
+from lfm2vl_edge.structured.schema import read_schema, validator_of
+
+_MOST_CALLS: Final = 16
+"""Calls of one turn."""
+_RULES: Final = frozenset(
+    ("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "not", "if", "enum", "const", "patternProperties")
+) | frozenset(
+    ("propertyNames", "minProperties", "maxProperties", "dependencies", "dependentRequired", "dependentSchemas")
+)
+"""Keywords of an object that concern several of its parameters: it is then held as one, `f(**{...})`."""
+_REFERENCE: Final = re.compile(r'"\$(?:ref|dynamicRef)": "(?!#/\$defs/|#/definitions/)')
+_ANY: Final[Mapping[str, Any]] = {}
+
+
+def tool_grammar(tools: Sequence[Tool], choice: str) -> str:
+    """Return the grammar of a model's calls, Lark in llguidance's dialect.
+
+    Args:
+        tools: what it may call.
+        choice: "required": one or several calls; a tool's name: one call of it; "auto": what follows the start of
+            calls, which the model has chosen to make.
+
+    Raises:
+        ConfigError: the schema of a tool is too large.
+    """
+    named = [tool for tool in tools if tool.name == choice]
+    several = "" if named else f' (", " call){{0,{_MOST_CALLS - 1}}}'
+    start = "" if choice == "auto" else f"{TOOL_CALL_START} "
+    lines = [f'start: {start}"[" call{several} "]" {TOOL_CALL_END}']
+    chosen = named or tools
+    lines.append("call: " + " | ".join(f"t{number}" for number in range(len(chosen))))
+    for number, tool in enumerate(chosen):
+        lines += _call(f"t{number}", tool)
+    return "\n".join(lines) + "\n"
+
+
+def _call(rule: str, tool: Tool) -> Iterator[str]:
+    """Yield the rules of a call."""
+    schema = tool.schema
+    if not _is_by_parameter(schema):
+        yield f"{rule}: {_quoted(f'{tool.name}(**')} {_json({'type': 'object', **schema})} {_quoted(')')}"
+        return
+    required = set(schema.get("required") or ())
+    names = tool.parameters
+    first = next((at + 1 for at, name in enumerate(names) if name in required), len(names))
+    starts = [f"{rule}p{at} {rule}r{at + 1}" for at in range(first)]
+    inside = f"({' | '.join(starts)})" if starts else ""
+    is_optional = not required and starts
+    yield f"{rule}: {_quoted(f'{tool.name}(')} {inside}{'?' if is_optional else ''} {_quoted(')')}"
+    for at, name in enumerate(names):
+        yield f"{rule}p{at}: {_quoted(f'{name}=')} {_json(_parameter(schema, name))}"
+        if at:
+            yield f'{rule}r{at}: (", " {rule}p{at}){"" if name in required else "?"} {rule}r{at + 1}'
+    if names:
+        yield f'{rule}r{len(names)}: ""'
+
+
+def _is_by_parameter(schema: Mapping[str, Any]) -> bool:
+    """Return whether each parameter can be held by itself."""
+    names = schema.get("properties") or {}
+    required = schema.get("required") or ()
+    is_open = not names and schema.get("additionalProperties") not in (None, False)
+    return (
+        not _RULES & set(schema)
+        and not is_open
+        and all(map(is_parameter_name, names))
+        and isinstance(required, list | tuple)
+        and set(map(str, required)) <= set(names)
+        and not _REFERENCE.search(json.dumps(names))
+    )
+
+
+def _parameter(schema: Mapping[str, Any], name: str) -> Any:
+    """Return the schema of a parameter, with the definitions that it refers to."""
+    part = schema["properties"][name]
+    if not isinstance(part, Mapping) or '"$ref"' not in json.dumps(part):
+        return part
+    return {**part, **{key: schema[key] for key in ("$defs", "definitions") if key in schema}}
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _json(schema: Any) -> str:
+    """Return the rule of a JSON value; of any, if its schema cannot be held: `fit` checks the type then."""
+    return f"%json {_held(json.dumps(schema, ensure_ascii=False))}"
+
+
+@lru_cache(maxsize=1024)
+def _held(text: str) -> str:
+    schema = json.loads(text)
+    if isinstance(schema, bool):
+        schema = dict(_ANY) if schema else {"not": {}}
+    try:
+        grammar = read_schema({**schema, "x-guidance": SPACED}).grammar
+    except ConfigError:
+        grammar = read_schema({**_ANY, "x-guidance": SPACED}).grammar
+    return json.dumps(json.loads(grammar)["grammars"][0]["json_schema"], ensure_ascii=False)
+
+
+def check_calls(calls: Sequence[ToolCall], tools: Sequence[Tool]) -> tuple[list[ToolCall], list[InvalidToolCall]]:
+    """Return the calls that their tools' schemas allow, and those that break a rule which no grammar expresses."""
+    known = {tool.name: tool for tool in tools}
+    valid: list[ToolCall] = []
+    invalid: list[InvalidToolCall] = []
+    for call in calls:
+        fault = _fault(call, known[call.name])
+        if fault is None:
+            valid.append(call)
+        else:
+            text = json.dumps(call.as_dict()["function"], ensure_ascii=False)
+            invalid.append(InvalidToolCall(text=text, reason=f"{clip(call.name)}: {fault}"))
+    return valid, invalid
+
+
+def _fault(call: ToolCall, tool: Tool) -> str | None:
+    """Return the rule that a call breaks; None if there is no such rule, or the schema itself is not valid."""
+    try:
+        validator = _validator(json.dumps(tool.schema, ensure_ascii=False))
+    except ConfigError:
+        return None
+    try:
+        for error in validator.iter_errors(call.arguments):
+            return clip(str(error.message))
+    except ValueError as error:  # an expression that takes too many steps
+        return clip(str(error))
+    return None
+
+
+@lru_cache(maxsize=64)
+def _validator(text: str) -> Any:
+    return validator_of(json.loads(text))
