@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -162,6 +162,21 @@ class Engine(Decoder, Protocol):
             constraint: what the tokens before the end of the turn must match; its grammar passed `check_grammar`.
         """
 
+    def cancel(self) -> None:
+        """Stop the running or next decode, from any thread; it raises EngineError."""
+
+    def close(self) -> None:
+        """Free the native memory, from any thread; a second call does nothing.
+
+        What runs in another thread is cancelled, and the memory is freed when it has ended. Later calls of other
+        methods than `info` and `cancel` raise EngineError.
+        """
+
+
+@runtime_checkable
+class SharedEngine(Engine, Protocol):
+    """An engine that can compute several answers together."""
+
     def sampler(
         self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None
     ) -> Sampler:
@@ -171,14 +186,4 @@ class Engine(Decoder, Protocol):
         """Return `count` sequences of one context of their own, at first for `n_ctx` tokens of all together.
 
         It is freed with the engine at the latest.
-        """
-
-    def cancel(self) -> None:
-        """Stop the running or next decode, from any thread; it raises EngineError."""
-
-    def close(self) -> None:
-        """Free the native memory, from any thread; a second call does nothing.
-
-        What runs in another thread is cancelled, and the memory is freed when it has ended. Later calls of other
-        methods than `info` and `cancel` raise EngineError.
         """

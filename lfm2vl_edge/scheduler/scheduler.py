@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from lfm2vl_edge.cache.memory import Caches
 from lfm2vl_edge.config import Options
-from lfm2vl_edge.engine import Sampled
+from lfm2vl_edge.engine import Sampled, SharedEngine
 from lfm2vl_edge.errors import EdgeError, EngineError, QueueFull, clip
 from lfm2vl_edge.generate import Answer, Chunk, prefill_steps
 from lfm2vl_edge.image.tiles import Tile
@@ -84,7 +84,9 @@ class Scheduler:
         check_count("parallel", parallel, most=64)
         check_count("queue", queue, most=_MOST_WAITING)
         self.model, self.parallel, self.queue = model, parallel, queue
-        self._runtime = model.runtime
+        if not isinstance(model.engine, SharedEngine):
+            raise EngineError("this engine has one sequence; open a model from its files")
+        self._runtime, self._engine = model.runtime, model.engine
         # States that other sequences were beside may differ in the last bits, so they are not those of the model.
         self._caches = Caches(embeddings=self._runtime.caches.embeddings)
         self._waiting: deque[tuple[Answer, Stream]] = deque()
@@ -94,7 +96,7 @@ class Scheduler:
         self._is_closed = False
         with ExitStack() as stack:
             stack.enter_context(model.exclusive())
-            self._slots: Slots = self._runtime.engine.open_slots(parallel, _FIRST_CONTEXT)
+            self._slots: Slots = self._engine.open_slots(parallel, _FIRST_CONTEXT)
             stack.callback(self._slots.close)
             self._release = stack.pop_all().close
         self._thread = threading.Thread(target=self._work, daemon=True, name="scheduler")
@@ -231,7 +233,7 @@ class Scheduler:
             for _ in job.steps:
                 job.n_left -= max(1, job.slot.length - before)
                 return
-            sampler = self._runtime.engine.sampler(*job.answer.sampling)
+            sampler = self._engine.sampler(*job.answer.sampling)
             with self._changed:
                 self._filling.remove(job)
                 self._running[job] = sampler
