@@ -182,6 +182,17 @@ def test_a_saved_conversation_is_what_the_model_got_and_nothing_is_overwritten(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chat.jsonl", "early.jsonl", "my photo.png"]
 
 
+def test_a_conversation_is_saved_through_a_link(converse: Converse, tmp_path: Path) -> None:
+    (tmp_path / "null").symlink_to("/dev/null")
+    (tmp_path / "link").symlink_to(tmp_path / "kept.jsonl")
+    done = converse({"Hi": "Ho."}, "Hi\n/save! null\n/save! link\n")
+    assert (done.exit_code, errors(done)) == (0, [])
+    assert (tmp_path / "null").is_symlink()
+    assert (tmp_path / "link").is_symlink()
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.jsonl", "link", "null"]
+
+
 def test_stats_and_help_go_to_stderr(converse: Converse) -> None:
     result = converse({"One?": "Yes."}, f"/stats\n/image {SMALL}\nOne?\n/stats\n/help\n")
     assert result.stdout == "Yes.\n"

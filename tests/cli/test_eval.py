@@ -73,6 +73,22 @@ def test_data_without_groups_and_boxes_has_a_plain_table(data: Path, engine: Fak
     assert "IoU" not in shown
 
 
+def test_results_go_through_links_and_into_devices(data: Path, engine: FakeEngine) -> None:
+    link, target, null = data.parent / "link", data.parent / "results.jsonl", data.parent / "null"
+    link.symlink_to(target)
+    null.symlink_to("/dev/null")
+    for _ in range(2):
+        assert asked(data, "--out", link).exit_code == 0
+        assert asked(data, "--out", null).exit_code == 0
+    assert link.is_symlink()
+    assert null.is_symlink()
+    assert len(target.read_text().splitlines()) == len(ROWS)
+    full = asked(data, "--out", "/dev/full")
+    assert full.exit_code == 1
+    assert len(full.stderr.splitlines()) == 1
+    assert "cannot write /dev/full" in full.stderr
+
+
 def test_failed_rows_and_resumed_rows_are_shown(data: Path, engine: FakeEngine) -> None:
     (data.parent / "a.png").write_bytes(b"nothing")
     write(data.parent, [{**ROWS[0], "group": "\x1b[2J"}, *ROWS[1:]])

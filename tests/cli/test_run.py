@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lfm2vl_edge import Model
+from lfm2vl_edge import ConfigError, Model
+from lfm2vl_edge.cli._options import read_stdin
 from lfm2vl_edge.cli.run import split_arguments
 from tests.conftest import IMAGES, REFERENCE, Pair
 
@@ -398,3 +400,16 @@ def test_quantize_takes_one_file_and_refuses_wrong_ones(run: Run, tmp_path: Path
     assert failed(run("quantize", tmp_path / "nothing.gguf"), "no model .*nothing.gguf.: there is no such file")
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     assert failed(run("quantize", tmp_path / "x.gguf"), "x.gguf is truncated or corrupt")
+
+
+def test_stdin_is_read_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    requested: list[int] = []
+
+    def read(n_bytes: int) -> bytes:
+        requested.append(n_bytes)
+        return bytes(n_bytes)
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=read)))
+    with pytest.raises(ConfigError, match="stdin has more than 512000000 bytes; give a smaller image"):
+        read_stdin()
+    assert requested == [512_000_001]

@@ -101,7 +101,7 @@ def test_boxes_are_lines_or_one_object(run: Run, engine: FakeEngine) -> None:
     assert engine.grammars == [grammar_of(read_schema(SHORT_BOXES.schema()))]
     assert engine.sampled[0].temperature == 0
     shown = json.loads(run("detect", "car.png", "red car", "--json", "--temperature", 0.5).stdout)
-    box = {"label": "red car", "left": 20, "top": 25, "right": 100, "bottom": 75}
+    box = {"label": "red car", "left": 20, "top": 25, "right": 100, "bottom": 75, "image": 0}
     assert (shown["boxes"][0], shown["height"], shown["width"]) == (box, 100, 200)
     assert engine.sampled[1].temperature == 0.5
     assert run("detect", "car.png", "cat").stdout == ""
@@ -111,7 +111,50 @@ def test_boxes_are_lines_or_one_object(run: Run, engine: FakeEngine) -> None:
 def test_points_are_the_centers(run: Run) -> None:
     assert run("point", "car.png", "red car").stdout == "60\t50\tred car\n10\t5\tred?car\n"
     shown = json.loads(run("point", "car.png", "-p", "Detect the red car.", "--json").stdout)
-    assert shown["points"][0] == {"label": "red car", "x": 60, "y": 50}
+    assert shown["points"][0] == {"label": "red car", "x": 60, "y": 50, "image": 0}
+
+
+def test_boxes_of_several_images_have_the_index_of_theirs(run: Run, engine: FakeEngine) -> None:
+    Image.new("RGB", (100, 200), (128, 128, 128)).save("high.png")
+    cars = "20\t25\t100\t75\tred car", "10\t50\t50\t150\tred car"
+    result = run("detect", "car.png", "high.png", "red car", "--draw", "out.png")
+    assert result.stdout.splitlines()[::2] == [f"0\t{cars[0]}", f"1\t{cars[1]}"]
+    assert len(engine.asked) == 2, "this format has no index, so each image is asked about alone"
+    assert not Path("out.png").exists()
+    for index, (width, height) in enumerate([(200, 100), (100, 200)]):
+        with Image.open(f"out-{index}.png") as copy:
+            assert copy.size == (width, height)
+            assert (np.asarray(copy)[height * 3 // 4 - 1, width // 10 : width // 2] == (255, 64, 64)).all()
+    shown = json.loads(run("point", "car.png", "high.png", "red car", "--json").stdout)
+    assert [(one["x"], one["y"], one["image"]) for one in shown["points"]][::2] == [(60, 50, 0), (30, 100, 1)]
+    assert shown["images"] == [{"height": 100, "width": 200}, {"height": 200, "width": 100}]
+    assert run("detect", "car.png", "high.png", "-p", "Detect the red car.").stdout == result.stdout
+
+
+def test_another_format_of_boxes_can_be_chosen(run: Run, engine: FakeEngine) -> None:
+    text = "image_index=0 title [100, 250, 500, 750]\nOne\n\nTwo\n"
+    engine.answers = {"Page?": text}
+    assert run("detect", "car.png", "--boxes", "layout", "-p", "Page?").stdout == "20\t25\t100\t75\ttitle\n"
+    assert engine.grammars == [None]
+    shown = json.loads(run("detect", "car.png", "--boxes", "Layout", "-p", "Page?", "--json").stdout)
+    box = {"label": "title", "left": 20, "top": 25, "right": 100, "bottom": 75, "image": 0, "content": "One\n\nTwo"}
+    assert shown["boxes"] == [box]
+    wrong = run("detect", "car.png", "--boxes", "feet")
+    assert (wrong.exit_code, "'feet' is not one of" in wrong.stderr) == (2, True)
+
+
+def test_arguments_and_drawings_are_checked_before_the_model_is_opened(run: Run, engine: FakeEngine) -> None:
+    for command in ("detect", "point"):
+        assert failed(run(command, "car.png", "red", "car"), 'put the question between quotation marks: "red car"')
+        assert failed(run(command, "-", "-", "car"), "stdin (-) can be read for one thing only")
+        assert failed(run(command, "car.png", "none.png", "car"), "no image at 'none.png'")
+        assert failed(run(command, "red car"), "no image at 'red car'")
+    two = ("detect", "car.png", "car.png", "car", "--draw")
+    Path("out-1.png").write_bytes(b"")
+    assert failed(run(*two, "out.png"), "out-1.png exists already")
+    assert failed(run(*two, "/dev/null"), "/dev/null can take one image, and there are 2")
+    assert failed(run(*two, "out.jpg"), "a name that ends with .png")
+    assert engine.asked == []
 
 
 def test_draw_writes_the_image_with_the_boxes(run: Run, engine: FakeEngine) -> None:
@@ -137,7 +180,7 @@ def test_an_answer_that_cannot_be_used_is_reported(run: Run, caplog: pytest.LogC
     assert failed(run("detect", "car.png", "--free"), "the answer holds no boxes: 'I see nothing.'")
     assert run("detect", "car.png", "dog", "--free").stdout == ""
     assert "left out of the answer" in caplog.text
-    assert failed(run("detect", "car.png", "dog"), "0 of 2 alternatives")
+    assert failed(run("detect", "car.png", "dog"), "the answer breaks the schema")
     assert failed(run("detect", "car.png", "red car", "-n", 5), "truncated after 5 tokens")
 
 
