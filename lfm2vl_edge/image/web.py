@@ -41,18 +41,23 @@ _INVALID: Final = "the URL of the image is not valid; its form is https://host/p
 """Contains no part of the URL: in a URL that cannot be parsed, any part may be a password."""
 _Target: TypeAlias = "tuple[str, tuple[str, str] | None]"
 """A URL without user name and password, so that no log of a library shows them, and these two, if the URL has any."""
+Check: TypeAlias = "Callable[[str, str | None], None]"
+"""Takes the URL of a request or a redirect, and the IP that it was requested from, if it was; raises an ImageError to
+refuse it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the download of an image may take."""
+    """What the download of an image may take, and which URLs are allowed."""
 
     n_bytes: int = 100_000_000
-    """Largest body; a JPEG of 200 megapixels has about this size."""
+    """Largest body; three times the size of a JPEG of 110 megapixels."""
     seconds: float = 60.0
     """Longest time in total: name resolution, connection, redirects and body."""
     redirects: int = 5
     """Most redirects that are followed."""
+    check: Check = lambda url, ip: None  # noqa: ARG005
+    """Called before each request, and with the IP that was connected to before its response is read."""
 
 
 _LIMITS: Final = Limits()
@@ -251,6 +256,7 @@ def _request(
     url: str, target: _Target, limits: Limits, deadline: float, client: Any, stopped: threading.Event
 ) -> bytes | _Target:
     """Return the body that the server sends, or the target of its redirect."""
+    limits.check(target[0], None)
     try:
         request = client.build_request(
             "GET", target[0], headers=_HEADERS, timeout=_READ_TIMEOUT, extensions=_stopped_by(stopped)
@@ -258,6 +264,7 @@ def _request(
     except Exception:  # noqa: BLE001 - InvalidURL of httpx or httpx2, depending on the version of huggingface_hub
         raise ImageError(_INVALID) from None
     with closing(client.send(request, stream=True, auth=target[1], follow_redirects=False)) as response:
+        limits.check(target[0], response.extensions["network_stream"].get_extra_info("server_addr")[0])
         if response.status_code in _REDIRECTS and "location" in response.headers:
             return _redirected(target, response.headers["location"])
         _check_headers(url, response, limits)

@@ -35,6 +35,8 @@ class ImagePart:
     """An image within a message."""
 
     image: AnyImage
+    detail: str | None = None
+    """OpenAI's level of detail, if the part has one; only the server honours it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,13 +118,18 @@ def _part(given: object) -> str | ImagePart:
         if image is not None and text is not None:
             raise PromptError("a part of a message holds a text and an image; give each a part of its own")
         if image is not None:
-            return ImagePart(image=image)
+            return ImagePart(image=image, detail=_detail(part))
         if isinstance(text, str) and kind not in _IMAGE_TYPES:
             return text
     raise PromptError(
         f"a part of a message is {shorten(given)}; "
         'it must be {"type": "text", "text": "..."} or {"type": "image", "image": ...}'
     )
+
+
+def _detail(part: Mapping[str, Any]) -> str | None:
+    """Return the level of detail of a part, beside its image or beside the URL of its image."""
+    return (_fields(part.get("image_url")) or {}).get("detail", part.get("detail"))
 
 
 def _image(part: Mapping[str, Any]) -> AnyImage | None:
