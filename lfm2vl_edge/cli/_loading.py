@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import typer
 
@@ -20,12 +20,16 @@ from lfm2vl_edge.errors import DownloadError, ModelNotPulled
 from lfm2vl_edge.host import CACHE_VARIABLE, cache_folder, start_worker
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.image.load import ImageInput, Pixels
+    from lfm2vl_edge.image.load import ImageInput, OpenedImage, Pixels
     from lfm2vl_edge.model import Model
     from lfm2vl_edge.models.download import Download
     from lfm2vl_edge.models.manifest import ManifestEntry
     from lfm2vl_edge.models.names import ResolvedModel
     from lfm2vl_edge.opening import OpenedModel
+
+
+_EARLY_PIXELS: Final = 16_000_000
+"""Images up to this size are decoded while the model is still being opened."""
 
 
 def find_model(name: str | None, mmproj: Path | None = None) -> ResolvedModel:
@@ -131,10 +135,20 @@ def _model_of(files: Future[OpenedModel], remember: bool, cache: bool | None) ->
 
 def load_argument(argument: str, max_pixels: int) -> Pixels:
     """Return the pixels of an image: a path, an http(s) URL, a data URL, or - for stdin."""
-    from lfm2vl_edge.image.load import load_image
+    return open_argument(argument, max_pixels).pixels()
+
+
+def open_argument(argument: str, max_pixels: int) -> OpenedImage:
+    """Return the upright size of an image and a way to its pixels, which are not decoded."""
+    from lfm2vl_edge.image.load import open_image
 
     source: ImageInput = read_stdin() if argument == STDIN else argument
-    return load_image(source, max_pixels=max_pixels)
+    return open_image(source, max_pixels=max_pixels)
+
+
+def decode_early(opened: OpenedImage) -> OpenedImage | Pixels:
+    """Return the pixels of an image unless it is so large that its plan shall be checked first."""
+    return opened if opened.height * opened.width > _EARLY_PIXELS else opened.pixels()
 
 
 def pull_visibly(

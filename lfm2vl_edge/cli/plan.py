@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 import typer
 
 from lfm2vl_edge.cli import _options as opt
-from lfm2vl_edge.cli._loading import find_model, load_argument
+from lfm2vl_edge.cli._loading import find_model, open_argument
 from lfm2vl_edge.cli._output import refuse_drawing, reporting, to_json, warnings_to_stderr, write_out
 from lfm2vl_edge.errors import EdgeError
 
 if TYPE_CHECKING:
     from lfm2vl_edge.config import ImageConfig
-    from lfm2vl_edge.image.load import Pixels
+    from lfm2vl_edge.image.load import OpenedImage
     from lfm2vl_edge.planning.budget import ImageBudget
     from lfm2vl_edge.planning.costs import Costs
     from lfm2vl_edge.planning.geometry import TilePlan
@@ -48,10 +48,10 @@ def plan(
     with reporting():
         warnings_to_stderr()
         config, source, budget, costs = _settings(model, images)
-        pixels, height, width = _read(image, images.max_pixels)
+        opened, height, width = _read(image, images.max_pixels)
         tile_plan = plan_views(height, width, settings_for(height, width, config, budget))
         if draw is not None:
-            _draw(draw, pixels, tile_plan, force=force)
+            _draw(draw, opened, tile_plan, force=force)
         if as_json:
             shown = _plan_dict(tile_plan) | _costs_dict(tile_plan, config, costs)
             write_out(to_json(shown))
@@ -60,21 +60,21 @@ def plan(
             write_out("\n".join(lines))
 
 
-def _read(image: str, max_pixels: int) -> tuple[Pixels | None, int, int]:
-    """Return the pixels, height and width of an image; no pixels if it is only a size."""
+def _read(image: str, max_pixels: int) -> tuple[OpenedImage | None, int, int]:
+    """Return an image, its height and its width; no image if it is only a size. Only the header is read."""
     if size := _SIZE.fullmatch(image):
         return None, int(size[2]), int(size[1])
-    pixels = load_argument(image, max_pixels)
-    return pixels, pixels.shape[0], pixels.shape[1]
+    opened = open_argument(image, max_pixels)
+    return opened, opened.height, opened.width
 
 
-def _draw(path: Path, pixels: Pixels | None, tile_plan: TilePlan, *, force: bool) -> None:
+def _draw(path: Path, opened: OpenedImage | None, tile_plan: TilePlan, *, force: bool) -> None:
     from lfm2vl_edge.image.draw import draw_plan, save_png
 
-    if pixels is None:
+    if opened is None:
         raise EdgeError("--draw needs an image to draw over, not a size")
     refuse_drawing(path, force)
-    save_png(draw_plan(pixels, tile_plan), path)
+    save_png(draw_plan(opened.pixels(), tile_plan), path)
 
 
 def _settings(model: opt.ModelOptions, images: opt.ImageOptions) -> _Settings:

@@ -11,8 +11,9 @@ import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._answers import note_truncation, note_unused_variables, show_answer, statistics
-from lfm2vl_edge.cli._loading import load_argument, opening
+from lfm2vl_edge.cli._loading import decode_early, open_argument, opening
 from lfm2vl_edge.cli._output import at_once, reporting, to_json, write_line, write_out
+from lfm2vl_edge.cli._tools import ToolOptions, calls_as_json, write_calls
 from lfm2vl_edge.errors import PromptError, clip, shorten
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def run(
     model: opt.ModelOptions,
     image: opt.ImageOptions,
     answer: opt.AnswerOptions,
+    tool: ToolOptions,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -79,21 +81,23 @@ def run(
     with reporting(), at_once() as interrupt:
         names, question = split_arguments(arguments or (), questions[0] if questions else None)
         questions = questions or [opt.as_text(question)]
-        opt.refuse_stdin_twice([*names, answer.json_schema])
-        options = answer.values()
+        opt.refuse_stdin_twice([*names, answer.json_schema, tool.tools])
+        options = answer.values() | tool.values()
         with opening(model, image, verbose, remember=len(questions) > 1, cache=cache) as when_open:
-            pixels = [load_argument(name, image.max_pixels) for name in names]
+            loaded = [decode_early(open_argument(name, image.max_pixels)) for name in names]
             opened = when_open()
             interrupt.cancel = opened.cancel
             note_unused_variables(options, opened)
-            images = [opened.preprocess(one) for one in pixels] if len(questions) > 1 else pixels
+            images = [opened.preprocess(one) for one in loaded] if len(questions) > 1 else loaded
             turns = []
             for question in questions:
                 chunks = opened.chat(_messages(images, question, system), **options)
                 turns.append(show_answer(chunks, quiet=as_json))
+                if not as_json:
+                    write_calls(turns[-1])
                 _explain(turns[-1], opened, as_json=as_json, verbose=verbose)
             if as_json:
-                write_out(_as_json(turns, questions if ask else None, opened))
+                write_out(_as_json(turns, questions if ask else None, opened, has_tools="tools" in options))
 
 
 def _explain(turn: Turn, model: Model, *, as_json: bool, verbose: int) -> None:
@@ -151,10 +155,15 @@ def _messages(images: Sequence[Any], question: str, system: str | None) -> list[
     return [*first, user_message(images, question)]
 
 
-def _as_json(turns: Sequence[Turn], questions: Sequence[str] | None, model: Model) -> str:
+def _as_json(turns: Sequence[Turn], questions: Sequence[str] | None, model: Model, *, has_tools: bool) -> str:
     """Return one object: of the only answer, or with a list of answers if questions were given by --ask."""
     answers: list[dict[str, Any]] = [
-        {"answer": turn.text, "finish_reason": turn.finish_reason, "stats": turn.stats.as_dict() if turn.stats else {}}
+        {
+            "answer": turn.text,
+            **(calls_as_json(turn) if has_tools else {}),
+            "finish_reason": turn.finish_reason,
+            "stats": turn.stats.as_dict() if turn.stats else {},
+        }
         for turn in turns
     ]
     name = {"model": model.config.name}

@@ -373,7 +373,7 @@ def _to_rgb(image: Image.Image) -> Pixels:
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or is_transparent:
         image = image.convert("LA") if mode == "La" else image
         image = _over_white(image.convert("RGBA"))
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # else a copy
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -11,8 +11,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from lfm2vl_edge.config import BICUBIC, BILINEAR, ImageConfig
-from lfm2vl_edge.image.load import ImageInput, Pixels, load_image
+from lfm2vl_edge.config import BICUBIC, BILINEAR, ImageConfig, ModelConfig
+from lfm2vl_edge.errors import ContextFull
+from lfm2vl_edge.image.load import ImageInput, Pixels, open_image
 from lfm2vl_edge.planning.budget import NO_BUDGET, ImageBudget, settings_for
 from lfm2vl_edge.planning.geometry import TilePlan, View, plan
 
@@ -25,7 +26,7 @@ _MAX_FIXED_POINT_BITS: Final = 22
 _STRIP_VALUES: Final = 1 << 18
 """Most values of a colour that are processed at a time, so that they stay in the processor's cache."""
 _COLUMN_VALUES: Final = 1 << 14
-"""The same along columns; OpenBLAS divides products that are four times as large among threads, at ten times the cost."""
+"""The same along columns; OpenBLAS divides larger products among threads, which makes them ten times slower."""
 _STRIP_ROWS: Final = 64
 _BLOCK: Final = 8
 """Output positions of a matrix product; more would multiply more zeros, fewer would make more calls."""
@@ -78,21 +79,47 @@ class PreprocessedImage:
 
 
 def preprocess_image(
-    image: ImageInput | PreprocessedImage, config: ImageConfig, budget: ImageBudget = NO_BUDGET
+    image: ImageInput | PreprocessedImage,
+    config: ImageConfig,
+    budget: ImageBudget = NO_BUDGET,
+    n_ctx: int | None = None,
 ) -> PreprocessedImage:
     """Return an image loaded, planned and preprocessed; one that was preprocessed already is returned as it is.
+
+    Args:
+        image: see `ImageInput`.
+        config: the model's image settings.
+        budget: what the image may take.
+        n_ctx: tokens that it may take in a context; an image that takes more is refused from its header.
 
     Raises:
         ImageError: the input is not a valid image.
         ConfigError: no plan is within the budget.
+        ContextFull: the plan exceeds `n_ctx`.
     """
     if isinstance(image, PreprocessedImage):
         return image
-    pixels = load_image(image)
-    height, width = pixels.shape[:2]
-    settings = settings_for(height, width, config, budget)
-    tile_plan = plan(height, width, settings)
-    return PreprocessedImage(plan=tile_plan, tiles=tuple(preprocess(pixels, tile_plan, settings)), settings=settings)
+    opened = open_image(image)
+    settings = settings_for(opened.height, opened.width, config, budget)
+    tile_plan = plan(opened.height, opened.width, settings)
+    if n_ctx is not None and tile_plan.n_prompt_tokens > n_ctx:
+        raise ContextFull(
+            f"an image of {opened.width}x{opened.height} pixels takes {tile_plan.n_prompt_tokens} tokens; the model's "
+            f"context has room for {max(0, n_ctx)}: use fewer or smaller images, --detail or --budget-tokens"
+        )
+    tiles = tuple(preprocess(opened.pixels(), tile_plan, settings))
+    return PreprocessedImage(plan=tile_plan, tiles=tiles, settings=settings)
+
+
+def preprocess_images(
+    images: Sequence[ImageInput | PreprocessedImage], config: ModelConfig, budget: ImageBudget = NO_BUDGET
+) -> list[PreprocessedImage]:
+    """Return the images of one prompt, each as `preprocess_image`; together they must fit into the model's context."""
+    left, done = config.n_ctx_train, []
+    for image in images:
+        done.append(preprocess_image(image, config.image, budget, left))
+        left -= done[-1].plan.n_prompt_tokens
+    return done
 
 
 def preprocess(pixels: Pixels, tile_plan: TilePlan, config: ImageConfig) -> list[Tile]:

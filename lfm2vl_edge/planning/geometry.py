@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Final, Literal
 
 from lfm2vl_edge.config import ImageConfig
 from lfm2vl_edge.errors import ImageError
 
 Kind = Literal["tile", "thumbnail", "single"]
+_MAX_PIXELS: Final = 2**25
+"""Most pixels of all views, a limit on absurd shapes and settings: 128 tiles of 512 x 512, 32,768 image tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +83,8 @@ def plan(height: int, width: int, config: ImageConfig) -> TilePlan:
     """Decide the views of an image of `height` x `width` pixels.
 
     Raises:
-        ImageError: a side is below 1.
+        ImageError: a side is below 1, or the views would have more than 2**25 pixels: the image is very narrow, or the
+            settings are absurd.
     """
     if height < 1 or width < 1:
         raise ImageError(f"an image of {width}x{height} pixels is empty; both sides must be 1 or more")
@@ -90,13 +93,23 @@ def plan(height: int, width: int, config: ImageConfig) -> TilePlan:
         return single_view(height, width, config, config.min_image_tokens, config.max_image_tokens)
     rows, cols = choose_grid(height, width, config)
     views = _grid_views(height, width, rows, cols, config)
-    return TilePlan(height=height, width=width, rows=rows, cols=cols, views=views)
+    return _bounded(TilePlan(height=height, width=width, rows=rows, cols=cols, views=views))
 
 
 def single_view(height: int, width: int, config: ImageConfig, least: int, most: int) -> TilePlan:
     """Return the plan of an image that is not tiled, with `least` to `most` image tokens instead of the config's."""
     view = _view("single", *fit(height, width, config.token_side, least, most), config)
-    return TilePlan(height=height, width=width, rows=1, cols=1, views=(view,))
+    return _bounded(TilePlan(height=height, width=width, rows=1, cols=1, views=(view,)))
+
+
+def _bounded(tile_plan: TilePlan) -> TilePlan:
+    n_pixels = sum(view.height * view.width for view in tile_plan.views)
+    if n_pixels > _MAX_PIXELS:
+        raise ImageError(
+            f"the views of a {tile_plan.width}x{tile_plan.height} image would have {n_pixels / 1e6:.0f} megapixels; "
+            f"the limit is {_MAX_PIXELS / 1e6:.0f}: crop the image, or lower --max-tiles (max_tiles)"
+        )
+    return tile_plan
 
 
 def _grid_views(height: int, width: int, rows: int, cols: int, config: ImageConfig) -> tuple[View, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 from lfm2vl_edge.cache.memory import Piece
 from lfm2vl_edge.config import IMAGE_TOKEN, ModelConfig
 from lfm2vl_edge.engine import Engine
-from lfm2vl_edge.image.tiles import Tile, preprocess_image
+from lfm2vl_edge.image.tiles import Tile, preprocess_images
 from lfm2vl_edge.planning.budget import NO_BUDGET, ImageBudget
 from lfm2vl_edge.prompt.calls import Tool
 from lfm2vl_edge.prompt.messages import Message, images_in, parse_messages
@@ -63,7 +63,7 @@ def prepare(
         ImageError: an image of the messages is not a valid image.
     """
     parsed = parse_messages(messages)
-    images = [preprocess_image(image, config.image, budget) for image in images_in(parsed)]
+    images = preprocess_images(images_in(parsed), config, budget)
     return tokenize(engine, config, render(parsed, images, config, tools, template_options))
 
 
