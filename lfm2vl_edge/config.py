@@ -384,7 +384,7 @@ class BoxFormat:
         question: the prompt; {what} stands for the objects.
         everything: what stands there if no particular object is wanted.
         article: whether an article is put before an object that has none.
-        system: the system prompt before the question; empty if there is none.
+        system: the system prompt before the question; may be empty.
         key: key of the corners, which are x1, y1, x2, y2.
         scale: width and height of the image in these corners: 1 for fractions, 1000 for integers; 0 for pixels.
         image_key: key of the index of an entry's image, 0 for the first; empty: every image is asked about alone.
@@ -421,7 +421,8 @@ class BoxFormat:
         orders: list[dict[str, Any]] = [{**label, **corners}, {**corners, **label}]
         if self.image_key:
             orders = [{self.image_key: {"type": "integer", "minimum": 0, "maximum": n_images - 1}, **orders[1]}]
-        entries = [{"type": "object", "properties": order, "required": list(order)} for order in orders]
+        closed = {"type": "object", "additionalProperties": False}
+        entries = [{**closed, "properties": order, "required": list(order)} for order in orders]
         items = {"anyOf": entries} if entries[1:] else entries[0]
         return {"type": "array", "items": items, "maxItems": _MAX_BOXES, "x-guidance": SPACED}
 

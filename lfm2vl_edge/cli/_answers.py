@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from lfm2vl_edge.model import Model
 
 Image = Annotated[str, typer.Argument(metavar="IMAGE", help="An image; - is stdin.")]
-What = Annotated[
-    str | None, typer.Argument(parser=opt.as_text, metavar="WHAT", help='Such as "red car". Default: everything.')
-]
 Prompt = Annotated[
     str | None,
     typer.Option(
@@ -108,12 +105,26 @@ def answering(
 
     After the block, statistics of the answer go to stderr if `verbose`.
     """
+    with answering_about([image], model, images, answer, verbose, cache) as (opened, pixels):
+        yield opened, pixels[0]
+
+
+@contextmanager
+def answering_about(
+    names: Sequence[str],
+    model: opt.ModelOptions,
+    images: opt.ImageOptions,
+    answer: opt.SamplingOptions,
+    verbose: int,
+    cache: bool | None,
+) -> Iterator[tuple[Model, list[Pixels]]]:
+    """Give an opened model and the upright pixels of several images; see `answering`."""
     with (
         reporting(),
         at_once() as interrupt,
         opening(model, images, verbose, remember=False, cache=cache) as when_open,
     ):
-        pixels = load_argument(image, images.max_pixels)
+        pixels = [load_argument(name, images.max_pixels) for name in names]
         opened = when_open()
         interrupt.cancel = opened.cancel
         note_unused_variables(answer.values(), opened)

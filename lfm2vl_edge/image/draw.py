@@ -79,9 +79,13 @@ def _draw_view(canvas: ImageDraw.ImageDraw, view: View, tile_plan: TilePlan, lin
 
 
 def _draw_label(canvas: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, line: int, font: _Font) -> None:
-    box = canvas.textbbox(corner, text, font=font)
-    canvas.rectangle((box[0] - line, box[1] - line, box[2] + line, box[3] + line), fill=_FILL)
-    canvas.text(corner, text, fill=_TEXT, font=font)
+    """Draw a text on black at a corner, or moved to the left and up as far as the image has room for it."""
+    width, height = canvas.im.size
+    left, top, right, bottom = canvas.textbbox(corner, text, font=font)
+    x = min(0, max(width - right - line, line - left))
+    y = min(0, max(height - bottom - line, line - top))
+    canvas.rectangle((left + x - line, top + y - line, right + x + line - 1, bottom + y + line - 1), fill=_FILL)
+    canvas.text((corner[0] + x, corner[1] + y), text, fill=_TEXT, font=font)
 
 
 def save_png(pixels: Pixels, path: Path) -> None:

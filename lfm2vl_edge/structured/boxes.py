@@ -50,8 +50,11 @@ _NESTED: Final = rf"{{(?![^{{}}]{{0,500}}\b(?:bbox|box|point)(?:_2d)?[\"']?\s*:)
 _BODY: Final = re.compile(rf"(?:[^{{}}\"']+|{_STRING}|{_NESTED})*", re.DOTALL)
 _LIST: Final = r"[\[(](?:[^\[\](){}]|[\[(][^\[\](){}]*[\])])*[\])]"
 _FIELD: Final = re.compile(
-    rf"(?P<key>{_STRING}|[A-Za-z_]\w*)\s*[:=]\s*(?P<value>{_STRING}|{_LIST}|[^,{{}}\[\]()\"']+)", re.DOTALL
+    rf"(?P<key>{_STRING}|[A-Za-z_]\w*)\s*[:=]\s*"
+    rf"(?P<value>{_STRING}|{_LIST}|[^\s,{{}}\[\]()\"'][^,{{}}\[\]()\"']*|(?={{))",
+    re.DOTALL,
 )
+_IS_ENTRY: Final = re.compile(r"\b(?:label|bbox|box|point)(?:_2d)?[\"']?\s*[:=]")
 _EMPTY: Final = re.compile(r"\[\s*\]")
 _HEADER: Final = re.compile(
     r"^[ \t]{0,8}image_(?:index|id)[ \t]{0,4}[=:][ \t]{0,4}(\d{1,9})[ \t]{1,8}([^\[\]\n]{1,100})([^\n]{0,200})$",
@@ -89,7 +92,7 @@ class Regions:
 
     Attributes:
         found: its places, in its order.
-        dropped: what was left out: why, and the start of it.
+        dropped: why entries were left out, and of the first ones their start and end.
     """
 
     found: tuple[Region, ...]
@@ -128,11 +131,19 @@ def read_regions(answer: str, boxes: BoxFormat, sizes: Sequence[Size]) -> Region
     entries = list(_layout(answer, lines) if lines else _entries(answer))
     if not any(isinstance(entry, Mapping) for entry in entries) and not _EMPTY.search(answer):
         raise AnswerError(f"the answer holds no boxes: {shorten(answer)}; ask again, or ask another model")
-    read = [entry if isinstance(entry, str) else read_entry(entry, boxes, sizes) for entry in entries]
-    return Regions(
-        found=tuple(one for one in read if isinstance(one, Region)),
-        dropped=tuple(one for one in read if isinstance(one, str)),
-    )
+    found: list[Region] = []
+    dropped: list[str] = []
+    for entry in entries:
+        read = entry if isinstance(entry, str) else read_entry(entry, boxes, sizes)
+        if isinstance(read, Region):
+            found.append(read)
+        else:
+            dropped.append(read if isinstance(entry, str) or len(dropped) > _MAX_BROKEN else f"{read}: {_shown(entry)}")
+    return Regions(found=tuple(found), dropped=tuple(dropped))
+
+
+def _shown(entry: _Entry) -> str:
+    return shorten(", ".join(f"{key}: {value}" for key, value in entry.items() if key != "content"))
 
 
 def _warn(dropped: Sequence[str]) -> None:
@@ -151,23 +162,27 @@ def _entries(answer: str) -> Iterator[_Entry | str]:
         following = answer[end : end + 1]
         if following == "}":
             yield dict(_fields(answer[start : end + 1]))
-        elif following != "{":  # else it only holds the entries
+        elif following != "{" or _IS_ENTRY.search(answer, start, end):  # else it only holds the entries
             n_broken += 1
             yield f"not a complete object: {shorten(answer[start : start + _MAX_ENTRY])}"
         start = answer.find("{", end if following in ("{", "}") else start + 1)
 
 
 def _fields(entry: str) -> Iterator[tuple[str, Any]]:
-    """Yield key and value of each field of a flat object: text, the text of a list, a number, or None for all else."""
+    """Yield key and value of each field of an object: text, the text of a list, a number, or None for all else.
+
+    The fields of an object within it are yielded as its own.
+    """
     for field in _FIELD.finditer(entry):
         key, value = field["key"], field["value"].strip()
-        yield _text(key) if key[0] in "\"'" else key, _value(value)
+        if value:
+            yield _text(key) if key[0] in "\"'" else key, _value(value)
 
 
 def _value(text: str) -> Any:
-    if text[0] in "\"'":
+    if text[:1] in ("'", '"'):
         return _text(text)
-    if text[0] in "[(":
+    if text[:1] in ("[", "("):
         return text
     return float(text) if _NUMBER.fullmatch(text) else None
 
@@ -206,21 +221,20 @@ def read_entry(entry: _Entry, boxes: BoxFormat, sizes: Sequence[Size]) -> Region
         boxes: how the model writes boxes.
         sizes: height and width of each image of the question, upright, pixels.
     """
-    shown = shorten(", ".join(f"{key}: {value}" for key, value in entry.items() if key != "content"))
     label = next((entry[key] for key in _LABELS if isinstance(entry.get(key), str)), None)
     if label is None:
-        return f"no label: {shown}"
+        return "no label"
     image = _image(entry, boxes, len(sizes))
     if image is None:
-        return f"none of the {len(sizes)} images: {shown}"
+        return f"not in one of the {len(sizes)} images"
     key, numbers = _numbers_of(entry, boxes)
     if not numbers:
-        return f"no four numbers: {shown}"
+        return "no four numbers"
     corners = _within(_fractions(key, numbers, boxes, sizes[image]))
     if corners is None:
-        return f"out of the image, or of another scale: {shown}"
+        return "out of the image, or of another scale"
     if len(numbers) == 4 and (corners[0] == corners[2] or corners[1] == corners[3]):
-        return f"no area within the image: {shown}"
+        return "no area within the image"
     return Region(label=label, corners=corners, image=image, content=entry.get("content", ""))
 
 
@@ -251,7 +265,7 @@ def _numbers_of(entry: _Entry, boxes: BoxFormat) -> tuple[str, list[float]]:
 def _numbers(value: Any) -> list[float]:
     """Return the numbers of a list, of pairs, or of text such as "[1, 2]"; an empty list if there is anything else."""
     if isinstance(value, str):
-        value = re.sub(r"[\[\]()\"'\s]+", " ", value[:_MAX_ENTRY]).split(",")
+        value = re.sub(r"[\[\]()\"'\s]+", " ", value[:_MAX_ENTRY]).rstrip(", ").split(",")
     if not isinstance(value, list):
         return []
     flat = [one for part in value[:4] for one in (part[:4] if isinstance(part, list) else [part])]

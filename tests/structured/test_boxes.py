@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import random
+import time
+import tracemalloc
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lfm2vl_edge import AnswerError, Box, Model, Point
-from lfm2vl_edge.config import FRACTION_BOXES, SHORT_BOXES, THOUSAND_BOXES, BoxFormat
+from lfm2vl_edge import AnswerError, Box, ConfigError, Model, Point, PromptError
+from lfm2vl_edge.config import FRACTION_BOXES, BoxFormat
 from lfm2vl_edge.image.draw import draw_boxes
+from lfm2vl_edge.models.box_formats import BOX_FORMATS, LAYOUT_BOXES, PIXEL_BOXES, SHORT_BOXES, THOUSAND_BOXES
 from lfm2vl_edge.models.registry import find_published
 from lfm2vl_edge.structured import grammar_of, parse_answer, read_schema
-from lfm2vl_edge.structured.boxes import read_boxes
+from lfm2vl_edge.structured.boxes import read_boxes, read_points, read_regions
 from tests.fake_engine import CONFIG, FakeEngine
 
 CAR = '[{"label": "red car", "bbox": [0.12, 0.30, 0.25, 0.44]}]'
@@ -27,7 +31,7 @@ BOX = Box(label="red car", left=24, top=30, right=50, bottom=44)
 
 
 def read(answer: str, boxes: BoxFormat = FRACTION_BOXES, height: int = 100, width: int = 200) -> list[Box]:
-    return read_boxes(answer, boxes, height, width)
+    return read_boxes(answer, boxes, [(height, width)])
 
 
 @pytest.mark.parametrize(
@@ -42,6 +46,15 @@ def read(answer: str, boxes: BoxFormat = FRACTION_BOXES, height: int = 100, widt
         CAR[:-1] + ', {"label": "re',
         '[{"bbox": [0.25, 0.44, 0.12, 0.30], "label": "red car", "score": 0.9}]',
         '{"boxes": [{"label": "red car",\n\t"bbox": [0.12,0.30,\n0.25,0.44]}]}',
+        CAR.replace("0.12", '"0.12"').replace("0.44", '".44"'),
+        CAR.replace("[0.12, 0.30, 0.25, 0.44]", '"[0.12, 0.30, 0.25, 0.44]"'),
+        CAR.replace("[0.12, 0.30, 0.25, 0.44]", "[[0.12, 0.30], [0.25, 0.44]]"),
+        CAR.replace("[0.12, 0.30, 0.25, 0.44]", "(0.12, 0.30, 0.25, 0.44,)"),
+        '[{"label": "red car", "x1": 0.12, "y1": 0.30, "x2": 0.25, "y2": 0.44}]',
+        '[{"label": "red car", "bbox": {"xmin": 0.12, "ymin": 0.30, "xmax": 0.25, "ymax": 0.44}}]',
+        '[{label: "red car", bbox: [0.12, 0.30, 0.25, 0.44],}]',
+        '[{"name": "red car", "more": {}, "bbox": [0.12, 0.30, 0.25, 0.44]}]',
+        '[{"label": "red car", "colour": {"r": 255}, "bbox": [0.12, 0.30, 0.25, 0.44], "score": null}]',
     ],
 )
 def test_the_same_box_in_other_notations(answer: str) -> None:
@@ -58,6 +71,23 @@ def test_quotes_inside_of_labels() -> None:
         """[{'label': 'the "O\\'Hara" shop', 'bbox': [0, 0, 1, 1]}, {"label": "it's {here}", "bbox": [0, 0, 1, 1]}]"""
     )
     assert [box.label for box in read(answer)] == ['the "O\'Hara" shop', "it's {here}"]
+    labels = [
+        'a "big" cat',
+        "it's a cat",
+        "the dogs' bowl",
+        "[x], (y)",
+        "{z}",
+        "C:\\dir",
+        "\\frac",
+        "a\nb",
+        "é 猫",
+        ", ",
+    ]
+    for quote in "\"'":
+        texts = [label.replace("\\", "\\\\") for label in labels]
+        answer = ", ".join(f"{{{quote}label{quote}: {quote}{text}{quote}, 'bbox': [0, 0, 1, 1]}}" for text in texts)
+        assert [box.label for box in read(f"[{answer}]")] == labels
+    assert read(json.dumps([{"label": "\"'{}[]\\\u0007", "bbox": [0, 0, 1, 1]}]))[0].label == "\"'{}[]\\\u0007"
 
 
 @pytest.mark.parametrize("answer", ["[]", "[ ]", "```json\n[]\n```", '{"boxes": []}'])
@@ -74,8 +104,49 @@ def test_an_answer_without_boxes_is_an_error(answer: str) -> None:
 
 
 def test_an_endless_answer_is_an_error() -> None:
-    with pytest.raises(AnswerError, match="40000 characters, too many"):
-        read("[" * 40_000)
+    with pytest.raises(AnswerError, match="200000 characters, too many"):
+        read("[" * 200_000)
+
+
+HOSTILE = (
+    *('{"', "{'", '{"\\"', '{"a" "', "{' ' ", '{:"', "{ a='b' ", '{"\\\\"', "{a:[", "{a:[(", "{a:{b", "{", "{}", "["),
+    *("image_index=0 t [1,2,3,4]\n", "image_index=0 ", "image_id=", "{" + '"a":1,' * 50, '{"' + " " * 400),
+    *("{a:[" + "1," * 300, "{a:" + "[" * 300, "{'" + '"' * 300, '{"a":{' + '"b":"c",' * 60, "{" + "a:{b}" * 100),
+)
+
+
+@pytest.mark.parametrize("part", HOSTILE, ids=lambda part: part[:12])
+def test_hostile_answers_take_bounded_time_and_memory(part: str) -> None:
+    """An untrained reader takes minutes for some of these; the bound is far above what is needed."""
+    before = time.process_time()
+    tracemalloc.start()
+    try:
+        for start, end in (("", ""), ('[{"boxes": [', "]}]"), ("", '"}')):
+            text = start + part * ((1 << 17) // len(part) - 9) + end
+            try:
+                read_regions(text, THOUSAND_BOXES, [(100, 100)])
+            except AnswerError:
+                continue
+        assert tracemalloc.get_traced_memory()[1] < 200e6
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - before < 60
+
+
+def test_hundreds_of_boxes_are_read_and_only_the_broken_ones_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    rng = random.Random(0)
+    expected = []
+    for number in range(900):
+        left, top = rng.randrange(900), rng.randrange(900)
+        expected.append((f"thing {number}", left, top, left + rng.randrange(1, 99), top + rng.randrange(1, 99)))
+    entries = [json.dumps({"bbox_2d": corners, "label": label}) for label, *corners in expected]
+    entries.insert(300, '{"label": "x", "bbox_2d": [1, 2')
+    answer = f"[{', '.join(entries)}, " + '{"label": "trunca'
+    found = read(answer, THOUSAND_BOXES, 1000, 1000)
+    assert [(box.label, box.left, box.top, box.right, box.bottom) for box in found] == expected
+    assert "not a complete object" in caplog.text
+    assert caplog.text.count("left out") == 1
+    assert len(read_regions(answer, THOUSAND_BOXES, [(9, 9)]).dropped) == 2
 
 
 @pytest.mark.parametrize(
@@ -86,10 +157,15 @@ def test_an_endless_answer_is_an_error() -> None:
         '{"label": 5, "bbox": [0, 0, 1, 1]}',
         '{"label": "x", "bbox": [0, 0, 1]}',
         '{"label": "x", "bbox": [0, 0, 1, true]}',
-        '{"label": "x", "bbox": [0, 0, 1, "1"]}',
+        '{"label": "x", "bbox": [0, 0, 1, "one"]}',
+        '{"label": "x", "bbox": [0, 0, 1, 1, 1]}',
+        '{"label": "x", "bbox": [0, 0, 1, null]}',
+        '{"label": "x", "point": [0.5, 0.5]}',
+        '{"label": "x", "bbox": [0, 0, 1, 1.3]}',
+        '{"label": "x", "bbox": [1.1, 0, 1.2, 1]}',
         '{"label": "x", "bbox": [0, 0, 1, NaN]}',
         '{"label": "x", "bbox": [0, 0, 1, 1e999]}',
-        '{"label": "x", "bbox": "0, 0, 1, 1"}',
+        '{"label": "x", "bbox": "everywhere"}',
         '{"label": "x", "bbox": [0.5, 0.1, 0.5, 0.9]}',
         '{"label": "x", "bbox": [10, 20, 300, 400]}',
         '{"label": "x", "bbox": [0, 0, 1, ' + "9" * 400 + "]}",
@@ -109,9 +185,109 @@ def test_a_scale_of_a_thousand() -> None:
     assert read(answer, FRACTION_BOXES) == []
 
 
+DOCUMENTED = (
+    '[{"image_id": 0, "bbox_2d": [540, 49, 1000, 774], "label": "cat on the right"}, '
+    '{"image_id": 0, "bbox_2d": [10, 112, 497, 986], "label": "cat on the left"}]'
+)
+"""Of LFM2.5-VL-3B's documentation."""
+LAYOUT = """image_index=0 title [76, 68, 144, 94]
+Acme Inc.
+
+image_index=1 table [78, 104, 600, 700]
+<fcel>a [1, 2, 3, 4]<nl>
+
+{"label": "x", "bbox_2d": [1, 2, 3, 4]}
+
+image_index=1 page_number [900, 950, 950, 990]
+7
+"""
+
+
+def test_documented_answers_by_hand() -> None:
+    right = Box(label="cat on the right", left=346, top=24, right=640, bottom=372)  # 540 x 0.64, 49 x 0.48
+    left = Box(label="cat on the left", left=6, top=54, right=318, bottom=473)
+    assert read(DOCUMENTED, THOUSAND_BOXES, 480, 640) == [right, left]
+    regions = [
+        Box(label="title", left=76, top=34, right=144, bottom=47, content="Acme Inc."),
+        Box(
+            label="table",
+            left=156,
+            top=104,
+            right=1200,
+            bottom=700,
+            image=1,
+            content='<fcel>a [1, 2, 3, 4]<nl>\n\n{"label": "x", "bbox_2d": [1, 2, 3, 4]}',
+        ),
+        Box(label="page_number", left=1800, top=950, right=1900, bottom=990, image=1, content="7"),
+    ]
+    sizes = [(500, 1000), (1000, 2000)]
+    for boxes in (LAYOUT_BOXES, THOUSAND_BOXES):  # a model may write either form
+        assert read_boxes(LAYOUT, boxes, sizes) == regions
+        assert read_boxes(f"Here:\n\n{LAYOUT}".replace("\n", "\r\n"), boxes, sizes)[0] == regions[0]
+        assert read_boxes(f"```text\n{LAYOUT}```", boxes, sizes) == regions
+    assert read_boxes(DOCUMENTED.replace('"image_id": 0', "'image_id': '1'"), LAYOUT_BOXES, sizes)[0].image == 1
+
+
+def test_a_truncated_layout_keeps_its_whole_regions(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = [(500, 1000), (1000, 2000)]
+    for end in ("[900, 95", "", "[900, 950, 950, 990] x"):
+        text = LAYOUT[: LAYOUT.index("[900")] + end
+        assert [box.label for box in read_boxes(text, LAYOUT_BOXES, sizes)] == ["title", "table"]
+    assert "no four numbers" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "image", ['"image_id": 2, ', '"image_id": -1, ', '"image_id": 0.5, ', '"image_id": "x", ', ""]
+)
+def test_a_box_of_an_unknown_image_is_left_out(image: str, caplog: pytest.LogCaptureFixture) -> None:
+    entry = f'{{{image}"bbox_2d": [0, 0, 500, 500], "label": "x"}}'
+    two = [(10, 10), (10, 10)]
+    assert read_boxes(f"[{entry}, {DOCUMENTED[1:]}", THOUSAND_BOXES, two)[0].label == "cat on the right"
+    assert "not in one of the 2 images" in caplog.text
+    assert read_boxes(entry, THOUSAND_BOXES, two[:1])[0].image == 0, "there is only one that it can mean"
+
+
+@pytest.mark.parametrize(
+    ("corners", "boxes", "expected"),
+    [
+        ([0.1, 0.2, 0.5, 0.9], FRACTION_BOXES, (20, 20, 100, 90)),
+        ([100, 200, 500, 900], THOUSAND_BOXES, (20, 20, 100, 90)),
+        ([0.1, 0.2, 0.5, 0.9], THOUSAND_BOXES, (20, 20, 100, 90)),  # decimals are no thousandths
+        ([0, 0, 1, 1], THOUSAND_BOXES, (0, 0, 1, 1)),  # integers are
+        ([20, 20, 100, 90], PIXEL_BOXES, (20, 20, 100, 90)),
+        ([20, 20, 230, 110], PIXEL_BOXES, (20, 20, 200, 100)),
+        ([0.1, 0.2, 0.5, 0.9], PIXEL_BOXES, (20, 20, 100, 90)),
+        ([500, 900, 100, 200], THOUSAND_BOXES, (20, 20, 100, 90)),
+        ([500, 200, 100, 900], THOUSAND_BOXES, (20, 20, 100, 90)),
+        ([-200, -1, 1200, 1100], THOUSAND_BOXES, (0, 0, 200, 100)),
+        ([1000, 999, 990, 1000], THOUSAND_BOXES, (198, 99, 200, 100)),
+        ([500, 500, 500.4, 500.4], THOUSAND_BOXES, (100, 50, 101, 51)),  # at least one pixel
+        ([100, 200, 500, 1300], THOUSAND_BOXES, None),  # pixels of a larger image
+        ([100, 200, 100, 900], THOUSAND_BOXES, None),
+        ([1001, 0, 1100, 500], THOUSAND_BOXES, None),
+        ([120, 300, 250, 440], FRACTION_BOXES, None),
+    ],
+)
+def test_corners_of_every_scale_by_hand(
+    corners: list[float], boxes: BoxFormat, expected: tuple[int, ...] | None
+) -> None:
+    found = read(json.dumps([{"label": "x", boxes.key: corners}]), boxes)
+    assert [(box.left, box.top, box.right, box.bottom) for box in found] == ([] if expected is None else [expected])
+
+
+def test_points_and_centers() -> None:
+    answer = (
+        '[{"point_2d": [250, 500], "label": "a"}, {"x": 999, "y": "0", "label": "b"}, '
+        '{"point": [0.5, 0.5], "label": "c"}, {"bbox_2d": [0, 0, 500, 1000], "label": "d"}, {"x": 5, "label": "e"}]'
+    )
+    expected = [("a", 50, 50), ("b", 199, 0), ("c", 100, 50), ("d", 50, 50)]
+    assert [(one.label, one.x, one.y) for one in read_points(answer, THOUSAND_BOXES, [(100, 200)])] == expected
+    assert [box.label for box in read(answer, THOUSAND_BOXES)] == ["d"]
+
+
 @given(
     label=st.text(max_size=30),
-    corners=st.tuples(*[st.floats(-0.04, 1.04)] * 4),
+    corners=st.tuples(*[st.floats(-0.24, 1.24)] * 4),
     height=st.integers(1, 5000),
     width=st.integers(1, 5000),
 )
@@ -177,7 +353,8 @@ def test_answers_in_the_format_are_read(boxes: BoxFormat, model: Model) -> None:
         entries = json.loads(answer)
         assert len(entries) <= 2
         for entry in entries:
-            assert set(entry) == {"label", boxes.key}
+            assert set(entry) - {"image_id"} == {"label", boxes.key}
+            assert entry.get("image_id", 0) == 0
             assert len(entry[boxes.key]) == 4
             assert all(0 <= corner <= boxes.scale for corner in entry[boxes.key])
         assert len(read(answer, boxes)) <= len(entries)
@@ -203,7 +380,87 @@ def test_boxes_are_in_pixels_of_the_upright_image(tmp_path: Path) -> None:
     assert model.detect(path, prompt="Where?", free=True, temperature=0.5) == [expected]
     assert (engine.grammars[1], engine.sampled[1].temperature) == (None, 0.5)
     assert model.point(model.preprocess(path), "red car") == [Point(label="red car", x=3, y=22)]
-    assert asdict(expected) == {"label": "red car", "left": 2, "top": 18, "right": 5, "bottom": 26}
+    shown = {"label": "red car", "left": 2, "top": 18, "right": 5, "bottom": 26, "image": 0, "content": ""}
+    assert asdict(expected) == shown
+
+
+ONE_TEMPLATE = (
+    "{% for message in messages %}{% for part in message.content if message.content is not string %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+    "{% else %}{{ message.content }}|{% endfor %}{% endfor %}"
+)
+"""With a system prompt, which is text."""
+IMAGES = [np.zeros((20, 40, 3), np.uint8), np.zeros((40, 20, 3), np.uint8)]
+
+
+def scripted(boxes: BoxFormat, answers: dict[str, str]) -> tuple[Model, FakeEngine]:
+    engine = FakeEngine(answers)
+    return Model(engine, replace(CONFIG, boxes=boxes, chat_template=ONE_TEMPLATE, n_ctx_train=5000)), engine
+
+
+def test_a_format_with_an_index_asks_once_about_all_images() -> None:
+    answer = '[{"image_id": 1, "bbox_2d": [500, 500, 1000, 1000], "label": "cat"}, '
+    answer += '{"image_id": 0, "bbox_2d": [0, 0, 500, 1000], "label": "cat"}]'
+    asked = f"{THOUSAND_BOXES.system}|Provide bounding boxes for the cat."
+    model, engine = scripted(
+        THOUSAND_BOXES, {asked: answer, "Where?": answer, f"{THOUSAND_BOXES.system}|Where?": answer}
+    )
+    found = [
+        Box(label="cat", left=10, top=20, right=20, bottom=40, image=1),
+        Box(label="cat", left=0, top=0, right=20, bottom=20, image=0),
+    ]
+    assert model.detect(IMAGES, "cat") == found
+    assert engine.asked == [asked]
+    assert engine.grammars == [grammar_of(read_schema(THOUSAND_BOXES.schema(2)))]
+    assert model.point(tuple(IMAGES), "cat") == [box.center for box in found]
+    assert model.detect(IMAGES, prompt="Where?", free=True) == found
+    assert engine.asked[-1] == "Where?", "a question of one's own, and nothing else"
+    assert model.detect(IMAGES, prompt="Where?") == found
+    with pytest.raises(AnswerError):  # the answer is held to the only image
+        model.detect(IMAGES[:1], "cat")
+
+
+def test_a_format_without_an_index_asks_about_each_image(caplog: pytest.LogCaptureFixture) -> None:
+    model, engine = scripted(THOUSAND_BOXES, {"Detect the red car.": CAR})
+    found = model.detect(IMAGES, "red car", boxes="short")
+    assert [(box.image, box.left, box.top, box.right, box.bottom) for box in found] == [
+        (0, 5, 6, 10, 9),
+        (1, 2, 12, 5, 18),
+    ]
+    assert engine.asked == ["Detect the red car."] * 2
+    assert model.detect(IMAGES[1], "red car", boxes=SHORT_BOXES) == [replace(found[1], image=0)]
+    assert caplog.text == ""
+    assert len(model.detect(IMAGES, "red car", boxes="short", free=True, max_tokens=len(CAR) - 1)) == 2
+    assert "the answer is truncated" in caplog.text
+
+
+@pytest.mark.parametrize("boxes", ["", "feet", "x" * 500, 5, ("layout",), {}])
+def test_a_bad_format_or_no_image_is_one_line(boxes: Any) -> None:
+    model, engine = scripted(SHORT_BOXES, {})
+    with pytest.raises(ConfigError, match="it must be a BoxFormat, or one of fractions, thousandths, layout") as error:
+        model.detect(IMAGES, boxes=boxes)
+    assert len(str(error.value)) < 250
+    for find in (model.detect, model.point):
+        with pytest.raises(PromptError, match="no image"):
+            find([])
+    assert engine.asked == []
+
+
+@pytest.mark.parametrize("name", BOX_FORMATS)
+def test_every_format_can_hold_answers(name: str) -> None:
+    boxes = BOX_FORMATS[name]
+    schema = read_schema(boxes.schema(3))
+    high = boxes.scale or 99_999
+    index = {boxes.image_key: 2} if boxes.image_key else {}
+    assert parse_answer(json.dumps([index | {boxes.key: [0, 0, high, high], "label": "x"}]), schema)
+    for wrong in ([0, 0, high], [0, 0, high, high + 1], [-1, 0, 1, 1], ["0", 0, 1, 1]):
+        with pytest.raises(AnswerError):
+            parse_answer(json.dumps([index | {boxes.key: wrong, "label": "x"}]), schema)
+    for more in ({boxes.image_key: 3}, {"label": ""}, {"label": 5}, {boxes.image_key: None}, {"score": 1}):
+        with pytest.raises(AnswerError):
+            parse_answer(json.dumps([index | {boxes.key: [0, 0, 1, 1], "label": "x"} | more]), schema)
+    if boxes is THOUSAND_BOXES:
+        assert len(parse_answer(DOCUMENTED, schema)) == 2
 
 
 def test_frames_are_rendered_at_the_boxes() -> None:
@@ -224,3 +481,16 @@ def test_frames_are_rendered_at_the_boxes() -> None:
     untouched[:30, :60] = False  # the label of the small one
     assert (rendered[untouched] == 128).mean() > 0.9
     assert (rendered[60:100, 40:160] == 128).all()
+
+
+def test_labels_stay_within_the_image() -> None:
+    image = np.full((60, 90, 3), 128, np.uint8)
+    rendered = draw_boxes(image, [Box(label="person", left=80, top=50, right=90, bottom=60)])
+    changed = np.argwhere((rendered != 128).any(axis=2))
+    white = np.argwhere((rendered > 160).all(axis=2))
+    inner = draw_boxes(image, [Box(label="person", left=10, top=10, right=20, bottom=20)])
+    assert len(white) == (inner > 160).all(axis=2).sum() > 20, "the whole text, as with room"
+    assert white[:, 1].max() < 89
+    assert changed[:, 1].min() > 30
+    narrow = draw_boxes(image[:, :12], [Box(label="person", left=2, top=2, right=8, bottom=8)])
+    assert narrow.shape == (60, 12, 3), "a text that is wider than the image starts at its left edge"
