@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from lfm2vl_edge.evaluate.verify import Comparison, TokenDifference, Verification, ViewDifference, verify
     from lfm2vl_edge.generate import Chunk, FinishReason, Turn
     from lfm2vl_edge.image.boxes import Box, Point
-    from lfm2vl_edge.image.load import ImageInput, load_image
+    from lfm2vl_edge.image.load import ImageInput, OpenedImage, load_image, open_image
     from lfm2vl_edge.image.tiles import PreprocessedImage, Tile, preprocess
     from lfm2vl_edge.model import ChatOptions, EncodedImage, Model
     from lfm2vl_edge.models.download import Download, OnStart, Progress, pull
@@ -79,7 +79,7 @@ _MODULES = {
     "evaluate.verify": "Comparison TokenDifference Verification ViewDifference verify",
     "generate": "Chunk FinishReason Turn",
     "image.boxes": "Box Point",
-    "image.load": "ImageInput load_image",
+    "image.load": "ImageInput OpenedImage load_image open_image",
     "image.tiles": "PreprocessedImage Tile preprocess",
     "model": "ChatOptions EncodedImage Model",
     "models.download": "Download OnStart Progress pull",
@@ -139,6 +139,7 @@ __all__ = [
     "ModelNotPulled",
     "ModelOptions",
     "OnStart",
+    "OpenedImage",
     "Options",
     "Pair",
     "Point",
@@ -161,6 +162,7 @@ __all__ = [
     "View",
     "ViewDifference",
     "load_image",
+    "open_image",
     "plan",
     "preprocess",
     "pull",

@@ -21,7 +21,7 @@ from lfm2vl_edge.config import ModelConfig, is_finite, require
 from lfm2vl_edge.engine import Engine, Floats, State
 from lfm2vl_edge.errors import ContextFull, EngineError, shorten
 from lfm2vl_edge.generate import Runtime, prefill, stats_of
-from lfm2vl_edge.image.tiles import preprocess_image
+from lfm2vl_edge.image.tiles import preprocess_images
 from lfm2vl_edge.prompt.messages import Message, images_in, parse_messages
 from lfm2vl_edge.prompt.prepare import split, tokenize
 from lfm2vl_edge.prompt.render import render
@@ -105,7 +105,7 @@ def choose(
     watch = Stopwatch()
     with watch.phase("preprocess"):
         parsed = parse_messages(messages)
-        images = [preprocess_image(image, config.image, runtime.budget) for image in images_in(parsed)]
+        images = preprocess_images(images_in(parsed), config, runtime.budget)
         prompt = tokenize(engine, config, render(parsed, images, config, (), template_options))
         paths = _paths(engine, config, options)
     n_prompt = len(prompt.token_ids)

@@ -26,8 +26,8 @@ DEFAULT_N_CTX: Final = 1024
 """Tokens of context that a model starts with: one view and an answer fit; it grows if more is needed."""
 MAX_TILES: Final = 1024
 """A limit on absurd settings; the published models use 10."""
-MAX_MEGAPIXELS: Final = 200
-"""Largest image that is decoded by default, millions of pixels: 600 MB as RGB."""
+MAX_MEGAPIXELS: Final = 110
+"""Largest image that is decoded by default, millions of pixels: 0.8 GB and 4 s; see docs/images.md."""
 MAX_SEED: Final = 2**32 - 2
 """llama.cpp's seeds are unsigned 32-bit integers, of which the last means "choose one at random"."""
 

@@ -16,7 +16,7 @@ from lfm2vl_edge.cache.memory import Caches, Key, Piece, chain
 from lfm2vl_edge.config import TOOL_CALL_START, ModelConfig, Options
 from lfm2vl_edge.engine import Constraint, Engine, Floats, Sampled
 from lfm2vl_edge.errors import AnswerTruncated, ConfigError, ContextFull, StateError, ToolError, clip, shorten
-from lfm2vl_edge.image.tiles import Tile, preprocess_image
+from lfm2vl_edge.image.tiles import Tile, preprocess_images
 from lfm2vl_edge.planning.budget import ImageBudget
 from lfm2vl_edge.prompt.calls import CallReader, InvalidToolCall, Tool, ToolCall, error_of
 from lfm2vl_edge.prompt.messages import Message, images_in, parse_messages
@@ -199,7 +199,7 @@ class Answer:
         # Messages become a prompt: each image is loaded, planned and preprocessed, the template decides the order.
         with self.watch.phase("preprocess"):
             parsed = parse_messages(messages)
-            images = [preprocess_image(image, config.image, runtime.budget) for image in images_in(parsed)]
+            images = preprocess_images(images_in(parsed), config, runtime.budget)
             segments = render(parsed, images, config, tools, options.template_options)
             self.prompt = tokenize(engine, config, segments)
         self._n_images = len(images)

@@ -341,7 +341,7 @@ class Model:
             ConfigError: an option is unknown or out of range, or no plan is within the budget.
             ImageError: the input is not a valid image.
         """
-        return preprocess_image(image, self.config.image, self.budget.with_options(budget))
+        return preprocess_image(image, self.config.image, self.budget.with_options(budget), self.config.n_ctx_train)
 
     def encode_image(self, image: AnyImage, **budget: Unpack[BudgetOptions]) -> EncodedImage:
         """Return an image that is encoded and decoded once: every question about it then costs only the question.
