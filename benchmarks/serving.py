@@ -1,0 +1,131 @@
+"""Several clients at the same time: requests per minute, tokens per second, and pauses of running answers.
+
+    python -m benchmarks.serving -m MODEL --clients 4 --runs 3
+
+Each row alternates the two sides in one run and prints the medians and their ratio. "One at a time" answers the same
+requests with `Model.ask`, one after the other. Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from lfm2vl_edge import AskOptions, Model, Scheduler
+from lfm2vl_edge.prompt.messages import user_message
+
+OPTIONS: AskOptions = {"temperature": 1.0, "seed": 1, "max_tokens": 64}
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def noise(height: int, width: int, seed: int) -> np.ndarray[Any, Any]:
+    """Return a random image, uint8 `[height, width, 3]`, that no cache knows."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+class Requests:
+    """Makes requests that were never made before.
+
+    Args:
+        size: height and width of each request's image, or None for text alone.
+        shared: whether all requests of a round are about one image.
+    """
+
+    def __init__(self, size: tuple[int, int] | None, *, shared: bool = False) -> None:
+        self._size, self._shared = size, shared
+        self._number = 0
+
+    def round(self, count: int) -> list[list[Any]]:
+        """Return the messages of so many requests."""
+        self._number += 1
+        seeds = [1000 * self._number + (0 if self._shared else index) for index in range(count)]
+        images: list[Any] = [[] if self._size is None else noise(*self._size, seed) for seed in seeds]
+        return [[user_message(image, f"Question {self._number}, {index}?")] for index, image in enumerate(images)]
+
+
+def one_at_a_time(model: Model, requests: list[list[Any]]) -> int:
+    """Answer requests one after the other, and return the number of sampled tokens."""
+    return sum(_n_tokens(list(model.chat(messages, **OPTIONS))) for messages in requests)
+
+
+def together(model: Model, requests: list[list[Any]]) -> int:
+    """Answer requests at the same time, and return the number of sampled tokens."""
+    with Scheduler(model, parallel=len(requests)) as scheduler:
+        streams = [scheduler.submit(messages, **OPTIONS) for messages in requests]
+        return sum(_n_tokens(list(stream)) for stream in streams)
+
+
+def _n_tokens(chunks: list[Any]) -> int:
+    return int(chunks[-1].stats.completion_tokens)
+
+
+def measure(work: Callable[[], int]) -> tuple[float, int]:
+    """Return the seconds that a call takes, and its result."""
+    start = time.perf_counter()
+    count = work()
+    return time.perf_counter() - start, count
+
+
+def compare(model: Model, name: str, requests: Requests, clients: int, runs: int) -> None:
+    """Print requests per minute and tokens per second of both sides, in turns."""
+    sides = {"one at a time": one_at_a_time, "together": together}
+    found: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    for _ in range(runs):
+        for side, answer in sides.items():
+            made = requests.round(clients)
+            seconds, tokens = measure(partial(answer, model, made))
+            found[side].append((60 * clients / seconds, tokens / seconds))
+    speeds = {side: [statistics.median(column) for column in zip(*rows, strict=True)] for side, rows in found.items()}
+    ratios = [mine[0] / other[0] for mine, other in zip(found["together"], found["one at a time"], strict=True)]
+    for side, (requests_per_minute, tokens_per_second) in speeds.items():
+        print(f"{name:28} {side:14} {requests_per_minute:7.2f} requests/min {tokens_per_second:7.1f} tokens/s")
+    print(f"{name:28} ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def pause(model: Model) -> None:
+    """Print the longest pause of a running answer while an image of 1920x1080 arrives, against one view's encoding."""
+    view = model.preprocess(noise(512, 512, 1))
+    one_view = statistics.median(measure(lambda: len(model.embed_image(view)))[0] for _ in range(3))
+    with Scheduler(model, parallel=2) as scheduler:
+        running = scheduler.submit([user_message([], "Count.")], temperature=1.0, max_tokens=1000)
+        next(running)
+        times = [time.perf_counter()]
+        arriving = scheduler.submit([user_message(noise(1080, 1920, 2), "What?")], max_tokens=1)
+        reader = threading.Thread(target=list, args=(arriving,))
+        reader.start()
+        while not arriving.is_ended:
+            next(running)
+            times.append(time.perf_counter())
+        running.close()
+        reader.join()
+    longest = max(np.diff(times))
+    print(
+        f"{'longest pause, 1920x1080':28} {longest:.2f} s, one view {one_view:.2f} s, ratio {longest / one_view:.2f}"
+    )
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option("--model", "-m", help="Name, language GGUF or folder.")],
+    clients: Annotated[int, typer.Option(min=1, help="Requests at the same time.")] = 4,
+    runs: Annotated[int, typer.Option(min=1, help="Repetitions of each row.")] = 3,
+    threads: Annotated[int | None, typer.Option("--threads", "-t", min=1)] = None,
+) -> None:
+    """Measure many requests at a time against one at a time."""
+    with Model.open(model, n_threads=threads) as opened:
+        compare(opened, "text alone", Requests(None), clients, runs)
+        compare(opened, "each its own 512x512", Requests((512, 512)), clients, runs)
+        compare(opened, "one shared 512x512", Requests((512, 512), shared=True), clients, runs)
+        pause(opened)
+
+
+if __name__ == "__main__":
+    sys.exit(app())
