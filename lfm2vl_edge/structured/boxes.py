@@ -138,7 +138,8 @@ def read_regions(answer: str, boxes: BoxFormat, sizes: Sequence[Size]) -> Region
         if isinstance(read, Region):
             found.append(read)
         else:
-            dropped.append(read if isinstance(entry, str) or len(dropped) > _MAX_BROKEN else f"{read}: {_shown(entry)}")
+            start = "" if isinstance(entry, str) or len(dropped) > _MAX_BROKEN else f": {_shown(entry)}"
+            dropped.append(f"{read}{start}")
     return Regions(found=tuple(found), dropped=tuple(dropped))
 
 
