@@ -29,6 +29,7 @@ _MOST_RULES: Final = 250
 """Rules that may refer to each other in this process: llguidance follows such a chain by recursion, 10 to 30 kB of
 stack for each, and ends the process if the stack is full."""
 _CHECK_SECONDS: Final = 2
+"""For a process that checks a larger grammar; reading the largest public schemas takes half of it."""
 _TEXT: Final = 1
 _USER_DEFINED: Final = 4
 """llama.cpp's types of tokens; the others are control tokens, unknown ones, unused ones and bytes."""
@@ -45,52 +46,38 @@ def check_grammar(grammar: str) -> None:
     Raises:
         ConfigError: it cannot, or the grammar is too large; the message has llguidance's reason.
     """
+    if fault := grammar_fault(grammar):
+        raise ConfigError(f"the grammar cannot be used: {fault}; correct it")
+
+
+@functools.lru_cache(maxsize=64)
+def grammar_fault(grammar: str) -> str:
+    """Return llguidance's reason why it cannot use a grammar, on one short line; an empty text if it can.
+
+    Raises:
+        ConfigError: the grammar is too large, its rules refer to each other too deeply, or reading it takes too long.
+    """
     if len(grammar) > _MOST_BYTES:
         raise ConfigError(f"the grammar has {len(grammar)} characters; at most {_MOST_BYTES} are read")
     has_references = "ref" in grammar or "\\u" in grammar
-    if grammar.count("\n") + grammar.count("\\n") + has_references * grammar.count("{") > _MOST_RULES:
-        _check_in_child(grammar)
-    elif fault := _fault(grammar):
-        raise ConfigError(f"the grammar cannot be used: {clip(fault)}; correct it")
-
-
-def _fault(grammar: str) -> str:
-    """Return llguidance's reason why it cannot use a grammar; an empty text if it can."""
-    from llguidance import LLMatcher
-
-    try:
-        is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=_limits())
-    except ValueError as error:  # half of a surrogate pair
-        return str(error)
-    return messages[0].strip() if is_error else ""
-
-
-def _limits() -> LLParserLimits:
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(max_lexer_states=50_000, verbose_errors=False)  # of up to 2 kB
-
-
-def _check_in_child(grammar: str) -> None:
-    """Check a grammar in a process of its own, which llguidance may end.
-
-    Raises:
-        ConfigError: it does, or it cannot use the grammar.
-    """
+    if grammar.count("\n") + grammar.count("\\n") + has_references * grammar.count("{") <= _MOST_RULES:
+        return _fault(grammar)
     code = f"import sys; sys.path[:] = {sys.path!r}; from lfm2vl_edge.engine.grammar import work; work()"
-    command = [sys.executable, "-c", code]
-    data = grammar.encode("utf-8", "replace")
+    command, data = [sys.executable, "-c", code], grammar.encode("utf-8", "replace")
     try:
-        done = subprocess.run(command, input=data, capture_output=True, check=False, timeout=_CHECK_SECONDS)  # noqa: S603  # our own code
+        done = subprocess.run(command, input=data, capture_output=True, timeout=_CHECK_SECONDS)  # noqa: PLW1510, S603  # our own code
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"llguidance cannot read this grammar in {_CHECK_SECONDS} s; simplify it") from error
-    fault = done.stdout.decode("utf-8", "replace") or ("rules refer to rules too deeply" if done.returncode else "")
-    if fault:
-        raise ConfigError(f"the grammar cannot be used: {clip(fault)}; simplify it")
+    if done.returncode < 0:
+        raise ConfigError("the rules of the grammar refer to each other too deeply; simplify it")
+    return done.stdout.decode("utf-8", "replace")
 
 
 def work() -> None:
-    """Write what is wrong with the grammar on stdin, if anything, on half of the usual stack: the child's side."""
+    """Write what is wrong with the grammar on stdin, if anything, on half of the usual stack: the child's side.
+
+    llguidance may end this process: of signal 11, if the stack is full.
+    """
     import threading
 
     threading.stack_size(4 << 20)
@@ -98,6 +85,26 @@ def work() -> None:
     checker = threading.Thread(target=lambda: sys.stdout.write(_fault(grammar)))
     checker.start()
     checker.join()
+
+
+def _fault(grammar: str) -> str:
+    from llguidance import LLMatcher
+
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=_limits())
+    return _shown(messages[0]) if is_error else ""
+
+
+def _shown(message: str) -> str:
+    """Return the first line of llguidance's message, and its line about an error in a regular expression."""
+    first, *others = message.strip().split("\n")
+    error = next((line.removeprefix("error: ") for line in others if line.startswith("error: ")), None)
+    return clip(first) if error is None else f"{clip(first)} {clip(error)}"
+
+
+def _limits() -> LLParserLimits:
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=50_000, verbose_errors=False)  # of up to 2 kB
 
 
 def token_bytes(metadata: Mapping[str, Any]) -> list[bytes]:
@@ -174,7 +181,7 @@ class Follower:
         self._trigger = constraint.trigger
         self._first = LLMatcher(tokenizer, constraint.grammar, log_level=0, limits=_limits())
         if self._first.is_error():
-            raise ConfigError(f"the grammar cannot be used: {clip(self._first.get_error())}; correct it")
+            raise ConfigError(f"the grammar cannot be used: {_shown(self._first.get_error())}; correct it")
         self._mask = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
         self._now: LLMatcher | None = self._first.deep_copy() if self._trigger is None else None
         self.is_complete = False
@@ -190,9 +197,11 @@ class Follower:
             return
         self._now.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         if self._now.is_error():
-            raise EngineError(f"the grammar cannot be followed: {clip(self._now.get_error())}; simplify it")
-        allowed = np.unpackbits(self._mask.view(np.uint8), count=len(logits), bitorder="little")
-        np.putmask(logits, allowed == 0, -np.inf)
+            raise EngineError(f"the grammar cannot be followed: {_shown(self._now.get_error())}; simplify it")
+        refused = np.unpackbits(~self._mask.view(np.uint8), count=len(logits), bitorder="little").view(bool)
+        if refused.all():
+            raise EngineError("no token of this model continues the grammar; use another one")
+        logits[refused] = -np.inf
 
     def accept(self, token: int) -> list[int]:
         """Follow a sampled token, and return the tokens that must come after it.
@@ -206,7 +215,7 @@ class Follower:
             self._now = self._first.deep_copy()
             return self.forced()
         if not self._now.consume_token(token):
-            raise EngineError(f"token {token} does not continue the grammar: {clip(self._now.get_error())}")
+            raise EngineError(f"token {token} does not continue the grammar: {_shown(self._now.get_error())}")
         return self.forced()
 
     def forced(self) -> list[int]:
@@ -215,7 +224,7 @@ class Follower:
             return []
         tokens = self._now.compute_ff_tokens()
         if tokens and not self._now.consume_tokens(tokens):
-            raise EngineError(f"the grammar cannot be followed: {clip(self._now.get_error())}; simplify it")
+            raise EngineError(f"the grammar cannot be followed: {_shown(self._now.get_error())}; simplify it")
         if self._now.is_stopped():
             self.is_complete = self._trigger is None
             self._now = None

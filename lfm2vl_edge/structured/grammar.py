@@ -24,7 +24,7 @@ def read_grammar(text: str) -> str:
     Raises:
         ConfigError: it is too large, or GBNF that llguidance cannot convert.
     """
-    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark, is_lark_syntax
+    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
     _check(text, _MOST_CHARACTERS)
     if is_lark_syntax(text):
@@ -34,10 +34,10 @@ def read_grammar(text: str) -> str:
         raise ConfigError("the grammar starts neither at `root ::= ...` (GBNF) nor at `start: ...` (Lark); add it")
     try:
         return gbnf_to_lark(_ESCAPE.sub(_character, text))
-    except (GbnfToLarkError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-        raise ConfigError(f"the grammar cannot be read as GBNF: {clip(str(error))}; correct it") from error
     except RecursionError as error:
         raise ConfigError("the grammar cannot be read as GBNF: it is nested too deeply; simplify it") from error
+    except Exception as error:  # what it raises is not documented
+        raise ConfigError(f"the grammar cannot be read as GBNF: {clip(str(error))}; correct it") from error
 
 
 def _character(escape: re.Match[str]) -> str:

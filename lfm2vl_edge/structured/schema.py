@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 from lfm2vl_edge.config import SPACED
+from lfm2vl_edge.engine.grammar import grammar_fault
 from lfm2vl_edge.errors import AnswerError, ConfigError, clip, shorten
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ _FORMATS: Final = (
     *("relative-json-pointer", "time", "uri-reference", "uri-template", "uuid"),
 )
 """Formats that older dialects do not define."""
-_RELAXATIONS: Final = ("pattern", "patternProperties", "number", "siblings")
+_RELAXATIONS: Final = ("closing", "pattern", "patternProperties", "number", "siblings")
 """What is left to the check, one after the other, if llguidance cannot hold a schema as it is."""
 _Part: TypeAlias = "Mapping[str, Any]"
 
@@ -94,7 +95,8 @@ def read_schema(schema: Mapping[str, Any] | bool) -> Schema:
 def _read(text: str) -> Schema:
     schema = json.loads(text)
     _check_size(schema)
-    return Schema(grammar=_grammar(schema), validator=validator_of(schema))
+    validator = validator_of(schema)  # first: what is not valid has no grammar
+    return Schema(grammar=_grammar(schema), validator=validator)
 
 
 def grammar_of(schema: Schema) -> str:
@@ -156,22 +158,28 @@ def validator_of(schema: dict[str, Any] | bool) -> Any:
     """
     import jsonschema_rs
 
+    foreign: list[str] = []
+
+    def refuse(uri: str) -> NoReturn:
+        foreign.append(uri)
+        raise ValueError(uri)
+
     try:
         return jsonschema_rs.validator_for(
             schema,
             validate_formats=True,
             formats=_newer_formats() if isinstance(schema, dict) and "$schema" in schema else None,
-            retriever=_refuse_document,
+            retriever=refuse,
             pattern_options=jsonschema_rs.FancyRegexOptions(backtrack_limit=100_000, size_limit=1 << 22),
         )
     except (ValueError, jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError) as error:
+        if foreign:
+            raise ConfigError(
+                f"the schema refers to another document, {clip(foreign[0])}; copy it to $defs"
+            ) from error
         reason = clip(str(getattr(error, "message", error)))
         place = clip(place_of(getattr(error, "instance_path", ())).replace("$", "#", 1))
         raise ConfigError(f"the schema is not valid at {place}: {reason}; correct it") from error
-
-
-def _refuse_document(uri: str) -> NoReturn:
-    raise ValueError(f"{clip(uri)} is another document; only parts of this schema (#/...) can be used")
 
 
 @lru_cache(maxsize=1)
@@ -184,12 +192,14 @@ def _newer_formats() -> dict[str, Any]:
 
 def _check_size(schema: Any) -> None:
     """Raise a ConfigError for a schema that is too deep or has too many parts."""
-    parts, count = [schema], 0
+    parts, count = [schema] if isinstance(schema, (dict, list)) else [], 0
     for _ in range(_DEEPEST):
         count += len(parts)
         if count > _MOST_PARTS:
             raise ConfigError(f"the schema has more than {_MOST_PARTS} parts; split it, or shorten its lists")
-        inside = (part.values() if isinstance(part, dict) else part for part in parts)
+        inside = (
+            part.values() if isinstance(part, dict) else part for part in parts if isinstance(part, (dict, list))
+        )
         parts = [one for values in inside for one in values if isinstance(one, (dict, list))]
         if not parts:
             return
@@ -209,12 +219,18 @@ def _grammar(schema: Any) -> str:
     first = ""
     for count in range(len(_RELAXATIONS) + 1):
         held = _Held(schema, frozenset(_RELAXATIONS[:count])).part(schema, free=True)
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(held), overrides=_OPTIONS)
-        is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
-        if not is_error:
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(held), overrides=_OPTIONS)
+        except ValueError as error:  # a number that is larger than any float
+            first = first or str(error)
+            continue
+        fault = grammar_fault(grammar)
+        if not fault:
             return grammar
-        first = first or messages[0]
-    raise ConfigError(f"the schema cannot be held: {clip(first)}; simplify it")
+        first = first or fault
+        if count and "nsatisfiable" in fault:
+            break
+    raise ConfigError(f"the schema cannot be held: {first}; simplify it")
 
 
 class _Held:
@@ -227,7 +243,7 @@ class _Held:
 
     def __init__(self, schema: Any, without: Collection[str]) -> None:
         self._without = without
-        self._closes = not _has_merged_references(schema)
+        self._closes = "closing" not in without and not _has_merged_references(schema)
 
     def part(self, schema: Any, *, free: bool) -> Any:
         """Return a subschema; `free` if no other one applies to the same value."""
@@ -283,11 +299,12 @@ def _limit_numbers(held: dict[str, Any]) -> None:
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if "enum" in held or "const" in held or not {"number", "integer"} & set(map(str, kinds)):
         return
-    ends = (("minimum", "exclusiveMinimum", -_LARGEST), ("maximum", "exclusiveMaximum", _LARGEST))
-    for keyword, exclusive, limit in ends:
-        stated = [held[one] for one in (keyword, exclusive) if isinstance(held.get(one), (int, float))]
-        if not stated or isinstance(held.get(exclusive), bool):
-            held.setdefault(keyword, limit)
+    stated = [value for name in _LIMITS if isinstance(value := held.get(name), (int, float))]
+    largest = max(_LARGEST, *(10 * abs(value) for value in stated), 0)
+    if "minimum" not in held and "exclusiveMinimum" not in held:
+        held["minimum"] = -largest
+    if "maximum" not in held and "exclusiveMaximum" not in held:
+        held["maximum"] = largest
     if "number" in kinds:
         held.setdefault("multipleOf", _SMALLEST_STEP)
 
@@ -320,7 +337,7 @@ def _is_expressible(pattern: str | None) -> bool:
 
     schema = {"type": "string", "pattern": pattern}
     grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
-    return not LLMatcher.validate_grammar_with_warnings(grammar)[0]
+    return not grammar_fault(grammar)
 
 
 def unbounded_part(text: str) -> str:
@@ -334,7 +351,7 @@ def unbounded_part(text: str) -> str:
         if last in "{[":
             path.append(0 if last == "[" else "")
         elif last in "}]":
-            path.pop()
+            path = path[:-1]
         elif path and last == ",":
             step = path[-1]
             path[-1] = step + 1 if isinstance(step, int) else ""

@@ -10,8 +10,8 @@ from typing import Any
 NAMES = ["name", "age", "två", 'qu"ote', "back\\slash", "<|im_end|>", "a b", "x.y", "ключ", "#", "root", "char"]
 VALUES = ["red", "green", 'say "hi"', "back\\slash", "<|im_start|>", "новый", "line\nbreak", 1, -3, 2.5, True, None]
 _FORMATS = {
-    "time": r"\d\d:\d\d:\d\d(Z|[-+]\d\d:\d\d)",
-    "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
+    "time": r"\d\d:\d\d:\d\d(\.\d+)?([Zz]|[-+]\d\d:\d\d)",
+    "uuid": r"(?i)[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
 }
 _CHAIN = {
     "type": "object",
@@ -36,7 +36,7 @@ def _value(rng: random.Random, depth: int) -> dict[str, Any]:
             "type": "object",
             "properties": {name: _value(rng, depth - 1) for name in names},
             "required": required,
-            "additionalProperties": rng.choice([True, False]),
+            **rng.choice([{}, {"additionalProperties": False}]),
         }
     if kind == "array":
         least = rng.randint(0, 2)
