@@ -25,6 +25,7 @@ from lfm2vl_edge.cli._output import (
     write_line,
     write_out,
 )
+from lfm2vl_edge.cli.detect import Boxes
 from lfm2vl_edge.errors import ConfigError, DataError, printable
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def evaluate(
     out: _Out = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard the results in --out and start over.")] = False,
     min_accuracy: _MinAccuracy = None,
+    boxes: Boxes = None,
     fit: _Fit = False,
     plot: _Plot = None,
     force: opt.Force = False,
@@ -110,7 +112,7 @@ def evaluate(
         with opening(model, image, 0, remember=True, cache=cache) as when_open:
             opened = when_open()
             interrupt.cancel = opened.cancel
-            options = answer.values()
+            options = {**answer.values(), "boxes": boxes}
             note_unused_variables(options, opened)
             results = ask_all(opened, rows, out=out, restart=restart, max_pixels=image.max_pixels, **options)
             done = _collect(results, len(rows), interrupt, _how_to_resume(out, restart), quiet)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from lfm2vl_edge import Model
@@ -64,6 +65,20 @@ def test_the_table_and_the_object_have_the_same_values(data: Path, engine: FakeE
     assert shown["boxes"]["mean_iou"] == 0.375
     assert [(group["group"], group["rows"]) for group in shown["groups"]] == [("words", 3), (None, 1), ("boxes", 4)]
     assert (shown["failures"], shown["resumed"]) == ([], 0)
+
+
+def test_boxes_are_read_in_another_format(tmp_path: Path, engine: FakeEngine) -> None:
+    truth = [{"label": "cat", "bbox": [0, 0, 0.5, 1]}]
+    rows = [{"image": SMALL, "question": "Where?", "answer": json.dumps(truth)}]
+    with Image.open(SMALL) as image:
+        width, height = image.size
+    engine.answers = {"Where?": json.dumps([{"label": "cat", "bbox_2d": [0, 0, width / 2, height]}])}
+    found = {}
+    for form in ("fractions", "pixels"):
+        result = asked(write(tmp_path, rows), "--boxes", form, "--json")
+        found[form] = json.loads(result.stdout)["boxes"]["mean_iou"]
+    assert found == {"fractions": 0, "pixels": 1}
+    assert asked(write(tmp_path, rows), "--boxes", "feet").exit_code == 2
 
 
 def test_data_without_groups_and_boxes_has_a_plain_table(data: Path, engine: FakeEngine) -> None:
