@@ -161,38 +161,38 @@ def _opened(name: str, file: IO[bytes], max_pixels: int) -> OpenedImage:
     try:
         data, orientation = remove_metadata(data)
         header = read_header(data)
-        image = None if header is None else _identify(data, header.format)
-    except Exception as error:
+    except ValueError as error:
         raise _corrupt(name, error) from error
-    if header is None or image is None:
+    if header is None:
         raise _unknown(name, data[:80])
-    with image:
-        _check_size(header.width, header.height, max_pixels, header)
-        _check_size(*image.size, max_pixels, header)
+    _check_size(header.width, header.height, max_pixels, header)  # before Pillow sees it: some formats it decodes now
+    with _identify(data, header.format, name) as image:
+        _check_size(image.width, image.height, max_pixels, header)
         turn = orientation or _stated_orientation(image)
         height, width = image.size if turn >= 5 else image.size[::-1]
     return OpenedImage(height, width, lambda: _decode_file(data, header.format, name, turn))
 
 
 def _decode_file(data: bytes, form: str, name: str, orientation: int) -> Pixels:
-    image = _identify(data, form)
-    if image is None:
-        raise _unknown(name, data[:80])
-    with image:
+    with _identify(data, form, name) as image:
         return _decode(image, name, orientation)
 
 
-def _identify(data: bytes, form: str) -> Image.Image | None:
-    """Read the header only; None if this Pillow cannot read the format."""
+def _identify(data: bytes, form: str, name: str) -> Image.Image:
+    """Let Pillow read the header.
+
+    Raises:
+        ImageError: this Pillow cannot read the format, or the file is corrupt.
+    """
     with suppress(ImportError):
         import_module(f"PIL.{_PLUGINS[form]}")
-    if form not in Image.OPEN:
-        return None
-    with _reading_pillow(lift_limit=True):
-        try:
-            return Image.open(io.BytesIO(data), formats=(form,))
-        except UnidentifiedImageError:
-            return None
+    try:
+        with _reading_pillow(lift_limit=True):
+            return Image.open(io.BytesIO(data), formats=(form,) if form in Image.OPEN else ())
+    except UnidentifiedImageError:
+        raise _unknown(name, data[:80]) from None
+    except Exception as error:
+        raise _corrupt(name, error) from error
 
 
 @contextmanager

@@ -55,8 +55,9 @@ _GIF_BLOCK: Final = re.compile(rb"[\x21\x2c\x3b]")
 class _Steps:
     """Count the steps of the work on one file."""
 
-    def __init__(self) -> None:
-        self._left = MAX_PARTS
+    def __init__(self, n_looks: int = 1) -> None:
+        """n_looks: how often a part is looked at."""
+        self._left = n_looks * MAX_PARTS
 
     def take(self, n: int = 1) -> None:
         """Take n steps.
@@ -205,7 +206,7 @@ def _png_text(chunk: bytes) -> bytes:
 
 def _clean_jpeg(data: bytes) -> tuple[bytes, int]:
     """Remove the application segments but JFIF's and Adobe's, which say what the colours are, and comments."""
-    steps, kept, exif, xmp, at = _Steps(), [data[:2]], b"", b"", 2
+    steps, kept, exif, xmp, at = _Steps(2), [data[:2]], b"", b"", 2
     sound = 0  # a position from which the segments lead to a scan, so that all after it do
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
         steps.take()

@@ -155,7 +155,8 @@ def resize(pixels: Pixels, height: int, width: int, resample: int) -> Pixels:
     8 bits.
 
     Only if an enlarged width would give more than `_MAX_BETWEEN` pixels in between (an image of more than 65,536 rows
-    and less than 512 columns), the columns come first; a pixel may then differ by 1 of 255.
+    and less than 512 columns), the columns come first; a pixel may then differ by 1 of 255, or by more where the
+    bicubic filter exceeds black or white between the steps, in noise.
 
     Args:
         pixels: uint8 `[H, W, 3]`.
