@@ -398,10 +398,16 @@ def _receive(repository: Repository, file: RemoteFile, partial: Path, on_bytes: 
 
 
 def _response(url: str, start: int = 0, received: Callable[[], int] = lambda: 0) -> AbstractContextManager[Any]:
-    """Return the hub's response to a GET request, as `web.response` does; the token stays with the hub."""
-    from huggingface_hub.utils import build_hf_headers
+    """Return the hub's response to a GET request, as `web.response` does; the token stays with the hub.
 
-    headers = build_hf_headers(library_name=_LIBRARY) | {"Accept-Encoding": UNCOMPRESSED}
+    huggingface_hub's own headers would ask the hub for a list of programs first, and trust it.
+    """
+    from huggingface_hub import constants, get_token
+
+    headers = {"User-Agent": _LIBRARY, "Accept-Encoding": UNCOMPRESSED}
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     if start:
         headers["Range"] = f"bytes={start}-"
     return response(url, headers, _timeout(), received)

@@ -18,9 +18,10 @@ from lfm2vl_edge.image.tiles import preprocess_image
 from lfm2vl_edge.models.manifest import read_manifest
 from lfm2vl_edge.models.names import TINY
 from lfm2vl_edge.opening import OpenOptions, decide
+from lfm2vl_edge.prompt.calls import parse_calls
 from lfm2vl_edge.prompt.messages import images_in, parse_messages
 from lfm2vl_edge.prompt.render import render
-from lfm2vl_edge.prompt.tools import as_tools, parse_calls
+from lfm2vl_edge.prompt.tools import as_tools
 from lfm2vl_edge.structured import grammar_of, parse_answer, read_schema
 from lfm2vl_edge.structured.boxes import read_boxes
 from tests.fuzz.runner import Campaign, Files, as_json, damaged, mutated, odd_value

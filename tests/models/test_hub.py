@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -429,6 +430,21 @@ def test_a_revision_is_not_a_path(server: Hub, tmp_path: Path, revision: str) ->
     assert download_file(repository, file, lambda _: None).read_bytes() == DATA
     assert not list(tmp_path.rglob("*evil*"))
     assert not list(hub.hub_cache().glob("models--*/refs/*"))
+
+
+def test_the_hub_is_asked_for_the_list_and_the_files_only(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub asks the hub also for a list of programs, and believes what it answers."""
+    module = "huggingface_hub.utils._detect_agent"
+    if find_spec(module):  # not in 1.0
+        monkeypatch.setattr(f"{module}._registry", None)
+        monkeypatch.setattr("huggingface_hub.constants.AGENT_HARNESSES_PATH", str(tmp_path / "programs.json"))
+    get()
+    assert {one.path for one in server.requests} == {
+        f"/api/models/{REPO}?blobs=true",  # quote
+        f"/{REPO}/resolve/{COMMIT}/a.gguf",
+    }
 
 
 def test_foreign_text_is_printable_and_short(server: Hub) -> None:
