@@ -27,7 +27,7 @@ from lfm2vl_edge.host import PARTIAL
 from lfm2vl_edge.models.hub import hub_cache
 from lfm2vl_edge.models.names import resolve_model
 from tests.conftest import REFERENCE, HubHere, hub_in
-from tests.fuzz.network import REPO, pair_files
+from tests.fuzz.network import REPO, pair_files, ready
 from tests.fuzz.runner import Campaign, Files
 
 _NAMES: Final = ("m-F16.gguf", "mmproj-m-F16.gguf")
@@ -183,8 +183,7 @@ def _check_pulled(here: HubHere) -> None:
 
 
 def _ready() -> None:
-    import huggingface_hub.utils._http  # noqa: F401
-
+    ready()
     for name in _WRITERS:
         _right(name)
 

@@ -8,7 +8,6 @@ import random
 import sys
 from contextlib import suppress
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Final
 
@@ -17,17 +16,15 @@ from PIL import Image
 
 from lfm2vl_edge import ConfigError, Model
 from lfm2vl_edge.cli import build, main
+from lfm2vl_edge.diagnose import doctor, facts
 from lfm2vl_edge.opening import OpenOptions, decide
 from tests.conftest import hub_in
+from tests.fuzz.network import ready
 from tests.fuzz.runner import Campaign, Files, damaged
 from tests.models.damaged import Damage, at_random, deadly, impossible, originals, read
 
 LANGUAGE, MMPROJ = "m-Q8_0.gguf", "mmproj-m-F16.gguf"
 COMMANDS: Final = ("plan", "doctor", "verify", "quantize", "run", "pull")
-_IMPORTED: Final = (
-    *("huggingface_hub.utils._http", "lfm2vl_convert.requantize", "lfm2vl_edge.diagnose.doctor"),
-    "lfm2vl_edge.evaluate.verify",
-)
 _REPO: Final = "owner/damaged-GGUF"
 
 
@@ -153,10 +150,14 @@ def _run(arguments: list[str], folder: Path, *, serve: bool) -> None:
 
 
 def _ready() -> None:
-    """Import what the commands need before they are forked; no engine is used here, which would not survive that."""
-    for name in _IMPORTED:
-        import_module(name)
+    """Import what the commands need before they are forked; no engine is used here, which would not survive that.
+
+    What `doctor` finds out about the engine, in a process of its own, is the same for every pair.
+    """
+    ready()
     build()
+    examined = facts.read_engine()
+    pytest.MonkeyPatch().setattr(doctor, "read_engine", lambda: examined)
     _plain()
 
 
