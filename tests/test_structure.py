@@ -37,6 +37,7 @@ ORDER = (
     ("opening",),
     ("model", "chat"),
     ("scheduler",),
+    ("server",),
     ("evaluate", "diagnose"),
     ("",),
     ("cli",),

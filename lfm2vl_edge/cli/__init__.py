@@ -25,6 +25,7 @@ COMMANDS: Final = (
     "detect",
     "point",
     "extract",
+    "serve",
     "plan",
     "tune",
     "bench",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-from lfm2vl_edge.cache.memory import Caches
+from lfm2vl_edge.cache.memory import STATE_BYTES, Caches, StateCache
 from lfm2vl_edge.config import Options
 from lfm2vl_edge.engine import Sampled, SharedEngine
 from lfm2vl_edge.errors import EdgeError, EngineError, QueueFull, clip
@@ -74,21 +74,25 @@ class Scheduler:
         model: an opened model; close it after the scheduler.
         parallel: answers that run at the same time.
         queue: requests that wait at most.
+        state_bytes: memory for states of prompts, which later requests continue; 0 keeps none.
 
     Raises:
         ConfigError: a number is out of range.
         EngineError: the model is closed or is answering, or there is no memory for the context.
     """
 
-    def __init__(self, model: Model, *, parallel: int = 4, queue: int = 64) -> None:
+    def __init__(
+        self, model: Model, *, parallel: int = 4, queue: int = 64, state_bytes: int = STATE_BYTES
+    ) -> None:
         check_count("parallel", parallel, most=64)
         check_count("queue", queue, most=_MOST_WAITING)
+        check_count("state_bytes", state_bytes, least=0)
         self.model, self.parallel, self.queue = model, parallel, queue
         if not isinstance(model.engine, SharedEngine):
             raise EngineError("this engine has one sequence; open a model from its files")
         self._runtime, self._engine = model.runtime, model.engine
         # States that other sequences were beside may differ in the last bits, so they are not those of the model.
-        self._caches = Caches(embeddings=self._runtime.caches.embeddings)
+        self._caches = Caches(states=StateCache(state_bytes), embeddings=self._runtime.caches.embeddings)
         self._waiting: deque[tuple[Answer, Stream]] = deque()
         self._filling: list[_Job] = []
         self._running: dict[_Job, Sampler] = {}
@@ -129,6 +133,11 @@ class Scheduler:
             jobs = self._jobs()
             tokens = sum(_context_of(job.answer) for job in jobs)
             return {"waiting": len(self._waiting), "running": len(jobs), "tokens": tokens, "n_ctx": self._slots.n_ctx}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes requests: not after `close`, or after it failed."""
+        return not self._is_closed
 
     def close(self) -> None:
         """Cancel all requests and release the model; a second call does nothing."""

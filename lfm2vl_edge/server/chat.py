@@ -1,0 +1,226 @@
+"""`POST /v1/chat/completions`: a request becomes messages and options, the streams of its answers become JSON."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from lfm2vl_edge.errors import EdgeError
+from lfm2vl_edge.generate import Chunk, Turn
+from lfm2vl_edge.prompt.calls import ToolCall
+from lfm2vl_edge.server.fields import answer_format, answer_options, flag, integer, tool_options, typed
+from lfm2vl_edge.server.images import choice_of
+from lfm2vl_edge.server.refusals import Refusal
+from lfm2vl_edge.server.service import Answers, Service
+from lfm2vl_edge.server.streaming import Disconnected, Events, merged, unless_disconnected
+from lfm2vl_edge.stats import Stats
+
+_DONE: Final = b"data: [DONE]\n\n"
+"""Ends a stream of OpenAI's chat completions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a request asks for beside messages and options."""
+
+    stream: bool
+    include_usage: bool
+    several_calls: bool
+    """Whether an answer may have more than one tool call."""
+
+
+async def chat(request: Request) -> ASGIApp:
+    """Answer a chat completion, whole or streamed."""
+    service: Service = request.app.state.service
+    answers = Answers(service.scheduler)
+    streams_on = False
+    try:
+        async with service.bodies.json_of(request, service.readers) as body:
+            wanted = await service.read(submit, service, answers, body)
+        completion = Completion(service, wanted)
+        if wanted.stream:
+            streams_on = True
+            return Events(
+                completion.events(answers), service.settings.timeout, _error_event, completion.closing(answers), _DONE
+            )
+        work = completion.whole(answers)
+        return JSONResponse(await unless_disconnected(request.receive, service.settings.timeout, work))
+    except Disconnected:
+        service.metrics.count_answer("cancelled")
+        return Response(status_code=499)
+    finally:
+        if not streams_on:
+            answers.close()
+
+
+def submit(service: Service, answers: Answers, body: Mapping[str, Any]) -> Wanted:
+    """Read a request and submit it to the scheduler; in a thread, since images are decoded here.
+
+    Raises:
+        EdgeError: it is not valid, or cannot be answered now.
+    """
+    model, budget = service.model, service.model.budget
+    options = answer_options(body, service.settings.defaults, service.n_ctx)
+    options |= answer_format(body.get("response_format")) | tool_options(body)
+    wanted = Wanted(
+        stream=flag(body, "stream"),
+        include_usage=flag(typed(dict, body, "stream_options") or {}, "include_usage"),
+        several_calls=flag(body, "parallel_tool_calls", default=True),
+    )
+    if integer(body, "n") not in (None, 1):
+        raise Refusal(400, "n must be 1; send several requests", param="n")
+    if flag(body, "logprobs") or integer(body, "top_logprobs"):
+        raise Refusal(400, "logprobs are not supported; leave them out", param="logprobs")
+    choice = choice_of(body, model.config.image, budget, service.n_ctx)
+    answers.submit(service.images.in_messages(body.get("messages"), choice), options)
+    return wanted
+
+
+def _error_event(error: Refusal) -> tuple[None, dict[str, Any]]:
+    return None, error.body
+
+
+class Completion:
+    """One response of chat completions."""
+
+    def __init__(self, service: Service, wanted: Wanted) -> None:
+        self._service, self._wanted = service, wanted
+        self._head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": service.names[0],
+        }
+        self._is_counted = False
+
+    async def whole(self, answers: Answers) -> dict[str, Any]:
+        """Return the object of a whole answer.
+
+        Raises:
+            EdgeError: the answer has an error.
+        """
+        chunks: list[list[Chunk]] = [[] for _ in answers.streams]
+        try:
+            async for number, chunk in merged(answers.streams):
+                chunks[number].append(chunk)
+        except EdgeError:
+            self._count("error")
+            raise
+        turns = [Turn.of(one) for one in chunks]
+        choices = [self._choice(number, turn) for number, turn in enumerate(turns)]
+        stats = [turn.stats for turn in turns if turn.stats is not None]
+        for choice, one in zip(choices, stats, strict=True):
+            self._count(choice["finish_reason"], one)
+        return self._object("", choices) | {"usage": usage(stats), "timings": timings(stats[0])}
+
+    async def events(self, answers: Answers) -> AsyncIterator[tuple[None, dict[str, Any]]]:
+        """Yield the chunks of a streamed answer.
+
+        Raises:
+            EdgeError: the answer has an error.
+        """
+        stats: list[Stats] = []
+        for number in range(len(answers.streams)):
+            yield None, self._delta(number, {"role": "assistant", "content": ""})
+        try:
+            async for number, chunk in merged(answers.streams):
+                if chunk.text:
+                    yield None, self._delta(number, {"content": chunk.text})
+                if chunk.stats is None:
+                    continue
+                stats.append(chunk.stats)
+                if calls := self._calls(chunk.tool_calls):
+                    deltas = [{"index": index, **call} for index, call in enumerate(calls)]
+                    yield None, self._delta(number, {"tool_calls": deltas})
+                reason = "tool_calls" if calls else chunk.finish_reason
+                self._count(reason or "stop", chunk.stats)
+                yield None, self._delta(number, {}, reason) | {"timings": timings(chunk.stats)}
+        except EdgeError:
+            self._count("error")
+            raise
+        if self._wanted.include_usage:
+            yield None, self._object(".chunk", []) | {"usage": usage(stats)}
+
+    def closing(self, answers: Answers) -> Any:
+        """Return what ends a streamed answer: it is cancelled if it is not complete."""
+
+        def close() -> None:
+            answers.close()
+            if not self._is_counted:
+                self._count("cancelled")
+
+        return close
+
+    def _count(self, outcome: str, stats: Stats | None = None) -> None:
+        self._is_counted = True
+        self._service.metrics.count_answer(outcome, stats)
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": f"chat.completion{kind}", "choices": choices}
+
+    def _delta(self, number: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": number, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return self._object(".chunk", [choice])
+
+    def _choice(self, number: int, turn: Turn) -> dict[str, Any]:
+        calls = self._calls(turn.tool_calls)
+        message: dict[str, Any] = {"role": "assistant", "content": turn.text, "refusal": None}
+        if calls:
+            message |= {"content": turn.text or None, "tool_calls": calls}
+        reason = "tool_calls" if calls else turn.finish_reason
+        return {"index": number, "message": message, "logprobs": None, "finish_reason": reason}
+
+    def _calls(self, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+        return [call_object(call) for call in calls[: None if self._wanted.several_calls else 1]]
+
+
+def call_object(call: ToolCall) -> dict[str, Any]:
+    """Return a tool call in OpenAI's form: its arguments are JSON text."""
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    return {
+        "id": f"call_{secrets.token_hex(12)}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": arguments},
+    }
+
+
+def usage(stats: Sequence[Stats]) -> dict[str, Any]:
+    """Return the token counts of the answers to one prompt, in OpenAI's form; image tokens are part of the prompt."""
+    prompt, completion = stats[0].prompt_tokens, sum(one.completion_tokens for one in stats)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {
+            "cached_tokens": min(one.restored_tokens for one in stats),
+            "image_tokens": stats[0].image_tokens,
+        },
+    }
+
+
+def timings(stats: Stats) -> dict[str, Any]:
+    """Return what an answer took: llama.cpp's names for prompt and answer, and ours for the rest, milliseconds."""
+    decoded = stats.prompt_tokens - stats.restored_tokens
+    values: dict[str, float] = {
+        "preprocess_ms": stats.preprocess_seconds * 1000,
+        "encode_ms": stats.encode_seconds * 1000,
+        "prompt_ms": stats.prefill_seconds * 1000,
+        "prompt_per_second": stats.prefill_speed,
+        "first_token_ms": stats.first_token_seconds * 1000,
+        "predicted_ms": stats.decode_seconds * 1000,
+        "predicted_per_second": stats.decode_speed,
+    }
+    return {
+        "prompt_n": decoded,
+        "cache_n": stats.restored_tokens,
+        "predicted_n": stats.completion_tokens,
+        "views": stats.views,
+        "encoded_views": stats.encoded_views,
+    } | {name: round(value, 3) for name, value in values.items()}
