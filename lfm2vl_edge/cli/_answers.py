@@ -45,9 +45,10 @@ def show_answer(chunks: Iterable[Chunk], *, quiet: bool = False) -> Turn:
         if not quiet and any(chunk.text for chunk in pieces):
             write_answer("\n")  # the error starts on a line of its own
         raise
-    if not quiet:
+    turn = Turn.of(pieces)
+    if not quiet and (turn.text or not turn.tool_calls):
         write_answer("\n")
-    return Turn.of(pieces)
+    return turn
 
 
 def note_unused_variables(options: Mapping[str, Any], model: Model) -> None:

@@ -83,6 +83,7 @@ def _detail(value: str) -> Any:
 
 _image = functools.partial(_option, panel="Image settings (default: the model's own)")
 _answer = functools.partial(_option, panel="Answer (default: the model's own)")
+answer_option = _answer
 _machine = functools.partial(_option, panel="Model and machine")
 _output = functools.partial(_option, panel="Output")
 

@@ -28,6 +28,7 @@ _RULES: Final = frozenset(
     ("propertyNames", "minProperties", "maxProperties", "dependencies", "dependentRequired", "dependentSchemas")
 )
 """Keywords of an object that concern several of its parameters: it is then held as one, `f(**{...})`."""
+_NOTES: Final = frozenset(("title", "description", "default", "examples"))
 _REFERENCE: Final = re.compile(r'"\$(?:ref|dynamicRef)": "(?!#/\$defs/|#/definitions/)')
 _ANY: Final[Mapping[str, Any]] = {}
 
@@ -46,33 +47,43 @@ def tool_grammar(tools: Sequence[Tool], choice: str) -> str:
     named = [tool for tool in tools if tool.name == choice]
     several = "" if named else f' (", " call){{0,{_MOST_CALLS - 1}}}'
     start = "" if choice == "auto" else f"{TOOL_CALL_START} "
-    lines = [f'start: {start}"[" call{several} "]" {TOOL_CALL_END}']
-    chosen = named or tools
-    lines.append("call: " + " | ".join(f"t{number}" for number in range(len(chosen))))
-    for number, tool in enumerate(chosen):
-        lines += _call(f"t{number}", tool)
-    return "\n".join(lines) + "\n"
+    values: dict[str, str] = {}
+    rules = [rule for number, tool in enumerate(named or tools) for rule in _call(f"t{number}", tool, values)]
+    names = " | ".join(f"t{number}" for number in range(len(named or tools)))
+    lines = [f'start: {start}"[" call{several} "]" {TOOL_CALL_END}', f"call: {names}", *rules]
+    return "\n".join([*lines, *(f"{name}: %json {schema}" for schema, name in values.items())]) + "\n"
 
 
-def _call(rule: str, tool: Tool) -> Iterator[str]:
-    """Yield the rules of a call."""
+def _call(rule: str, tool: Tool, values: dict[str, str]) -> Iterator[str]:
+    """Yield the rules of a call; rules of values are added to `values`, schema -> name."""
     schema = tool.schema
     if not _is_by_parameter(schema):
-        yield f"{rule}: {_quoted(f'{tool.name}(**')} {_json({'type': 'object', **schema})} {_quoted(')')}"
+        is_closed = schema.get("properties") and not {"$ref", "allOf", "anyOf", "oneOf", "if"} & set(schema)
+        others: dict[str, Any] = {"additionalProperties": False} if is_closed else {}
+        whole = _value({"type": "object", **others, **schema}, values)
+        yield f"{rule}: {_quoted(f'{tool.name}(**')} {whole} {_quoted(')')}"
         return
     required = set(schema.get("required") or ())
-    names = tool.parameters
-    first = next((at + 1 for at, name in enumerate(names) if name in required), len(names))
-    starts = [f"{rule}p{at} {rule}r{at + 1}" for at in range(first)]
-    inside = f"({' | '.join(starts)})" if starts else ""
-    is_optional = not required and starts
-    yield f"{rule}: {_quoted(f'{tool.name}(')} {inside}{'?' if is_optional else ''} {_quoted(')')}"
-    for at, name in enumerate(names):
-        yield f"{rule}p{at}: {_quoted(f'{name}=')} {_json(_parameter(schema, name))}"
-        if at:
-            yield f'{rule}r{at}: (", " {rule}p{at}){"" if name in required else "?"} {rule}r{at + 1}'
-    if names:
-        yield f'{rule}r{len(names)}: ""'
+    parts = [(name, _value(_parameter(schema, name), values)) for name in tool.parameters]
+    first = next((at + 1 for at, (name, _) in enumerate(parts) if name in required), len(parts))
+    after = [f"({_quoted(f', {name}=')} {value}){'' if name in required else '?'}" for name, value in parts]
+    if first > 1:  # each of the first parameters may be left out: what comes after it has a rule of its own
+        for at in range(1, len(parts)):
+            yield f"{rule}r{at}: {after[at]} {f'{rule}r{at + 1}' if at + 1 < len(parts) else ''}"
+        after = [f"{rule}r{at}" for at in range(len(parts))]
+    starts = [
+        f"{_quoted(f'{name}=')} {value} {' '.join(after[at + 1 : at + 2] if first > 1 else after[at + 1 :])}"
+        for at, (name, value) in enumerate(parts[:first])
+    ]
+    inside = f"({' | '.join(starts)}){'' if required else '?'}" if starts else ""
+    yield f"{rule}: {_quoted(f'{tool.name}(')} {inside} {_quoted(')')}"
+
+
+def _value(schema: Any, values: dict[str, str]) -> str:
+    """Return the rule of a JSON value; of any, if its schema cannot be held: `fit` checks the type then."""
+    if isinstance(schema, Mapping):
+        schema = {key: value for key, value in schema.items() if key not in _NOTES}
+    return values.setdefault(_held(json.dumps(schema, ensure_ascii=False)), f"v{len(values)}")
 
 
 def _is_by_parameter(schema: Mapping[str, Any]) -> bool:
@@ -100,11 +111,6 @@ def _parameter(schema: Mapping[str, Any], name: str) -> Any:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _json(schema: Any) -> str:
-    """Return the rule of a JSON value; of any, if its schema cannot be held: `fit` checks the type then."""
-    return f"%json {_held(json.dumps(schema, ensure_ascii=False))}"
 
 
 @lru_cache(maxsize=1024)
