@@ -141,12 +141,10 @@ def _clean_tiff(data: bytes) -> tuple[bytes, int]:
         if count > (_MAX_NUMBERS if tag in _TIFF_LISTS else _MAX_FEW):
             raise ValueError(f"entry {tag} of its directory has {count} numbers")
     is_big = struct.unpack_from(f"{order}H", data, 2)[0] == 43
-    count = struct.pack(f"{order}{'Q' if is_big else 'H'}", len(kept))
-    directory = count + b"".join(kept.values()) + bytes(8 if is_big else 4)  # no directory follows
-    cleaned = bytearray(data)
-    at = start - len(count)
-    cleaned[at : at + len(directory)] = directory
-    return bytes(cleaned), read_orientation(data, xmp)
+    number = struct.pack(f"{order}{'Q' if is_big else 'H'}", len(kept))
+    directory = number + b"".join(kept.values()) + bytes(8 if is_big else 4)  # no directory follows
+    at = start - len(number)
+    return b"".join((data[:at], directory, data[at + len(directory) :])), read_orientation(data, xmp)
 
 
 def _clean_png(data: bytes) -> tuple[bytes, int]:
