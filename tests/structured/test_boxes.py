@@ -166,6 +166,8 @@ def test_hundreds_of_boxes_are_read_and_only_the_broken_ones_are_left_out(caplog
         '{"label": "x", "bbox": [0, 0, 1, NaN]}',
         '{"label": "x", "bbox": [0, 0, 1, 1e999]}',
         '{"label": "x", "bbox": "everywhere"}',
+        '{"label": {"value": "x"}, "bbox": [[1, "a"], 0, 1, 1]}',
+        '{"label": "x", "bbox": }',
         '{"label": "x", "bbox": [0.5, 0.1, 0.5, 0.9]}',
         '{"label": "x", "bbox": [10, 20, 300, 400]}',
         '{"label": "x", "bbox": [0, 0, 1, ' + "9" * 400 + "]}",
