@@ -98,7 +98,7 @@ def test_json_has_probabilities_tokens_and_statistics(run: Run) -> None:
         ([*options("yes", "no"), "--threshold", "0.7"], 0),
         ([*options("yes", "no"), "--threshold", "0.78"], 10),
         ([*options("no", "yes"), "--threshold", "1"], 10),
-        (options(*(f"m{number}" for number in range(99)), "yes"), 110),
+        (options(*(f"m{number}" for number in range(99)), "yes"), 109),
     ],
 )
 def test_the_exit_code_is_the_choice_if_asked(run: Run, arguments: list[str], code: int) -> None:

@@ -26,7 +26,7 @@ from lfm2vl_edge.host import (
 from lfm2vl_edge.models.names import find_pair
 from lfm2vl_edge.opening import OpenOptions, decide
 from lfm2vl_edge.planning import device as device_module
-from lfm2vl_edge.planning.device import Profile, ProfileKey, load_profile, profile_key, save_profile
+from lfm2vl_edge.planning.device import Profile, ProfileKey, keep_temperature, load_profile, profile_key, save_profile
 from tests.conftest import IMAGES, Pair
 
 PROFILE = Profile(
@@ -105,6 +105,10 @@ BAD: dict[str, Callable[[dict[str, Any]], bytes]] = {
     "views of no tokens": lambda content: changed(content, encode={"F16": {"0": 1.0}}),
     "fastest not measured": lambda content: changed(content, mmproj="F32"),
     "no date": lambda content: changed(content, measured=5),
+    "temperature 0": lambda content: changed(content, choice_temperature=0),
+    "temperature below 0": lambda content: changed(content, choice_temperature=-1.5),
+    "temperature not finite": lambda content: changed(content, choice_temperature=float("nan")),
+    "temperature as text": lambda content: changed(content, choice_temperature="1"),
 }
 
 
@@ -121,6 +125,27 @@ def test_an_invalid_profile_is_a_warning_and_not_used(
     (line,) = caplog.messages
     assert str(path) in line
     assert "run `lfm2vl-edge tune` again" in line
+
+
+def test_the_temperature_of_choose_is_kept_and_used(folder: Path) -> None:
+    key = key_of(folder)
+    assert keep_temperature(PROFILE, key) == PROFILE
+    fitted = replace(PROFILE, choice_temperature=1.75)
+    path = save_profile(fitted, key)
+    assert load_profile(key) == fitted
+    tuned_again = replace(PROFILE, decode_speed=21.0)
+    assert keep_temperature(tuned_again, key) == replace(tuned_again, choice_temperature=1.75)
+    with Model.open(folder, n_threads=1) as model:
+        assert model.choice_temperature == 1.75
+        assert model.choose([], "Who?", ["a", "b"]).temperature == 1.75
+    content = json.loads(path.read_bytes())
+    del content["profile"]["choice_temperature"]  # a file of an earlier version
+    path.write_text(json.dumps(content))
+    assert load_profile(key) == PROFILE
+    with Model.open(folder, n_threads=1) as model:
+        assert model.choice_temperature == 1
+    path.write_text("damaged")
+    assert keep_temperature(PROFILE, key) == PROFILE
 
 
 def test_a_profile_that_cannot_be_read_or_written_is_reported(
@@ -262,5 +287,5 @@ def test_an_image_within_a_budget_is_saved_and_loaded(folder: Path, tmp_path: Pa
 def test_the_profile_has_the_documented_fields() -> None:
     assert set(asdict(PROFILE)) == {
         *("threads", "mmproj", "encode", "prefill_speed", "decode_speed"),
-        *("memory_bytes", "measured"),
+        *("memory_bytes", "measured", "choice_temperature"),
     }
