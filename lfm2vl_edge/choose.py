@@ -248,7 +248,7 @@ def _log_shares(logits: Floats, tokens: Sequence[int], ends: Sequence[int]) -> l
     if _END in tokens and not ends:
         raise EngineError("the vocabulary has no token that ends a turn; give no option that another one starts with")
     chosen = [logits[list(ends) if token == _END else [token]].astype(np.float64) for token in tokens]
-    values = np.array([np.logaddexp.reduce(one) for one in chosen])
-    if not np.isfinite(values).all():
+    if not all(np.isfinite(one).all() for one in chosen):
         raise EngineError("the model's logits are not finite numbers; its files may be damaged: download them again")
+    values = np.array([np.logaddexp.reduce(one) for one in chosen])
     return [float(share) for share in values - np.logaddexp.reduce(values)]
