@@ -76,7 +76,7 @@ def box_format(boxes: BoxFormat | str) -> BoxFormat:
     """Return a format, or the one of a name.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no format has that name.
     """
     if isinstance(boxes, BoxFormat):
         return boxes
