@@ -2,7 +2,7 @@
 
 A decoder believes a header and takes memory and time for it, so the header is read here first, from the bytes that
 remain once the metadata are removed. Whatever cannot be read exactly is refused. The limits of pixels are those of a
-JPEG file; what takes more memory or time for a pixel has a share of them, in the figures of this page.
+JPEG file; what takes more memory or time for a pixel has a share of them, in the constants below.
 """
 
 from __future__ import annotations

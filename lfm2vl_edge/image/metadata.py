@@ -18,7 +18,7 @@ from typing import Final
 HEIF: Final = re.compile(rb"....ftyp.{0,60}(?:hei[cxms]|hev[cxms]|mif[12]|msf1)", re.DOTALL)
 AVIF: Final = re.compile(rb"....ftyp.{0,60}avi[fs]", re.DOTALL)
 MAX_PARTS: Final = 200_000
-"""Most parts of a file that are looked at; a file of 32 MB that is sent for its pixels has a few thousand."""
+"""Most parts of a file that are read; a file of 32 MB that is sent for its pixels has a few thousand."""
 _STEP_BYTES: Final = 1024
 """Bytes whose checksum takes the time of a step."""
 _MAX_NUMBERS: Final = 200_000
@@ -56,7 +56,7 @@ class _Steps:
     """Count the steps of the work on one file."""
 
     def __init__(self, n_looks: int = 1) -> None:
-        """n_looks: how often a part is looked at."""
+        """n_looks: how often a part is read."""
         self._left = n_looks * MAX_PARTS
 
     def take(self, n: int = 1) -> None:
@@ -325,7 +325,7 @@ def _next_webp_chunk(data: bytes, at: int, stated: int, steps: _Steps) -> int:
 
 
 def _clean_icon(data: bytes) -> tuple[bytes, None]:
-    """Keep the largest image of an icon, so that no other is looked at."""
+    """Keep the largest image of an icon, so that no other is read."""
     (count,) = struct.unpack_from("<H", data, 4)
     entries = [data[at : at + 16] for at in range(6, min(6 + 16 * count, len(data) - 15), 16)]
     best = max(entries, key=lambda entry: ((entry[0] or 256) * (entry[1] or 256), *struct.unpack_from("<H", entry, 6)))

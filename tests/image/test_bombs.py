@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image
 
 from lfm2vl_edge import ImageConfig, ImageError, load_image, plan
 from lfm2vl_edge.errors import ContextFull
@@ -196,8 +196,10 @@ def test_a_small_file_takes_neither_gigabytes_nor_minutes(name: str) -> None:
     assert peak_of(work) < MAX_BYTES
 
 
-@pytest.mark.skipif(not features.check("avif"), reason="no AVIF")
 def test_the_frames_of_an_avif_file_count_not_what_they_are_scaled_to() -> None:
+    Image.init()
+    if "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow has no AVIF")
     for mode in ("RGB", "RGBA"):
         data = encoded(Image.new(mode, (700, 900)), "AVIF", speed=10)
         assert load_image(data).shape == (900, 700, 3)
