@@ -117,7 +117,7 @@ HOSTILE = (
 
 @pytest.mark.parametrize("part", HOSTILE, ids=lambda part: part[:12])
 def test_hostile_answers_take_bounded_time_and_memory(part: str) -> None:
-    """An untrained reader takes minutes for some of these; the bound is far above what is needed."""
+    """A search from every brace to the end of the answer would take minutes; the limit is far above what is needed."""
     before = time.process_time()
     tracemalloc.start()
     try:
@@ -254,8 +254,8 @@ def test_a_box_of_an_unknown_image_is_left_out(image: str, caplog: pytest.LogCap
     [
         ([0.1, 0.2, 0.5, 0.9], FRACTION_BOXES, (20, 20, 100, 90)),
         ([100, 200, 500, 900], THOUSAND_BOXES, (20, 20, 100, 90)),
-        ([0.1, 0.2, 0.5, 0.9], THOUSAND_BOXES, (20, 20, 100, 90)),  # decimals are no thousandths
-        ([0, 0, 1, 1], THOUSAND_BOXES, (0, 0, 1, 1)),  # integers are
+        ([0.1, 0.2, 0.5, 0.9], THOUSAND_BOXES, (20, 20, 100, 90)),  # decimals are fractions
+        ([0, 0, 1, 1], THOUSAND_BOXES, (0, 0, 1, 1)),  # integers are not
         ([20, 20, 100, 90], PIXEL_BOXES, (20, 20, 100, 90)),
         ([20, 20, 230, 110], PIXEL_BOXES, (20, 20, 200, 100)),
         ([0.1, 0.2, 0.5, 0.9], PIXEL_BOXES, (20, 20, 100, 90)),
