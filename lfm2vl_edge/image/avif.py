@@ -21,7 +21,7 @@ def stated_size(data: bytes) -> tuple[int, int]:
     """Return the width and height of the largest image that an AVIF file describes.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no image states its size.
     """
     sizes = [tuple(int.from_bytes(side, "big") for side in found.groups()) for found in _STATED_SIZE.finditer(data)]
     if not sizes:
