@@ -60,7 +60,7 @@ def _call(rule: str, tool: Tool, values: dict[str, str]) -> Iterator[str]:
     if not _is_by_parameter(schema):
         is_closed = schema.get("properties") and not {"$ref", "allOf", "anyOf", "oneOf", "if"} & set(schema)
         others: dict[str, Any] = {"additionalProperties": False} if is_closed else {}
-        whole = _value({"type": "object", **others, **schema}, values)
+        whole = _value({**others, **schema, "type": "object"}, values, otherwise={"type": "object"})
         yield f"{rule}: {_quoted(f'{tool.name}(**')} {whole} {_quoted(')')}"
         return
     required = set(schema.get("required") or ())
@@ -79,11 +79,12 @@ def _call(rule: str, tool: Tool, values: dict[str, str]) -> Iterator[str]:
     yield f"{rule}: {_quoted(f'{tool.name}(')} {inside} {_quoted(')')}"
 
 
-def _value(schema: Any, values: dict[str, str]) -> str:
-    """Return the rule of a JSON value; of any, if its schema cannot be held: `fit` checks the type then."""
+def _value(schema: Any, values: dict[str, str], otherwise: Mapping[str, Any] = _ANY) -> str:
+    """Return the rule of a JSON value; of another schema if its own cannot be held: `fit` checks the type then."""
     if isinstance(schema, Mapping):
         schema = {key: value for key, value in schema.items() if key not in _NOTES}
-    return values.setdefault(_held(json.dumps(schema, ensure_ascii=False)), f"v{len(values)}")
+    given, instead = json.dumps(schema, ensure_ascii=False), json.dumps(otherwise)
+    return values.setdefault(_held(given, instead), f"v{len(values)}")
 
 
 def _is_by_parameter(schema: Mapping[str, Any]) -> bool:
@@ -114,15 +115,18 @@ def _quoted(text: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _held(text: str) -> str:
-    schema = json.loads(text)
-    if isinstance(schema, bool):
-        schema = dict(_ANY) if schema else {"not": {}}
+def _held(given: str, otherwise: str) -> str:
+    """Return what llguidance holds of a schema, or of another one if it cannot."""
+    schema = json.loads(given)
     try:
-        grammar = read_schema({**schema, "x-guidance": SPACED}).grammar
+        grammar = read_schema({**_mapping(schema), "x-guidance": SPACED}).grammar
     except ConfigError:
-        grammar = read_schema({**_ANY, "x-guidance": SPACED}).grammar
+        grammar = read_schema({**json.loads(otherwise), "x-guidance": SPACED}).grammar
     return json.dumps(json.loads(grammar)["grammars"][0]["json_schema"], ensure_ascii=False)
+
+
+def _mapping(schema: Any) -> Mapping[str, Any]:
+    return schema if isinstance(schema, Mapping) else {"not": {}} if schema is False else _ANY
 
 
 def check_calls(calls: Sequence[ToolCall], tools: Sequence[Tool]) -> tuple[list[ToolCall], list[InvalidToolCall]]:
