@@ -122,15 +122,15 @@ def test_hostile_answers_take_bounded_time_and_memory(part: str) -> None:
     tracemalloc.start()
     try:
         for start, end in (("", ""), ('[{"boxes": [', "]}]"), ("", '"}')):
-            text = start + part * ((1 << 17) // len(part) - 9) + end
+            text = start + part * ((1 << 15) // len(part) - 9) + end
             try:
                 read_regions(text, THOUSAND_BOXES, [(100, 100)])
             except AnswerError:
                 continue
-        assert tracemalloc.get_traced_memory()[1] < 200e6
+        assert tracemalloc.get_traced_memory()[1] < 50e6
     finally:
         tracemalloc.stop()
-    assert time.process_time() - before < 60
+    assert time.process_time() - before < 15
 
 
 def test_hundreds_of_boxes_are_read_and_only_the_broken_ones_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
