@@ -116,7 +116,9 @@ def constrained_draws(model: Model, question: str, options: Sequence[str], count
         for seed in itertools.islice(seeds, times):
             first = next(iter(engine.sample(PLAIN, seed, (), Constraint(grammar=grammar)))).token
             sampled[() if engine.is_end(first) else (*before, first)] += 1
-        found[paths.get(before, "")] += sampled.pop((), 0)
+        ended = sampled.pop((), 0)
+        if ended:
+            found[paths[before]] += ended
         pending += [(place, number, after) for place, number in sampled.items()]
     return found
 

@@ -50,7 +50,7 @@ CHECKPOINTS: Final = ("path/to/LFM2-VL-450M", "LFM2-VL-450M", "LiquidAI/LFM2.5-V
 SCHEMA: Final = {"type": "integer"}
 _ONLY_PARSED: Final = ("pull", "rm", "bench", "tune", "doctor")
 """They need a network, or measure the machine. Tests of their own run them."""
-_ONLY_PARSED_OPTIONS: Final = ("--n-gpu-layers", "--device", "--budget-seconds", "--check", "--promote")
+_ONLY_PARSED_OPTIONS: Final = ("--n-gpu-layers", "--device", "--budget-seconds", "--check", "--promote", "--fit")
 """They need a GPU, a measured profile, or many seconds."""
 _SLOW: Final = ("convert", "quantize", "calibrate", "verify")
 """They take seconds: they are run on the page about them and in transcripts, and parsed elsewhere."""
