@@ -46,7 +46,7 @@ docs: $(VENV)/.docs ## make the API reference from the docstrings, in build/docs
 	$(BIN)/python -W error -W 'ignore:Cannot determine where' -W 'ignore:Error parsing type annotation' -m pdoc \
 		--docformat google --no-include-undocumented --output-directory build/docs $(DOCUMENTED)
 
-fuzz: $(VENV)/.test ## judge 27,000 damaged and hostile inputs: ten minutes; before a release
+fuzz: $(VENV)/.test ## judge 28,000 damaged and hostile inputs: ten minutes; before a release
 	$(BIN)/python -m tests.fuzz
 
 parity: $(VENV)/.parity ## compare with transformers and torch, on new random checkpoints

@@ -188,4 +188,4 @@ def _ready() -> None:
         _right(name)
 
 
-CAMPAIGNS: Final = (Campaign(name="kills", count=200, make=make_kill, use=use_kill, ready=_ready, seconds=60),)
+CAMPAIGNS: Final = (Campaign(name="kills", count=150, make=make_kill, use=use_kill, ready=_ready, seconds=60),)

@@ -146,9 +146,9 @@ class _Worker:
         if not pid:
             return False
         judged = {json.loads(line)[0] for line in self.log.read_text().splitlines()}
-        self.left = [index for index in self.left if index not in judged]
+        before, self.left = self.left, [index for index in self.left if index not in judged]
         code = os.waitstatus_to_exitcode(status)
-        if self.left and code != 0:
+        if self.left and (code != 0 or self.left == before):
             self._report_death(self.left.pop(0), code)
         if self.left:
             self.pid = self._start()
@@ -162,17 +162,18 @@ class _Worker:
 
 
 def _work(campaign: Campaign, indices: Sequence[int], seed: int, folder: Path) -> None:
-    """Judge inputs until the last, or until one took too much memory, and end the process."""
+    """Judge inputs until the last, one that took too much memory or the end of the parent, and end the process."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "input").mkdir(parents=True)
     _limit(folder)
+    parent = os.getppid()
     campaign.ready()
     with folder.with_suffix(".log").open("a", buffering=1) as log:
         for index in indices:
             files = campaign.make(generator(campaign, seed, index))
             verdict, detail = _within_limits(campaign, files, folder / "input")
             log.write(json.dumps([index, verdict, detail]) + "\n")
-            if verdict == "memory":  # the peak of a process never falls
+            if verdict == "memory" or os.getppid() != parent:  # the peak of a process never falls
                 break
     os._exit(0)
 

@@ -27,7 +27,7 @@ PLANTED = {
     **dict.fromkeys(("refused",), "refused"),
     **dict.fromkeys(("ValueError", "exit"), "traceback"),
     **dict.fromkeys(("long", "lines"), "message"),
-    **dict.fromkeys(("killed",), "death"),
+    **dict.fromkeys(("killed", "exit at once"), "death"),
     **dict.fromkeys(("asleep", "busy"), "hang"),
     **dict.fromkeys(("memory", "refused memory"), "memory"),
 }
@@ -52,6 +52,8 @@ def use_planted(files: Files, folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
     if what == "exit":
         sys.exit(0)
+    if what == "exit at once":
+        os._exit(0)
     if what == "asleep":
         time.sleep(30)
     while what == "busy":
