@@ -354,9 +354,10 @@ def main() -> None:
         print(encoded.ask("Who?", top_k=40), model.last and model.last.finish_reason)
         boxes: list[Box] = model.detect("photo.jpg", "red car", free=True)
         receipt = model.extract("receipt.jpg", Receipt, max_tokens=200)
+        found: dict[str, float] = model.choose("photo.jpg", "Who?", ["Anna", "Ben"], temperature=1.0)
         chat = Chat(model, system="Be brief.", **greedy)
         chat.add_image("photo.jpg")
-        print("".join(map(str, chat.send("And now?"))), boxes, receipt)
+        print("".join(map(str, chat.send("And now?"))), boxes, receipt, found)
         print(model.turn(chat.messages, tools=[len], max_tokens=8).tool_calls)
 
 
