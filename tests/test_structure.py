@@ -33,7 +33,7 @@ ORDER = (
     ("prompt",),
     ("structured",),
     ("stats", "stream"),
-    ("generate",),
+    ("generate", "choose"),
     ("opening",),
     ("model", "chat"),
     ("scheduler",),

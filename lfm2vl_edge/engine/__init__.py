@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from lfm2vl_edge.config import Sampling
-    from lfm2vl_edge.engine.sampling import Sampler
-    from lfm2vl_edge.engine.slots import Slots
     from lfm2vl_edge.image.load import Pixels
 
 Floats: TypeAlias = "npt.NDArray[np.float32]"
@@ -170,20 +168,4 @@ class Engine(Decoder, Protocol):
 
         What runs in another thread is cancelled, and the memory is freed when it has ended. Later calls of other
         methods than `info` and `cancel` raise EngineError.
-        """
-
-
-@runtime_checkable
-class SharedEngine(Engine, Protocol):
-    """An engine that can compute several answers together."""
-
-    def sampler(
-        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None
-    ) -> Sampler:
-        """Return what samples the tokens of one answer, for `Slots.sample`; arguments as for `sample`. Close it."""
-
-    def open_slots(self, count: int, n_ctx: int) -> Slots:
-        """Return `count` sequences of one context of their own, at first for `n_ctx` tokens of all together.
-
-        It is freed with the engine at the latest.
         """

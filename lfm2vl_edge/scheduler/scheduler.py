@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 from lfm2vl_edge.cache.memory import STATE_BYTES, Caches, StateCache
 from lfm2vl_edge.config import Options
-from lfm2vl_edge.engine import Sampled, SharedEngine
+from lfm2vl_edge.engine import Sampled
+from lfm2vl_edge.engine.slots import SharedEngine
 from lfm2vl_edge.errors import EdgeError, EngineError, QueueFull, clip
 from lfm2vl_edge.generate import Answer, Chunk, prefill_steps
 from lfm2vl_edge.image.tiles import Tile
@@ -81,9 +82,7 @@ class Scheduler:
         EngineError: the model is closed or is answering, or there is no memory for the context.
     """
 
-    def __init__(
-        self, model: Model, *, parallel: int = 4, queue: int = 64, state_bytes: int = STATE_BYTES
-    ) -> None:
+    def __init__(self, model: Model, *, parallel: int = 4, queue: int = 64, state_bytes: int = STATE_BYTES) -> None:
         check_count("parallel", parallel, most=64)
         check_count("queue", queue, most=_MOST_WAITING)
         check_count("state_bytes", state_bytes, least=0)
