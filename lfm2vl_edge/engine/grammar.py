@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ _MOST_RULES: Final = 250
 """Rules that may refer to each other in this process: llguidance follows such a chain by recursion, 10 to 30 kB of
 stack for each, and ends the process if the stack is full."""
 _CHECK_SECONDS: Final = 2
-"""For a process that checks a larger grammar; reading the largest public schemas takes half of it."""
+"""Processor time of a process that checks a larger grammar, so that other programs do not count."""
 _TEXT: Final = 1
 _USER_DEFINED: Final = 4
 """llama.cpp's types of tokens; the others are control tokens, unknown ones, unused ones and bytes."""
@@ -64,10 +65,9 @@ def grammar_fault(grammar: str) -> str:
         return _fault(grammar)
     code = f"import sys; sys.path[:] = {sys.path!r}; from lfm2vl_edge.engine.grammar import work; work()"
     command, data = [sys.executable, "-c", code], grammar.encode("utf-8", "replace")
-    try:
-        done = subprocess.run(command, input=data, capture_output=True, timeout=_CHECK_SECONDS)  # noqa: PLW1510, S603  # our own code
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"llguidance cannot read this grammar in {_CHECK_SECONDS} s; simplify it") from error
+    done = subprocess.run(command, input=data, capture_output=True)  # noqa: PLW1510, S603  # our own code
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        raise ConfigError(f"llguidance cannot read this grammar in {_CHECK_SECONDS} s; simplify it")
     if done.returncode < 0:
         raise ConfigError("the rules of the grammar refer to each other too deeply; simplify it")
     return done.stdout.decode("utf-8", "replace")
@@ -78,8 +78,11 @@ def work() -> None:
 
     llguidance may end this process: of signal 11, if the stack is full.
     """
+    import resource
     import threading
 
+    resource.setrlimit(resource.RLIMIT_CPU, (_CHECK_SECONDS, _CHECK_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(4 << 20)
     grammar = sys.stdin.buffer.read().decode("utf-8")
     checker = threading.Thread(target=lambda: sys.stdout.write(_fault(grammar)))
@@ -92,6 +95,18 @@ def _fault(grammar: str) -> str:
 
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=_limits())
     return _shown(messages[0]) if is_error else ""
+
+
+def is_empty(grammar: str) -> bool:
+    """Return whether no text matches a grammar that has no fault, because its rules only refer to themselves.
+
+    It names no tokens.
+    """
+    from llguidance import LLMatcher, LLTokenizer
+
+    matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=_limits())
+    matcher.compute_bitmask()
+    return matcher.is_stopped() and not matcher.is_accepting()
 
 
 def _shown(message: str) -> str:

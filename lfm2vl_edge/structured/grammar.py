@@ -7,9 +7,8 @@ from typing import Final
 
 from lfm2vl_edge.errors import ConfigError, clip
 
-_MOST_GBNF: Final = 1 << 16
-"""Characters of GBNF: the time to convert it grows with the square, half a second for these."""
-_MOST_CHARACTERS: Final = 1 << 20
+_MOST_CHARACTERS: Final = 1 << 16
+"""The time to read a grammar grows with the square of its alternatives, and half a second is enough."""
 _ESCAPE: Final = re.compile(r"\\(?:\\|x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8}))")
 """A character of GBNF by its number; a backslash that is escaped itself starts none."""
 
@@ -26,10 +25,9 @@ def read_grammar(text: str) -> str:
     """
     from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
-    _check(text, _MOST_CHARACTERS)
+    _check(text)
     if is_lark_syntax(text):
         return text
-    _check(text, _MOST_GBNF)
     if not re.search(r"^\s*root\s*::=", text, re.MULTILINE):
         raise ConfigError("the grammar starts neither at `root ::= ...` (GBNF) nor at `start: ...` (Lark); add it")
     try:
@@ -56,12 +54,14 @@ def read_regex(text: str) -> str:
     """
     from llguidance import LLMatcher
 
-    _check(text, _MOST_GBNF)
+    _check(text)
     return LLMatcher.grammar_from_regex(text)
 
 
-def _check(text: str, most: int) -> None:
-    if len(text) > most or "\0" in text:
-        raise ConfigError(f"the grammar has {len(text)} characters; at most {most} are read, none of them zero")
+def _check(text: str) -> None:
+    if len(text) > _MOST_CHARACTERS or "\0" in text:
+        raise ConfigError(
+            f"the grammar has {len(text)} characters; at most {_MOST_CHARACTERS} are read, none of them zero"
+        )
     if any("\ud800" <= one <= "\udfff" for one in text):
         raise ConfigError("the grammar contains half a surrogate pair; remove it")

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 from lfm2vl_edge.config import SPACED
-from lfm2vl_edge.engine.grammar import grammar_fault
+from lfm2vl_edge.engine.grammar import grammar_fault, is_empty
 from lfm2vl_edge.errors import AnswerError, ConfigError, clip, shorten
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ _MOST_PROPERTIES: Final = 2000
 """Of one object: llguidance's time grows with the square, half a second for these."""
 _LARGEST: Final = 10**15 - 1
 """Largest number where the schema has no limit: a float stores it exactly, and a model cannot add digits for ever."""
+_LONGEST: Final = 10**6
+"""Larger limits of lengths are left to the check: no answer has so many tokens."""
 _SMALLEST_STEP: Final = 1e-9
 """Nine decimals where the schema states no `multipleOf`, for the same reason."""
 _OPTIONS: Final[JsonCompileOptions] = {"whitespace_flexible": False, "coerce_one_of": True, "lenient": True}
@@ -42,10 +44,15 @@ _PARTS: Final = frozenset(
 """Keywords of a subschema, or a list of them."""
 _DATA: Final = frozenset(("enum", "const", "required", "default", "example", "examples", "x-guidance"))
 """Keywords with values that are not schemas."""
-_NEUTRAL: Final = frozenset(
-    ("title", "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly", "discriminator")
-) | frozenset(("$schema", "$id", "id", "$comment", "$defs", "definitions", "type", "x-guidance"))
-"""Keywords beside which the parts of `anyOf` stand for themselves."""
+_RULES: Final = frozenset(
+    (
+        *("enum", "const", "$ref", "$dynamicRef", "$recursiveRef", "anyOf", "oneOf", "allOf", "not"),
+        *("if", "then", "else", "dependentSchemas", "dependentRequired", "dependencies", "properties", "required"),
+        *("patternProperties", "additionalProperties", "unevaluatedProperties", "propertyNames"),
+        *("minProperties", "maxProperties", "items", "prefixItems"),
+    )
+)
+"""Keywords that say more of an object than its type."""
 _FORMATS: Final = (
     *("date", "duration", "idn-email", "idn-hostname", "iri", "iri-reference", "json-pointer", "regex"),
     *("relative-json-pointer", "time", "uri-reference", "uri-template", "uuid"),
@@ -225,6 +232,8 @@ def _grammar(schema: Any) -> str:
             first = first or str(error)
             continue
         fault = grammar_fault(grammar)
+        if not fault and is_empty(grammar):
+            raise ConfigError("no answer can match the schema: a part of it is only defined by itself; define it")
         if not fault:
             return grammar
         first = first or fault
@@ -254,6 +263,9 @@ class _Held:
         held = {name: self._value(name, value, schema, free=free) for name, value in schema.items()}
         if free and self._closes and _is_closed(schema):
             held["additionalProperties"] = False
+        for keyword in ("maxLength", "maxItems", "maxProperties"):
+            if isinstance(held.get(keyword), int) and held[keyword] > _LONGEST:
+                del held[keyword]
         _limit_numbers(held)
         return self._relaxed(held)
 
@@ -262,8 +274,8 @@ class _Held:
             return {name: self.part(one, free=True) for name, one in value.items()}
         if keyword == "x-guidance":
             return value if value == SPACED else {}
-        if keyword in ("anyOf", "oneOf", "allOf"):
-            free = free and schema.keys() <= {*_NEUTRAL, keyword} and (keyword != "allOf" or len(value) == 1)
+        if keyword in ("anyOf", "oneOf", "allOf") and isinstance(value, list):
+            free = free and schema.keys() & _RULES == {keyword} and (keyword != "allOf" or len(value) == 1)
             return [self.part(one, free=free) for one in value]
         if keyword in _PARTS:
             several = isinstance(value, list)
@@ -287,9 +299,9 @@ _LIMITS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", 
 
 def _is_closed(schema: _Part) -> bool:
     """Return whether an object that names properties has no others, though the schema does not say so."""
-    if not schema.get("properties") or not schema.keys() <= {*_NEUTRAL, "properties", "required"}:
+    if "properties" not in schema or not schema.keys() & _RULES <= {"properties", "required"}:
         return False
-    required = schema.get("required", ())
+    required = schema.get("required", [])
     return isinstance(required, list) and set(required) <= set(schema["properties"])
 
 
@@ -317,7 +329,7 @@ def _has_merged_references(schema: Any) -> bool:
         if isinstance(part, list):
             stack += [(one, alone) for one in part]
         elif isinstance(part, dict):
-            rules = part.keys() - _NEUTRAL
+            rules = part.keys() & _RULES
             if "$ref" in rules and not (alone and len(rules) == 1):
                 return True
             for keyword, value in part.items():
