@@ -30,7 +30,19 @@ _RULES: Final = frozenset(
 """Keywords of an object that concern several of its parameters: it is then held as one, `f(**{...})`."""
 _NOTES: Final = frozenset(("title", "description", "default", "examples"))
 _REFERENCE: Final = re.compile(r'"\$(?:ref|dynamicRef)": "(?!#/\$defs/|#/definitions/)')
-_ANY: Final[Mapping[str, Any]] = {}
+
+
+def _any(depth: int) -> dict[str, Any]:
+    """Return the schema of any value that is nested at most so deep, with numbers that are not too large."""
+    plain: list[dict[str, Any]] = [{"type": name} for name in ("string", "number", "boolean", "null")]
+    if not depth:
+        return {"anyOf": plain}
+    inner = _any(depth - 1)
+    lists = [{"type": "array", "items": inner}, {"type": "object", "additionalProperties": inner}]
+    return {"anyOf": [*plain, *lists]}
+
+
+_ANY: Final[Mapping[str, Any]] = _any(3)
 
 
 def tool_grammar(tools: Sequence[Tool], choice: str) -> str:
@@ -126,7 +138,7 @@ def _held(given: str, otherwise: str) -> str:
 
 
 def _mapping(schema: Any) -> Mapping[str, Any]:
-    return schema if isinstance(schema, Mapping) else {"not": {}} if schema is False else _ANY
+    return schema if isinstance(schema, Mapping) and schema else {"not": {}} if schema is False else _ANY
 
 
 def check_calls(calls: Sequence[ToolCall], tools: Sequence[Tool]) -> tuple[list[ToolCall], list[InvalidToolCall]]:

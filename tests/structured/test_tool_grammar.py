@@ -135,6 +135,17 @@ def test_a_schema_that_is_not_valid_holds_the_names_of_parameters(tool_model: Mo
     assert seen
 
 
+def test_a_parameter_of_any_type_holds_values_that_can_be_read(tool_model: Model) -> None:
+    tools = as_tools([{"name": "f", "parameters": object_of(["a"], a={"description": "anything"}, b=True)}])
+    kinds = set()
+    for seed in range(40):
+        try:
+            kinds |= {type(value) for call in walked(tool_model, tools, "f", seed) for value in call.arguments.values()}
+        except ToolError as error:  # no grammar expresses that the keys of an object differ
+            assert "is repeated" in str(error)
+    assert len(kinds) > 3
+
+
 def test_a_rule_that_no_grammar_expresses_is_checked() -> None:
     tools = as_tools([{"name": "f", "parameters": object_of(["a"], a={"type": "array", "uniqueItems": True})}])
     good, bad = (ToolCall(name="f", arguments={"a": value}) for value in ([1, 2], [1, 1]))
