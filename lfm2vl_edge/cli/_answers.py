@@ -87,7 +87,9 @@ def statistics(turn: Turn | Choice, model: Model) -> Iterator[str]:
     tokens = f"{stats.prompt_tokens - stats.restored_tokens} of {stats.prompt_tokens} tokens"
     yield f"prefill    {stats.prefill_seconds:8.2f} s   {tokens}, {stats.prefill_speed:.0f}/s"
     yield f"first token{stats.first_token_seconds:8.2f} s"
-    yield f"decode     {stats.decode_seconds:8.2f} s   {stats.completion_tokens} tokens, {stats.decode_speed:.1f}/s"
+    forced = f", {stats.forced_tokens} of them forced" if stats.forced_tokens else ""
+    tokens = f"{stats.completion_tokens} tokens{forced}"
+    yield f"decode     {stats.decode_seconds:8.2f} s   {tokens}, {stats.decode_speed:.1f}/s"
     peak = peak_memory()
     if peak is not None:
         yield f"memory     {peak / 1e6:8.0f} MB  at most"
