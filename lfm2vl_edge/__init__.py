@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         Sampling,
         SamplingOptions,
     )
-    from lfm2vl_edge.engine import Engine, EngineInfo
+    from lfm2vl_edge.engine import Constraint, Engine, EngineInfo, Sampled
     from lfm2vl_edge.errors import (
         AnswerError,
         AnswerTruncated,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         ModelNotFound,
         ModelNotPulled,
         PromptError,
+        QueueFull,
         StateError,
         ToolError,
     )
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from lfm2vl_edge.prompt.calls import InvalidToolCall, ToolCall
     from lfm2vl_edge.prompt.messages import AnyImage, Message
     from lfm2vl_edge.prompt.tools import ToolInput
+    from lfm2vl_edge.scheduler import Scheduler, Stream
     from lfm2vl_edge.stats import Stats
 
 __version__ = "0.1.0"
@@ -71,10 +73,11 @@ _MODULES = {
     "chat": "Chat",
     "choose": "Choice ChoiceOptions",
     "config": "AskOptions BoxFormat ImageConfig ModelConfig Options Sampling SamplingOptions",
-    "engine": "Engine EngineInfo",
+    "engine": "Constraint Engine EngineInfo Sampled",
     "errors": (
         "AnswerError AnswerTruncated ConfigError ContextFull ConvertError DataError DownloadError EdgeError "
-        "EngineError ImageError ModelNotFound ModelNotPulled PromptError StateError ToolError"
+        "EngineError ImageError ModelNotFound ModelNotPulled PromptError QueueFull "
+        "StateError ToolError"
     ),
     "evaluate.verify": "Comparison TokenDifference Verification ViewDifference verify",
     "generate": "Chunk FinishReason Turn",
@@ -92,6 +95,7 @@ _MODULES = {
     "prompt.calls": "InvalidToolCall ToolCall",
     "prompt.messages": "AnyImage Message",
     "prompt.tools": "ToolInput",
+    "scheduler": "Scheduler Stream",
     "stats": "Stats",
 }
 """Module -> its public names. They are imported on first use: a command that only prints its help needs none."""
@@ -112,6 +116,7 @@ __all__ = [
     "Chunk",
     "Comparison",
     "ConfigError",
+    "Constraint",
     "ContextFull",
     "ConvertError",
     "Costs",
@@ -146,11 +151,15 @@ __all__ = [
     "PreprocessedImage",
     "Progress",
     "PromptError",
+    "QueueFull",
     "RemoteFile",
+    "Sampled",
     "Sampling",
     "SamplingOptions",
+    "Scheduler",
     "StateError",
     "Stats",
+    "Stream",
     "Tile",
     "TilePlan",
     "TokenDifference",

@@ -9,6 +9,7 @@ EdgeError
 │   └── ModelNotPulled   a model that is not downloaded
 ├── DownloadError        the hub, the network, the hub cache
 ├── EngineError          llama.cpp
+│   └── QueueFull        too many requests at a time
 ├── ToolError            a tool call in an answer
 ├── StateError           a saved image
 ├── AnswerError          an answer that breaks its format
@@ -96,6 +97,10 @@ class DownloadError(EdgeError):
 
 class EngineError(EdgeError):
     """A native call failed; the message has the function, its return code and the last line of llama.cpp's log."""
+
+
+class QueueFull(EngineError):
+    """Too many requests are waiting; a later one may be accepted."""
 
 
 class ToolError(EdgeError):

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lfm2vl_edge.cache.memory import Caches, Key, Piece, chain
-from lfm2vl_edge.config import TOOL_CALL_START, ModelConfig, Options
-from lfm2vl_edge.engine import Constraint, Engine, Floats, Sampled
+from lfm2vl_edge.config import TOOL_CALL_START, ModelConfig, Options, Sampling
+from lfm2vl_edge.engine import Constraint, Decoder, Engine, Floats, Sampled
 from lfm2vl_edge.errors import AnswerTruncated, ConfigError, ContextFull, StateError, ToolError, clip, shorten
 from lfm2vl_edge.image.tiles import Tile, preprocess_images
 from lfm2vl_edge.planning.budget import ImageBudget
@@ -147,7 +147,7 @@ def check_constraint(options: Options, engine: Engine) -> tuple[Schema | None, C
     Raises:
         ConfigError: the schema, grammar or regular expression is not valid, or the engine cannot use it.
     """
-    if options.schema is options.grammar is options.regex is None:
+    if options.schema is None and options.grammar is None and options.regex is None:
         return None, None
     from lfm2vl_edge.structured import grammar_of, read_grammar, read_regex, read_schema
 
@@ -211,10 +211,11 @@ class Answer:
         self._most = self.room + self.is_whole
         self.finish_reason: FinishReason | None = None
 
-    def sample(self, engine: Engine) -> Iterator[Sampled]:
-        """Yield the tokens that an engine samples after the prompt, without end."""
+    @property
+    def sampling(self) -> tuple[Sampling, int | None, list[int], Constraint | None]:
+        """The arguments of `Engine.sample`."""
         in_prompt = [segment for segment in self.prompt.segments if isinstance(segment, int)]
-        return engine.sample(self._sampling, self._options.seed, in_prompt, self.constraint)
+        return self._sampling, self._options.seed, in_prompt, self.constraint
 
     def take(self, sampled: Sampled) -> str:
         """Return the text that is certain after one more token; it may end the answer: see `finish_reason`."""
@@ -300,7 +301,11 @@ def _call_constraint(tools: Sequence[Tool], choice: str, config: ModelConfig, en
     if not names or choice not in ("auto", "required", *names):
         raise ConfigError(
             f"tool_choice is {shorten(choice)}, but "
-            + (f"the tools are {clip(', '.join(names))}; name one of them" if names else "there are no tools; give some")
+            + (
+                f"the tools are {clip(', '.join(names))}; name one of them"
+                if names
+                else "there are no tools; give some"
+            )
         )
     grammar = tool_grammar(tools, choice)
     engine.check_grammar(grammar)
@@ -313,7 +318,7 @@ def _sampled(runtime: Runtime, answer: Answer) -> Generator[Chunk, None, None]:
     prefill(runtime.engine, answer.pieces, runtime.caches, answer.watch)
 
     # Tokens are sampled one by one and become text; those of tool calls are collected instead.
-    for sampled in answer.sample(runtime.engine):
+    for sampled in runtime.engine.sample(*answer.sampling):
         if piece := answer.take(sampled):
             yield Chunk(text=piece)
         if answer.finish_reason is not None:
@@ -340,19 +345,32 @@ def prefill(engine: Engine, pieces: Sequence[Piece], caches: Caches, watch: Stop
 
     The states after the last view and after the last piece are kept; the first of them is worth keeping on disk.
     """
+    for _ in prefill_steps(engine, pieces, caches, watch):
+        pass
+
+
+def prefill_steps(
+    engine: Decoder, pieces: Sequence[Piece], caches: Caches, watch: Stopwatch, most: int | None = None
+) -> Iterator[None]:
+    """Do what `prefill` does in steps, between which something else may be computed; the logits are those of the last.
+
+    A step encodes one view, decodes its embeddings, or decodes a run of at most `most` tokens; None is the whole run.
+    """
     with watch.phase("prefill"):
         keys = chain(pieces)
         done = _restore(engine, pieces, keys[:-1], caches)
     watch.restored_tokens = sum(map(n_tokens, pieces[:done]))
     views = [index for index, piece in enumerate(pieces) if isinstance(piece, Tile)]
     for index in range(done, len(pieces)):
-        _decode(engine, pieces[index], caches, watch, more=index < len(pieces) - 1)
+        yield from _decode(engine, pieces[index], caches, watch, more=index < len(pieces) - 1, most=most)
         if index in (*views[-1:], len(pieces) - 1):
             with watch.phase("prefill"):
                 caches.states.put(keys[index], engine.snapshot, lasting=index in views[-1:])
+        if index < len(pieces) - 1:
+            yield
 
 
-def _restore(engine: Engine, pieces: Sequence[Piece], keys: Sequence[Key], caches: Caches) -> int:
+def _restore(engine: Decoder, pieces: Sequence[Piece], keys: Sequence[Key], caches: Caches) -> int:
     """Restore the state after the longest known prefix and return how many pieces it has; drop what is not valid."""
     while found := caches.states.longest(keys):
         length, state = found
@@ -366,10 +384,16 @@ def _restore(engine: Engine, pieces: Sequence[Piece], keys: Sequence[Key], cache
     return 0
 
 
-def _decode(engine: Engine, piece: Piece, caches: Caches, watch: Stopwatch, *, more: bool) -> None:
+def _decode(
+    engine: Decoder, piece: Piece, caches: Caches, watch: Stopwatch, *, more: bool, most: int | None
+) -> Iterator[None]:
     if isinstance(piece, tuple):
-        with watch.phase("prefill"):
-            engine.decode_tokens(piece, more=more)
+        size = most or len(piece)
+        for start in range(0, len(piece), size):
+            if start:
+                yield
+            with watch.phase("prefill"):
+                engine.decode_tokens(piece[start : start + size], more=more or start + size < len(piece))
         return
 
     def encode() -> Floats:
@@ -378,11 +402,13 @@ def _decode(engine: Engine, piece: Piece, caches: Caches, watch: Stopwatch, *, m
 
     with watch.phase("encode"):
         embeddings = caches.embeddings.of(piece, encode)
+    yield
     with watch.phase("prefill"):
         engine.decode_embeddings(embeddings, more=more)
 
 
 def stats_of(prompt: Prompt, n_images: int, n_sampled: int, n_forced: int, watch: Stopwatch) -> Stats:
+    """Return the statistics of an answer that a stopwatch measured."""
     return Stats(
         images=n_images,
         views=len(prompt.tiles),

@@ -95,6 +95,7 @@ class Model:
         engine: the inference engine; for those who need more than this class offers.
         config: what the model's files say, and the image settings in use.
         budget: what one image may take unless options say otherwise.
+        runtime: what all answers share.
         last: the last turn that came to its end, with `finish_reason` and `stats`; None before the first one.
         load_seconds: time that opening took.
         choice_temperature: of the probabilities of `choose`: what `eval --fit` stored for this model, else 1.
@@ -118,7 +119,7 @@ class Model:
         self.last: Turn | None = None
         self.load_seconds = load_seconds
         self.choice_temperature = choice_temperature
-        self._runtime = Runtime(engine=engine, config=config, budget=budget, caches=caches or Caches())
+        self.runtime = Runtime(engine=engine, config=config, budget=budget, caches=caches or Caches())
         self._files = files
         self._digests = digests
         self._fingerprint: Fingerprint | None = None
@@ -208,8 +209,8 @@ class Model:
 
     def _stream(self, messages: Sequence[Message], options: Options, tools: Any) -> Generator[Chunk, None, None]:
         pieces: list[Chunk] = []
-        with self._exclusive():
-            for chunk in stream(self._runtime, messages, options, tools):
+        with self.exclusive():
+            for chunk in stream(self.runtime, messages, options, tools):
                 pieces.append(chunk)
                 if chunk.finish_reason is not None:
                     self.last = Turn.of(pieces)
@@ -290,9 +291,9 @@ class Model:
         self, images: AnyImage | Sequence[AnyImage], prompt: str, options: Sequence[str], **how: Unpack[ChoiceOptions]
     ) -> Choice:
         """Return the probability of each option as the answer; see `choose.choose`, also for errors."""
-        with self._exclusive():
+        with self.exclusive():
             given: ChoiceOptions = {"temperature": self.choice_temperature, **how}
-            return choose(self._runtime, [user_message(images, prompt)], options, **given)
+            return choose(self.runtime, [user_message(images, prompt)], options, **given)
 
     def extract(
         self, image: AnyImage, schema: Any, prompt: str | None = None, **options: Unpack[SamplingOptions]
@@ -355,13 +356,13 @@ class Model:
             EngineError: a native call failed, or the model is busy.
         """
         preprocessed = self.preprocess(image, **budget)
-        states = self._runtime.caches.states
-        with self._exclusive():
+        states = self.runtime.caches.states
+        with self.exclusive():
             pieces = self._up_to(preprocessed)
             key = chain(pieces)[-1]
             state = states.get(key)
             if state is None:
-                prefill(self.engine, pieces, self._runtime.caches, Stopwatch())
+                prefill(self.engine, pieces, self.runtime.caches, Stopwatch())
                 known = states.get(key)
                 state = self.engine.snapshot() if known is None else known
         return self._encoded(preprocessed, key, state)
@@ -374,7 +375,7 @@ class Model:
             EngineError: the model is busy.
         """
         saved = load_saved_image(Path(path), self.fingerprint(), self.config.image)
-        with self._exclusive():
+        with self.exclusive():
             pieces = self._up_to(saved.image)
             if chain(pieces)[-1] != saved.key:
                 raise StateError(f"{path} was saved by another version of this program; encode the image again")
@@ -385,7 +386,7 @@ class Model:
         return self._encoded(saved.image, saved.key, saved.state)
 
     def _encoded(self, image: PreprocessedImage, key: Key, state: State) -> EncodedImage:
-        self._runtime.caches.states.hold(key, state)
+        self.runtime.caches.states.hold(key, state)
         return EncodedImage(model=self, image=image, key=key, state=state)
 
     def _up_to(self, image: PreprocessedImage) -> list[Piece]:
@@ -422,7 +423,7 @@ class Model:
         Raises:
             EdgeError: see `stream`.
         """
-        with self._exclusive():
+        with self.exclusive():
             prompt = prepare(self.engine, self.config, messages, as_tools(tools), self.budget, template_options)
             return prompt.token_ids
 
@@ -434,7 +435,7 @@ class Model:
             EngineError: a native call failed.
         """
         tiles = self.preprocess(image).tiles
-        with self._exclusive():
+        with self.exclusive():
             return np.concatenate([self.engine.encode(tile.pixels, tile.n_tokens) for tile in tiles])
 
     def next_token_logits(self, messages: Sequence[Message]) -> Floats:
@@ -443,10 +444,10 @@ class Model:
         Raises:
             EdgeError: see `stream`.
         """
-        with self._exclusive():
+        with self.exclusive():
             prompt = prepare(self.engine, self.config, messages, budget=self.budget)
             self.engine.reserve(len(prompt.token_ids))
-            prefill(self.engine, split(prompt), self._runtime.caches, Stopwatch())
+            prefill(self.engine, split(prompt), self.runtime.caches, Stopwatch())
             return self.engine.logits()
 
     def cancel(self) -> None:
@@ -468,7 +469,8 @@ class Model:
         self.close()
 
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
+        """Answer nothing else inside the block."""
         if not self._answering.acquire(blocking=False):
             raise EngineError("the model is answering already; read that stream to its end or close it first")
         try:

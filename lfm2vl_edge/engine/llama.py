@@ -36,6 +36,7 @@ from lfm2vl_edge.engine.grammar import CONTROL, Follower, check_grammar, llguida
 from lfm2vl_edge.engine.language import LanguageFile
 from lfm2vl_edge.engine.library import LOG
 from lfm2vl_edge.engine.sampling import Sampler
+from lfm2vl_edge.engine.slots import Slots
 from lfm2vl_edge.errors import ContextFull, EngineError
 from lfm2vl_edge.host import start_worker
 from lfm2vl_edge.models.gguf import read_metadata
@@ -111,6 +112,7 @@ class LlamaEngine:
         self._model: Any = None
         self._context: Any = None
         self._encoder: Encoder | None = None
+        self._slots: Slots | None = None
         self._n_ctx = 0
         self._view_tokens = settings.max_view_tokens
         self._making_tokenizer: Future[LLTokenizer] | None = None
@@ -282,6 +284,22 @@ class LlamaEngine:
             self._ends = sorted(ends, key=lambda token: token != usual)
             return llguidance_tokenizer(llama._lib.llama_tokenize, self._vocab, pieces, self._ends)  # noqa: SLF001
 
+    def open_slots(self, count: int, n_ctx: int) -> Slots:
+        """Return a context of its own with several sequences; it is freed with the engine at the latest.
+
+        Args:
+            count: how many sequences.
+            n_ctx: tokens of all sequences together, at first.
+
+        Raises:
+            EngineError: no memory for it.
+        """
+        self._abort.lower()
+        self._slots = Slots(
+            lambda n_tokens: self._new_context(n_tokens, count), self.encode, self._in_use, self._abort, count, n_ctx
+        )
+        return self._slots
+
     def cancel(self) -> None:
         """Stop the running or next decode, from any thread."""
         self._abort.raise_()
@@ -319,6 +337,8 @@ class LlamaEngine:
         if self._uses or not self._freed.acquire(blocking=False):
             return
         self._close_encoder()
+        if self._slots:
+            self._slots.close()
         if self._context:
             llama.llama_free(self._context)
         if self._model:
@@ -359,18 +379,25 @@ class LlamaEngine:
         if self._context:
             llama.llama_free(self._context)
             self._context, self._n_ctx = None, 0  # so that `reserve` tries again if the next one does not fit
-        params = self._context_params(n_tokens)
-        context = llama.llama_init_from_model(self._model, params)
-        self._context = require(
-            "llama_init_from_model", context, f": no memory for a context of {params.n_ctx} tokens?"
-        )
+        self._context = self._new_context(n_tokens)
         self._n_ctx = int(llama.llama_n_ctx(self._context))
-        self._abort.attach(self._context)
+
+    def _new_context(self, n_tokens: int, n_sequences: int = 1) -> Any:
+        params = self._context_params(n_tokens)
+        params.n_seq_max, params.kv_unified = n_sequences, n_sequences > 1
+        context = require(
+            "llama_init_from_model",
+            llama.llama_init_from_model(self._model, params),
+            f": no memory for a context of {params.n_ctx} tokens?",
+        )
+        self._abort.attach(context)
+        return context
 
     def _context_params(self, n_tokens: int) -> Any:
         """Return the parameters of a context for `n_tokens` tokens."""
         params = llama.llama_context_default_params()
-        params.n_ctx = min(-(-n_tokens // _CONTEXT_STEP) * _CONTEXT_STEP, self._settings.n_ctx_max)
+        most = max(n_tokens, self._settings.n_ctx_max)
+        params.n_ctx = min(-(-n_tokens // _CONTEXT_STEP) * _CONTEXT_STEP, most)
         params.n_batch = self.n_batch
         if not self._uses_gpu:
             params.n_ubatch = _CPU_ROWS
