@@ -47,6 +47,11 @@ _ExitCode = Annotated[
     ),
 ]
 
+_Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", help="Of the probabilities. Default: what eval --fit stored, else 1."),
+]
+
 
 @opt.takes_groups
 def choose(
@@ -72,10 +77,7 @@ def choose(
     ] = None,
     threshold: _Threshold = 0.0,
     exit_code: _ExitCode = False,
-    temperature: Annotated[
-        float | None,
-        typer.Option("--temperature", help="Of the probabilities. Default: what eval --fit stored, else 1."),
-    ] = None,
+    temperature: _Temperature = None,
     template_option: opt.TemplateOption = None,
     cache: opt.Cache = None,
     as_json: opt.Json = False,

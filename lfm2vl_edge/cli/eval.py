@@ -104,11 +104,7 @@ def evaluate(
         raise typer.BadParameter("it needs --out, the file whose results are discarded", param_hint="--restart")
     with reporting(), at_once() as interrupt:
         rows = read_rows(data)[:limit]
-        if plot is not None:
-            refuse_drawing(plot, force)
-        if fit or plot is not None:
-            _check_options(rows, fit=fit)
-        key = _tuned_key(model) if fit else None
+        key = _check_choices(rows, model, fit=fit, plot=plot, force=force)
         with opening(model, image, 0, remember=True, cache=cache) as when_open:
             opened = when_open()
             interrupt.cancel = opened.cancel
@@ -116,19 +112,22 @@ def evaluate(
             note_unused_variables(options, opened)
             results = ask_all(opened, rows, out=out, restart=restart, max_pixels=image.max_pixels, **options)
             done = _collect(results, len(rows), interrupt, _how_to_resume(out, restart), quiet)
-            choices, name, temperature = weighed(done), opened.config.name, opened.choice_temperature
+            name, temperature = opened.config.name, opened.choice_temperature
         summary = summarise(done, temperature)
-        fitted = _fit_and_store(choices, key) if key else None
+        fitted = _fit_and_store(weighed(done), key) if key else None
+        tallies = _compared(weighed(done), temperature, fitted)
         if plot is not None:
-            _draw(_compared(choices, temperature, fitted), plot)
-        write_out(
-            _as_json(summary, name, data, fitted)
-            if as_json
-            else "\n".join([*_lines(summary), *_choice_lines(_compared(choices, temperature, fitted), fitted)])
-        )
-    accuracy = 100 * summary.total.normalised
-    if min_accuracy is not None and not accuracy + _ROUNDING >= min_accuracy:
-        write_line(f"error: accuracy {accuracy:.4g} % is below --min-accuracy {min_accuracy:g}")
+            _draw(tallies, plot)
+        lines = [*_lines(summary), *_choice_lines(tallies, fitted)]
+        write_out(_as_json(summary, name, data, fitted) if as_json else "\n".join(lines))
+    _check_accuracy(summary.total, min_accuracy)
+
+
+def _check_accuracy(total: Tally, least: float | None) -> None:
+    """End the command with an error if fewer percent of the rows are right than wanted."""
+    accuracy = 100 * total.normalised
+    if least is not None and not accuracy + _ROUNDING >= least:
+        write_line(f"error: accuracy {accuracy:.4g} % is below --min-accuracy {least:g}")
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -160,15 +159,23 @@ def _how_to_resume(out: Path | None, restart: bool) -> str:
     return f"the same command{' without --restart' if restart else ''} resumes there"
 
 
-def _check_options(rows: Sequence[Row], *, fit: bool) -> None:
-    """Check that there are enough rows with options, before the first question is asked.
+def _check_choices(
+    rows: Sequence[Row], model: opt.ModelOptions, *, fit: bool, plot: Path | None, force: bool
+) -> ProfileKey | None:
+    """Check what rows with options are wanted for, before the first question; return where a fit is stored.
 
     Raises:
-        DataError: there are not.
+        ConfigError: there is no device profile for a fit.
+        DataError: there are too few rows with options.
+        EdgeError: the diagram cannot be written.
     """
-    from lfm2vl_edge.evaluate.reliability import check_count
+    if plot is not None:
+        refuse_drawing(plot, force)
+    if fit or plot is not None:
+        from lfm2vl_edge.evaluate.reliability import check_count
 
-    check_count(sum(bool(row.options) for row in rows), fit=fit)
+        check_count(sum(bool(row.options) for row in rows), fit=fit)
+    return _tuned_key(model) if fit else None
 
 
 def _tuned_key(options: opt.ModelOptions) -> ProfileKey:
