@@ -30,7 +30,7 @@ from lfm2vl_edge.prompt.literals import (
 MAX_CALLS: Final = 64
 _MAX_ENDS: Final = 64
 """Ends that one string with quotes inside may have."""
-_BETWEEN: Final = re.compile(r"(?:\s+|#[^\n]*|//[^\n]*|```\w*)*")
+_BETWEEN: Final = re.compile(r"(?:\s+|\\\r?\n|#[^\n]*|//[^\n]*|```\w*)*")
 """What may stand between two calls: markdown fences too."""
 _NAME: Final = re.compile(r"[^\s()\[\]{}'\",;=#`]+")
 _OPENING: Final = re.compile(r"[^\s()\[\]{}'\",;=#`]+\s*\(")

@@ -30,7 +30,7 @@ _LITERALS: Final[Mapping[str, bool | None]] = {
     "false": False,
     "null": None,
 }
-_SPACE: Final = re.compile(r"(?:\s+|#[^\n]*|//[^\n]*)*")
+_SPACE: Final = re.compile(r"(?:\s+|\\\r?\n|#[^\n]*|//[^\n]*)*")
 _WORD: Final = re.compile(r"[^\W\d]\w*")
 STRING: Final = re.compile(r"((?:[rR][fF]?|[fF][rR]?|[uU])?)('''|\"\"\"|'|\")")
 """The start of a string: its prefix, and its quote."""
