@@ -58,6 +58,8 @@ OPTIONS: dict[str, Call] = {
     },
     "stop": lambda model, text: ask(model, stop={text: text}),
     "name": lambda model, text: ask(model, **{text: 1}),
+    "option twice": lambda model, text: model.choose([], "Who?", [text, text]),
+    "option of one": lambda model, text: model.choose([], "Who?", text),
     "template": lambda model, text: ask(model, template_options=text),
     "open": lambda _, text: Model.open("tiny", **{text: 1}),  # type: ignore[arg-type]
     "device": lambda _, text: Model.open("tiny", device=text),
@@ -140,6 +142,9 @@ COMMANDS = {
     "schema": lambda text: ["extract", str(IMAGES / "small.png"), "--schema", text, "-m", "tiny"],
     "plan": lambda text: ["plan", text],
     "eval": lambda text: ["eval", text, "-m", "tiny"],
+    "plot": lambda text: ["eval", str(IMAGES / "small.png"), "-m", "tiny", "--plot", text],
+    "choose": lambda text: ["choose", text + ".jpg", "What?", "-o", "a", "-o", "b", "-m", "tiny"],
+    "option": lambda text: ["choose", "-p", "What?", "-o", text, "-o", text, "-m", "tiny"],
     "show": lambda text: ["show", text],
     "rm": lambda text: ["rm", text],
     "convert": lambda text: ["convert", text, "-o", "unused"],

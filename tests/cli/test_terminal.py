@@ -30,6 +30,11 @@ WORK: dict[str, list[Sequence[str]]] = {
     "run": [("run", *ASK), ("run", *ASK, "--json", "-a", f"what{HOSTILE}"), ("run", MISSING, MISSING, "a b")],
     "chat": [("chat", *ASK), ("chat", MISSING, "-m", MODEL)],
     "caption": [("caption", *ASK), ("caption", *ASK, "--json")],
+    "choose": [
+        ("choose", IMAGE, f"is it{HOSTILE}?", "-m", MODEL, "-o", f"yes{HOSTILE}", "-o", "é", "--json"),
+        ("choose", IMAGE, f"is it{HOSTILE}?", "-m", MODEL, "-o", f"yes{HOSTILE}", "-o", "é"),
+        ("choose", MISSING, "a b", "-o", HOSTILE, "-o", "x"),
+    ],
     "detect": [
         ("detect", IMAGE, f"x{HOSTILE}", "-m", MODEL, "--json"),
         ("detect", IMAGE, "-m", MODEL, "--draw", IMAGE),
