@@ -71,6 +71,8 @@ class Refusal(EdgeError):
     @property
     def headers(self) -> dict[str, str]:
         """Headers of the response."""
+        if self.status in (408, 413):
+            return {"Connection": "close"}  # the rest of the body is not read
         if self.status in (429, 503):
             return {"Retry-After": str(RETRY_SECONDS)}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}

@@ -123,15 +123,20 @@ class _Protocol(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        """Let the time run while headers are expected."""
-        if self.conn.their_state is not h11.IDLE:
+        """Let the time run while headers are expected, or the rest of a body whose request was answered already."""
+        is_answered = self.cycle is not None and self.cycle.response_complete
+        if self.conn.their_state is not h11.IDLE and not (is_answered and self.conn.their_state is h11.SEND_BODY):
             self._stop_timer()
-        elif self._timer is None:
+        elif self._timer is None and not self.transport.is_closing():
             self._timer = self.loop.call_later(_HEADER_SECONDS, self._late)
 
     def _stop_timer(self) -> None:
@@ -141,7 +146,7 @@ class _Protocol(H11Protocol):
 
     def _late(self) -> None:
         self._timer = None
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+        if not self.transport.is_closing():
             if self.conn.our_state is h11.IDLE:
                 self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
             self.transport.close()

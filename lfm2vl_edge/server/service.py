@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from lfm2vl_edge.cache.memory import STATE_BYTES
+from lfm2vl_edge.config import Options
 from lfm2vl_edge.opening import check_count
 from lfm2vl_edge.scheduler import Scheduler, Stream
 from lfm2vl_edge.server.guard import Bodies
@@ -64,6 +65,7 @@ class Settings:
         check_count("max_body", self.max_body)
         check_count("state_bytes", self.state_bytes, least=0)
         check_count("max_images", self.images.max_images)
+        Options.of(**self.defaults)
 
 
 class Service:

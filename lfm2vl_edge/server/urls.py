@@ -30,7 +30,7 @@ class AllowedUrls:
 
     def __init__(self, prefixes: Sequence[str]) -> None:
         self._prefixes = [_split(prefix) for prefix in prefixes]
-        if any(scheme not in _PORTS or "?" in path for scheme, _, _, path in self._prefixes):
+        if any(scheme not in _PORTS for scheme, *_ in self._prefixes) or any("?" in prefix for prefix in prefixes):
             raise ConfigError(
                 f"{shorten(list(prefixes))} has a URL prefix of another form than https:// or https://example.com/cam/"
             )
