@@ -105,7 +105,7 @@ class FakeEngine:
             raise EngineError("the answer was cancelled")
         self.asked.append(question)
         self.sampled.append(sampling)
-        self.grammars.append(constraint and constraint.grammar)
+        self.grammars.append(constraint.grammar if constraint else None)
         yield from map(Sampled, (*self.answers.get(question, "?").encode(), END))
 
     def cancel(self) -> None:

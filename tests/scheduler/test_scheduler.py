@@ -117,8 +117,9 @@ def test_the_queue_is_bounded(model: Model) -> None:
         assert text_of(waiting)
     for name in ("parallel", "queue"):
         for wrong in (0, -1, 2**70, True, "4", 1.5):
+            given: dict[str, Any] = {name: wrong}
             with pytest.raises(ConfigError, match=name):
-                Scheduler(model, **{name: wrong})
+                Scheduler(model, **given)
 
 
 def test_the_context_grows_while_answers_run(model: Model) -> None:
@@ -145,9 +146,9 @@ def test_closing_ends_every_request_with_an_error() -> None:
         model = Model.open("tiny", n_threads=1)
         scheduler = Scheduler(model, parallel=1)
         streams = [ask(scheduler, "Count.", None, **LONG) for _ in range(3)]
-        next_to_close = [model, scheduler] if model_first else [scheduler, model]
-        for one in next_to_close:
-            one.close()
+        closers = [model.close, scheduler.close]
+        for close in closers if model_first else closers[::-1]:
+            close()
         for stream in streams:
             with pytest.raises(EngineError, match="closed|cancelled"):
                 text_of(stream)
