@@ -140,7 +140,9 @@ def test_a_parameter_of_any_type_holds_values_that_can_be_read(tool_model: Model
     kinds = set()
     for seed in range(40):
         try:
-            kinds |= {type(value) for call in walked(tool_model, tools, "f", seed) for value in call.arguments.values()}
+            kinds |= {
+                type(value) for call in walked(tool_model, tools, "f", seed) for value in call.arguments.values()
+            }
         except ToolError as error:  # no grammar expresses that the keys of an object differ
             assert "is repeated" in str(error)
     assert len(kinds) > 3
