@@ -185,7 +185,7 @@ def _is_intact(data: bytes, at: int, steps: _Steps) -> bool:
 
 def _next_png_chunk(data: bytes, at: int, steps: _Steps) -> int:
     """Return the position of the next chunk of a known kind that is intact; the end of the data without one."""
-    for found in _PNG_KIND.finditer(data, at + 4):
+    for found in _PNG_KIND.finditer(data, at):
         steps.take()
         if _is_intact(data, found.start() - 4, steps):
             return found.start() - 4

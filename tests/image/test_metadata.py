@@ -303,3 +303,11 @@ def test_a_rare_format_is_not_read_and_named() -> None:
 
 def without_metadata(name: str) -> dict[str, Any]:
     return {key: value for key, value in FORMATS[name][2].items() if key not in (*INFO, "id_section")}
+
+
+def test_the_orientation_behind_a_truncated_part_is_read() -> None:
+    data = encoded(scene(), "PNG")
+    for size in range(8, 16):
+        part = (b"\x7f\0\0\0fcTL" + bytes(8))[:size]
+        file = data[:33] + part + chunk(b"eXIf", exif(6, head=b"")) + data[33:]
+        assert np.array_equal(load_image(file), upright(stored(data), 6)), size
