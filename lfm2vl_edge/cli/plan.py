@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import typer
 
@@ -44,6 +44,7 @@ def plan(
     """Show the views, tokens, seconds and memory that an image takes: lfm2vl-edge plan 1920x1080."""
     from lfm2vl_edge.planning.budget import settings_for
     from lfm2vl_edge.planning.geometry import plan as plan_views
+    from lfm2vl_edge.planning.report import plan_values
 
     with reporting():
         warnings_to_stderr()
@@ -53,8 +54,7 @@ def plan(
         if draw is not None:
             _draw(draw, opened, tile_plan, force=force)
         if as_json:
-            shown = _plan_dict(tile_plan) | _costs_dict(tile_plan, config, costs)
-            write_out(to_json(shown))
+            write_out(to_json(plan_values(tile_plan, config, costs)))
         else:
             lines = [*_plan_lines(tile_plan, budget.described(source)), *_cost_lines(tile_plan, config, costs)]
             write_out("\n".join(lines))
@@ -110,37 +110,6 @@ def _without_model(model: opt.ModelOptions, images: opt.ImageOptions) -> _Settin
     return config.with_changes(changes), source, ImageBudget(**images.budget(), costs=costs), costs
 
 
-def _costs_dict(tile_plan: TilePlan, config: ImageConfig, costs: Costs) -> dict[str, Any]:
-    from lfm2vl_edge.planning.budget import cheaper_plans
-
-    ways = [
-        {
-            "height": cheaper.height,
-            "width": cheaper.width,
-            "detail": detail,
-            "image_tokens": cheaper.n_image_tokens,
-            "seconds": _rounded(costs.seconds(cheaper)),
-        }
-        for detail, cheaper in cheaper_plans(tile_plan, config)
-    ]
-    return {
-        "seconds": {
-            "encode": _rounded(costs.encode(tile_plan)),
-            "prefill": _rounded(costs.prefill(tile_plan)),
-            "all": _rounded(costs.seconds(tile_plan)),
-        },
-        "memory_bytes": round(costs.memory(tile_plan)),
-        "measured": costs.is_measured,
-        "costs_from": costs.source,
-        "cheaper": ways,
-    }
-
-
-def _rounded(value: float) -> float:
-    """Return a number with three digits; a prediction has no more."""
-    return float(f"{value:.3g}")
-
-
 def _cost_lines(tile_plan: TilePlan, config: ImageConfig, costs: Costs) -> Iterator[str]:
     from lfm2vl_edge.planning.budget import cheaper_plans
 
@@ -158,30 +127,6 @@ def _cost_lines(tile_plan: TilePlan, config: ImageConfig, costs: Costs) -> Itera
 
 def _seconds(value: float) -> str:
     return f"{value:.2g}" if value < 10 else f"{value:.0f}"
-
-
-def _plan_dict(tile_plan: TilePlan) -> dict[str, Any]:
-    views = [
-        {
-            "kind": view.kind,
-            "row": view.row,
-            "col": view.col,
-            "height": view.height,
-            "width": view.width,
-            "tokens": view.n_tokens,
-        }
-        for view in tile_plan.views
-    ]
-    return {
-        "height": tile_plan.height,
-        "width": tile_plan.width,
-        "rows": tile_plan.rows,
-        "cols": tile_plan.cols,
-        "views": views,
-        "image_tokens": tile_plan.n_image_tokens,
-        "markers": tile_plan.n_markers,
-        "prompt_tokens": tile_plan.n_prompt_tokens,
-    }
 
 
 def _plan_lines(tile_plan: TilePlan, source: str) -> Iterator[str]:

@@ -21,6 +21,7 @@ from lfm2vl_edge.errors import EdgeError, clip
 from lfm2vl_edge.server import about
 from lfm2vl_edge.server.chat import chat
 from lfm2vl_edge.server.guard import check_host, check_key, check_origin
+from lfm2vl_edge.server.plan import plan
 from lfm2vl_edge.server.refusals import Refusal, refusal_of
 from lfm2vl_edge.server.service import Service
 
@@ -28,6 +29,7 @@ _OPEN_PATHS: Final = frozenset(("/health", "/v1/health"))
 """What needs no key: a supervisor has none."""
 _ENDPOINTS: Final[tuple[tuple[str, Callable[..., Any], str], ...]] = (
     ("/chat/completions", chat, "POST"),
+    ("/plan", plan, "POST"),
     ("/models", about.models, "GET"),
     ("/models/{name:path}", about.model, "GET"),
     ("/props", about.props, "GET"),
