@@ -23,12 +23,14 @@ from lfm2vl_edge.server.chat import chat
 from lfm2vl_edge.server.guard import check_host, check_key, check_origin
 from lfm2vl_edge.server.plan import plan
 from lfm2vl_edge.server.refusals import Refusal, refusal_of
+from lfm2vl_edge.server.responses import responses
 from lfm2vl_edge.server.service import Service
 
 _OPEN_PATHS: Final = frozenset(("/health", "/v1/health"))
 """What needs no key: a supervisor has none."""
 _ENDPOINTS: Final[tuple[tuple[str, Callable[..., Any], str], ...]] = (
     ("/chat/completions", chat, "POST"),
+    ("/responses", responses, "POST"),
     ("/plan", plan, "POST"),
     ("/models", about.models, "GET"),
     ("/models/{name:path}", about.model, "GET"),

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from lfm2vl_edge.config import MAX_SEED
 from lfm2vl_edge.errors import EdgeError
 from lfm2vl_edge.generate import Chunk, Turn
 from lfm2vl_edge.prompt.calls import ToolCall
@@ -75,12 +76,16 @@ def submit(service: Service, answers: Answers, body: Mapping[str, Any]) -> Wante
         include_usage=flag(typed(dict, body, "stream_options") or {}, "include_usage"),
         several_calls=flag(body, "parallel_tool_calls", default=True),
     )
-    if integer(body, "n") not in (None, 1):
-        raise Refusal(400, "n must be 1; send several requests", param="n")
+    count = integer(body, "n")
+    most = service.scheduler.parallel
+    if count is not None and not 1 <= count <= most:
+        raise Refusal(400, f"n is {count}; it must be from 1 to {most} (--parallel)", param="n")
     if flag(body, "logprobs") or integer(body, "top_logprobs"):
         raise Refusal(400, "logprobs are not supported; leave them out", param="logprobs")
     choice = choice_of(body, model.config.image, budget, service.n_ctx)
-    answers.submit(service.images.in_messages(body.get("messages"), choice), options)
+    messages, seed = service.images.in_messages(body.get("messages"), choice), options.get("seed")
+    for number in range(count or 1):
+        answers.submit(messages, options if seed is None else options | {"seed": (seed + number) % (MAX_SEED + 1)})
     return wanted
 
 

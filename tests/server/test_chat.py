@@ -119,7 +119,8 @@ def test_image_tokens_follow_detail_and_settings(here: Here) -> None:
 @pytest.mark.parametrize(
     ("changes", "param", "said"),
     [
-        ({"n": 2}, "n", "send several requests"),
+        ({"n": 5}, "n", "from 1 to 4"),
+        ({"n": 0}, "n", "from 1 to 4"),
         ({"logprobs": True}, "logprobs", "not supported"),
         ({"ignore_eos": True}, "ignore_eos", "not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
@@ -237,6 +238,22 @@ def test_a_seed_decides_the_answer(here: Here) -> None:
     texts = [here.chat({**hot, "seed": seed}).text for seed in (1, 1, 2, 2**63)]
     assert texts[0] == texts[1]
     assert len(set(texts)) > 1
+
+
+def test_several_answers_to_one_prompt(here: Here) -> None:
+    hot = question(temperature=3, min_p=0, max_tokens=12, seed=5, n=3, image=data_url(DATA / "0005.png"))
+    whole = here.chat(hot).json
+    texts = [choice["message"]["content"] for choice in whole["choices"]]
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    assert len(set(texts)) > 1
+    assert texts[1] == here.chat({**hot, "n": 1, "seed": 6}).text
+    events = here.chat({**hot, "stream": True, "stream_options": {"include_usage": True}}).events
+    streamed = ["", "", ""]
+    for event in events[:-1]:
+        for choice in event["choices"]:
+            streamed[choice["index"]] += choice["delta"].get("content", "")
+    assert streamed == texts
+    assert events[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
 
 
 @pytest.mark.parametrize(

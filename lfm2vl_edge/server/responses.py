@@ -1,0 +1,281 @@
+"""`POST /v1/responses`: OpenAI's other way to ask; nothing is stored between requests."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeAlias
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from lfm2vl_edge.errors import EdgeError, shorten
+from lfm2vl_edge.generate import Chunk
+from lfm2vl_edge.prompt.calls import ToolCall
+from lfm2vl_edge.server.chat import call_object, timings, usage
+from lfm2vl_edge.server.fields import answer_format, answer_options, flag, integer, tool_options, typed
+from lfm2vl_edge.server.images import choice_of
+from lfm2vl_edge.server.refusals import Refusal
+from lfm2vl_edge.server.service import Answers, Service
+from lfm2vl_edge.server.streaming import Disconnected, Events, unless_disconnected
+from lfm2vl_edge.stats import Stats
+
+_REFUSED: Final[Mapping[str, str]] = {
+    "previous_response_id": "nothing is stored: send the whole conversation as input",
+    "conversation": "nothing is stored: send the whole conversation as input",
+    "store": "nothing is stored: leave it out, or send false",
+    "background": "send it as an ordinary request",  # quote
+}
+"""Fields that refer to what OpenAI stores -> the remedy."""
+_ECHOED: Final = ("instructions", "max_output_tokens", "metadata", "temperature", "top_p", "user")
+"""Fields of a request that its response repeats."""
+_Event: TypeAlias = "tuple[str | None, dict[str, Any]]"
+
+
+async def responses(request: Request) -> ASGIApp:
+    """Answer a request, whole or as a stream of typed events."""
+    service: Service = request.app.state.service
+    answers, is_streamed = Answers(service.scheduler), False
+    try:
+        async with service.bodies.json_of(request, service.readers) as body:
+            writer = await service.read(submit, service, answers, body)
+        if writer.stream:
+            is_streamed = True
+            return Events(writer.events(answers), service.settings.timeout, writer.error, writer.closing(answers))
+        work = writer.whole(answers)
+        return JSONResponse(await unless_disconnected(request.receive, service.settings.timeout, work))
+    except Disconnected:
+        service.metrics.count_answer("cancelled")
+        return Response(status_code=499)
+    finally:
+        if not is_streamed:
+            answers.close()
+
+
+def submit(service: Service, answers: Answers, body: Mapping[str, Any]) -> Writer:
+    """Read a request and submit it to the scheduler; in a thread, since images are decoded here.
+
+    Raises:
+        EdgeError: it is not valid, or cannot be answered now.
+    """
+    for name, remedy in _REFUSED.items():
+        if body.get(name):
+            raise Refusal(400, f"{name} is not supported; {remedy}", param=name)
+    if integer(body, "top_logprobs"):
+        raise Refusal(400, "top_logprobs is not supported; leave it out", param="top_logprobs")
+    model = service.model
+    options = answer_options(body, service.settings.defaults, service.n_ctx)
+    options |= answer_format((typed(dict, body, "text") or {}).get("format")) | tool_options(body)
+    writer = Writer(service, body)
+    choice = choice_of(body, model.config.image, model.budget, service.n_ctx)
+    answers.submit(service.images.in_messages(messages_of(body), choice), options)
+    return writer
+
+
+def messages_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages of `instructions` and `input`.
+
+    Raises:
+        Refusal: an item of the input is of a type that has no message.
+    """
+    instructions, given = typed(str, body, "instructions"), body.get("input")
+    messages: list[dict[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []
+    if isinstance(given, str):
+        return [*messages, {"role": "user", "content": given}]
+    if not isinstance(given, list) or not given:
+        raise Refusal(400, f"input is {shorten(given)}; it must be a string or a list of items", param="input")
+    for item in given:
+        _add_item(messages, item)
+    return messages
+
+
+def _add_item(messages: list[dict[str, Any]], item: Any) -> None:
+    kind = item.get("type", "message") if isinstance(item, dict) else None
+    if kind == "message":
+        messages.append({name: value for name, value in item.items() if name not in ("type", "id", "status")})
+    elif kind == "function_call":
+        function = {"name": item.get("name"), "arguments": item.get("arguments")}
+        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        if messages and messages[-1]["role"] == "assistant":
+            messages[-1] = {**messages[-1], "tool_calls": [*messages[-1].get("tool_calls", ()), call]}
+        else:
+            messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+    elif kind == "function_call_output":
+        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
+    elif kind != "reasoning":  # which models of OpenAI add, and no model reads
+        raise Refusal(
+            400,
+            f"an item of the input is {shorten(item)}; it must be a message, a function_call, or its output",
+            param="input",
+        )
+
+
+class Writer:
+    """Writes one response.
+
+    Args:
+        service: what answers.
+        body: the request.
+
+    Attributes:
+        stream: whether it is streamed.
+    """
+
+    def __init__(self, service: Service, body: Mapping[str, Any]) -> None:
+        self.stream = flag(body, "stream")
+        self._service = service
+        self._most_calls = None if flag(body, "parallel_tool_calls", default=True) else 1
+        self._numbers = itertools.count()
+        self._output: list[dict[str, Any]] = []
+        self._is_counted = False
+        self._head = {
+            "id": f"resp_{secrets.token_hex(16)}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": service.names[0],
+            "error": None,
+            "incomplete_details": None,
+            "previous_response_id": None,
+            "store": False,
+            "parallel_tool_calls": self._most_calls is None,
+            "tools": body.get("tools") or [],
+            "tool_choice": body.get("tool_choice") or "auto",
+            "text": body.get("text") or {"format": {"type": "text"}},
+            **{name: body.get(name) for name in _ECHOED},
+        }
+
+    async def whole(self, answers: Answers) -> dict[str, Any]:
+        """Return the response of a whole answer: that of the last event.
+
+        Raises:
+            EdgeError: the answer has an error.
+        """
+        last: dict[str, Any] = {}
+        async for _, last in self.events(answers):  # noqa: B007
+            pass
+        response: dict[str, Any] = last["response"]
+        return response
+
+    async def events(self, answers: Answers) -> AsyncIterator[_Event]:
+        """Yield the events of an answer, in OpenAI's order.
+
+        Raises:
+            EdgeError: the answer has an error.
+        """
+        for name in ("created", "in_progress"):
+            yield self.event(f"response.{name}", response=self._response("in_progress"))
+        message, last = Message(self), Chunk(text="")
+        try:
+            async for last in answers.streams[0]:
+                is_empty = last.stats is not None and not last.tool_calls  # then an empty text is the answer
+                for event in message.add(last.text, even_if_empty=is_empty):
+                    yield event
+        except EdgeError:
+            self._count("error")
+            raise
+        for event in (*message.end(), *self._calls(last.tool_calls[: self._most_calls])):
+            yield event
+        self._count("tool_calls" if last.tool_calls else last.finish_reason or "stop", last.stats)
+        status = "incomplete" if last.finish_reason == "length" else "completed"
+        yield self.event(f"response.{status}", response=self._response(status, last.stats))
+
+    def error(self, error: Refusal) -> _Event:
+        """Return the event of an error."""
+        values = error.body["error"]
+        return self.event("error", **{name: values[name] for name in ("message", "code", "param")})
+
+    def closing(self, answers: Answers) -> Any:
+        """Return what ends a streamed answer: it is cancelled if it is not complete."""
+
+        def close() -> None:
+            answers.close()
+            if not self._is_counted:
+                self._count("cancelled")
+
+        return close
+
+    def add_item(self, item: dict[str, Any]) -> int:
+        """Add an item to the output and return its index."""
+        self._output.append(item)
+        return len(self._output) - 1
+
+    def event(self, kind: str, /, **fields: Any) -> _Event:
+        """Return the next event."""
+        return kind, {"type": kind, "sequence_number": next(self._numbers), **fields}
+
+    def _calls(self, calls: Sequence[ToolCall]) -> Iterator[_Event]:
+        for call in calls:
+            yield from self._call(call_object(call))
+
+    def _call(self, call: dict[str, Any]) -> list[_Event]:
+        function = call["function"]
+        item = {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", "call_id": call["id"]}
+        item |= {"name": function["name"], "arguments": function["arguments"], "status": "completed"}
+        index = self.add_item(item)
+        begun, place = item | {"arguments": "", "status": "in_progress"}, {"output_index": index}
+        by_item = {"item_id": item["id"], **place}
+        name, arguments = "response.function_call_arguments", item["arguments"]
+        return [
+            self.event("response.output_item.added", item=begun, **place),
+            self.event(f"{name}.delta", delta=arguments, **by_item),
+            self.event(f"{name}.done", arguments=arguments, name=item["name"], **by_item),
+            self.event("response.output_item.done", item=item, **place),
+        ]
+
+    def _count(self, outcome: str, stats: Stats | None = None) -> None:
+        self._is_counted = True
+        self._service.metrics.count_answer(outcome, stats)
+
+    def _response(self, status: str, stats: Stats | None = None) -> dict[str, Any]:
+        response = {**self._head, "status": status, "output": list(self._output), "usage": None}
+        if status == "incomplete":
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+        if stats is not None:
+            counted = usage([stats])
+            response["timings"] = timings(stats)
+            response["usage"] = {
+                "input_tokens": counted["prompt_tokens"],
+                "input_tokens_details": counted["prompt_tokens_details"],
+                "output_tokens": counted["completion_tokens"],
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": counted["total_tokens"],
+            }
+        return response
+
+
+class Message:
+    """The text of a response, an item of its output, and its events."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        self._item: dict[str, Any] = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant"}
+        self._place: dict[str, Any] = {}
+
+    @property
+    def _by_part(self) -> dict[str, Any]:
+        return {"item_id": self._item["id"], "content_index": 0, **self._place}
+
+    def add(self, text: str, *, even_if_empty: bool) -> Iterator[_Event]:
+        """Yield the events of new text; before the first one, those of the item."""
+        if not self._place and (text or even_if_empty):
+            self._place = {"output_index": self._writer.add_item(self._item)}
+            begun = self._item | {"status": "in_progress", "content": []}
+            yield self._writer.event("response.output_item.added", item=begun, **self._place)
+            yield self._writer.event("response.content_part.added", part=dict(self._part), **self._by_part)
+        if text:
+            self._part["text"] += text
+            yield self._writer.event("response.output_text.delta", delta=text, logprobs=[], **self._by_part)
+
+    def end(self) -> Iterator[_Event]:
+        """Yield the events after the text, if there was an item."""
+        if not self._place:
+            return
+        self._item |= {"status": "completed", "content": [self._part]}
+        text = self._part["text"]
+        yield self._writer.event("response.output_text.done", text=text, logprobs=[], **self._by_part)
+        yield self._writer.event("response.content_part.done", part=self._part, **self._by_part)
+        yield self._writer.event("response.output_item.done", item=self._item, **self._place)
