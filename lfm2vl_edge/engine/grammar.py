@@ -36,6 +36,9 @@ _USER_DEFINED: Final = 4
 """llama.cpp's types of tokens; the others are control tokens, unknown ones, unused ones and bytes."""
 _MARKER: Final = re.compile(rb"<.*>", re.DOTALL)
 """A token that is not a control token by its type, but by its text, as llama.cpp sees it."""
+_STRINGS: Final = r'[^"\\\x00-\x1F\x7F]{1,30}'
+"""Tokens that are allowed in every JSON string: llguidance prepares what they all have in common. With
+its other slices masks are no faster, and preparing takes a third longer."""
 CONTROL: Final = b"\xff"
 """Marks a control token for llguidance: text never matches it, only its name in a grammar."""
 
@@ -174,7 +177,7 @@ def llguidance_tokenizer(tokenize: Any, vocab: Any, pieces: Sequence[bytes], end
 
     pointer = ctypes.cast(tokenize, ctypes.c_void_p).value
     made: LLTokenizer = LLTokenizer.from_llamacpp(  # type: ignore[attr-defined]
-        tokens=list(pieces), vocab_ptr=vocab, tokenize_fptr=pointer, eos_token=list(ends), slices=None
+        tokens=list(pieces), vocab_ptr=vocab, tokenize_fptr=pointer, eos_token=list(ends), slices=[_STRINGS]
     )
     return made
 

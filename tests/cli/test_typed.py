@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 from lfm2vl_edge import Model
 from lfm2vl_edge.cli import app
 from lfm2vl_edge.models.box_formats import SHORT_BOXES
-from lfm2vl_edge.structured import grammar_of, read_schema
+from lfm2vl_edge.structured import grammar_of, read_grammar, read_regex, read_schema
 from tests.conftest import IMAGES, Pair
 from tests.fake_engine import CONFIG, FakeEngine
 
@@ -204,7 +204,9 @@ def test_run_constrains_answers_to_schemas_and_grammars(run: Run, engine: FakeEn
     assert [one["answer"] for one in shown["answers"]] == ['{"n": 2}'] * 2
     Path("x.gbnf").write_text('root ::= "x"*')
     assert run("run", "car.png", "Long?", "--grammar", "x.gbnf").stdout == "x" * 50 + "\n"
-    assert engine.grammars[-1] == 'root ::= "x"*'
+    assert engine.grammars[-1] == read_grammar('root ::= "x"*')
+    assert run("run", "car.png", "Long?", "--regex", "x+").stdout == "x" * 50 + "\n"
+    assert engine.grammars[-1] == read_regex("x+")
     assert failed(run("run", "car.png", "Long?", "--grammar", "x.gbnf", "-n", 9), "raise --max-tokens")
 
 
@@ -216,7 +218,7 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "binary": (b"\xff\xfe\x00", "is not UTF-8 text"),
     "large": (b" " * (1 << 20) + b"{}", "more than 1048576 bytes"),
     "deep": (b'{"a":' * 100_000, "is not valid JSON"),
-    "unsupported": (b'{"type": "string", "pattern": "a"}', "keyword 'pattern' at # is not supported"),
+    "invalid": (b'{"type": "strin"}', "the schema is not valid at #.type"),
 }
 
 
@@ -235,10 +237,10 @@ def test_other_wrong_usage(run: Run) -> None:
     assert failed(run("run", "-", "Count.", "--json-schema", "-"), "stdin (-) can be read for one thing only")
     assert failed(run("extract", "-", "--schema", "-"), "stdin (-) can be read for one thing only")
     both = ("--grammar", "schema.json", "--json-schema", "schema.json")
-    assert failed(run("run", "car.png", "Count.", *both), "schema cannot be combined with grammar or stop")
+    assert failed(run("run", "car.png", "Count.", *both), "schema and grammar cannot be combined; choose one")
     assert failed(
         run("run", "car.png", "Count.", "--json-schema", "schema.json", "--stop", "}"),
-        "cannot be combined with grammar or stop",
+        "schema cannot be combined with stop",
     )
     assert failed(run("detect", "none.png"), "no image at 'none.png'")
     assert run("extract", "car.png").exit_code == 2

@@ -68,7 +68,7 @@ def test_the_schema_of_a_dataclass_and_an_answer_as_its_instance() -> None:
 def test_an_answer_that_the_class_refuses_is_an_answer_error() -> None:
     with pytest.raises(AnswerError, match="Receipt refuses the answer .* a total below 0; ask again"):
         instance_of(Receipt, ANSWER.replace("3,", "-3,", 1))
-    with pytest.raises(AnswerError, match="lacks paid"):
+    with pytest.raises(AnswerError, match='"paid" is a required property'):
         instance_of(Receipt, '{"total": 3}')
 
 
@@ -150,5 +150,5 @@ def test_the_default_question_of_extract_contains_the_schema(tmp_path: Path) -> 
     question = f"Extract from the image, as JSON with this schema: {json.dumps(SCHEMA, ensure_ascii=False)}"
     model, _ = scripted(tmp_path, {question: '{"n": 3}'})
     assert model.extract(PIXELS, SCHEMA) == {"n": 3}
-    with pytest.raises(ConfigError, match="names no properties"):
-        model.extract(PIXELS, {"type": "object"})
+    with pytest.raises(ConfigError, match="not valid at #.type"):
+        model.extract(PIXELS, {"type": "thing"})
