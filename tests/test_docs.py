@@ -48,8 +48,8 @@ PAIRS: Final = ("models/450m", "models/f16", "models/q4")
 CHECKPOINTS: Final = ("path/to/LFM2-VL-450M", "LFM2-VL-450M", "LiquidAI/LFM2.5-VL-450M")
 """A local folder wins over a repository of the hub, so a checkpoint of the hub can be a placeholder too."""
 SCHEMA: Final = {"type": "integer"}
-_ONLY_PARSED: Final = ("pull", "rm", "bench", "tune", "doctor")
-"""They need a network, or measure the machine. Tests of their own run them."""
+_ONLY_PARSED: Final = ("serve", "pull", "rm", "bench", "tune", "doctor")
+"""They need a network, do not end, or measure the machine. Tests of their own run them."""
 _ONLY_PARSED_OPTIONS: Final = ("--n-gpu-layers", "--device", "--budget-seconds", "--check", "--promote", "--fit")
 """They need a GPU, a measured profile, or many seconds."""
 _SLOW: Final = ("convert", "quantize", "calibrate", "verify")
@@ -232,6 +232,8 @@ def with_any(kind: str) -> list[Any]:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         found = [one for one in blocks(text) if one.language == "python"] if kind == "python" else list(commands(text))
+        if kind == "python" and page.name == "server.md":
+            continue  # it needs a server: tests/server/test_clients.py runs it
         pages += [pytest.param(page, id=name_of(page))] if found else []
     return pages
 

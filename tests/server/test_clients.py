@@ -1,0 +1,117 @@
+"""Requests as programs send them that cannot be installed here, by their documentation; see docs/server.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from tests.server.conftest import DATA, Here, data_url
+
+CAPTION = "What is in the picture?"  # quote
+JPEG = {"type": "image_url", "image_url": {"url": data_url(), "detail": "low"}}
+
+
+def test_the_program_of_the_page(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photo.jpg").write_bytes((DATA / "0003.png").read_bytes())
+    assert "http://127.0.0.1:8080/v1" in code
+    names: dict[str, Any] = {}
+    exec(compile(code.replace("http://127.0.0.1:8080", here.url), "server.md", "exec"), names)  # noqa: S102
+    names["client"].close()
+    assert "CompletionUsage" in capsys.readouterr().out
+
+
+def test_frigate_as_openai(here: Here) -> None:
+    """A text first, then several frames, and a strict schema; the context is read from the list of models."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "title": {"type": "string", "maxLength": 20},
+            "potential_threat_level": {"type": "integer", "enum": [0, 1, 2]},
+        },
+        "required": ["title", "potential_threat_level"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "review", "strict": True, "schema": schema}}
+    content = [{"type": "text", "text": CAPTION}, JPEG, JPEG, JPEG]
+    with here.client() as client:
+        assert client.models.list().data[0].model_dump()["max_model_len"] == 2048
+        body: Any = {"messages": [{"role": "user", "content": content}], "response_format": form, "timeout": 60}
+        answer = client.chat.completions.create(model="scenes", **body)
+    jsonschema.validate(json.loads(answer.choices[0].message.content or ""), schema)
+
+
+def test_frigate_as_llama_cpp(here: Here) -> None:
+    listed = here.send("GET", "/v1/models").json["data"]
+    assert any("scenes" in (one["id"], *one["aliases"]) for one in listed)
+    assert "image" in listed[0]["architecture"]["input_modalities"]
+    props = here.send("GET", "/props?model=scenes").json
+    assert props["modalities"]["vision"]
+    assert set(props["chat_template_caps"].values()) <= {True, False}
+    assert props["media_marker"]
+    more = {"chat_template_kwargs": {"enable_thinking": False}, "timings_per_token": True}
+    sizes = {}
+    for count in (0, 1, 2):  # it measures the tokens of an image by answers of one token
+        message = {"role": "user", "content": [{"type": "text", "text": "x"}, *[JPEG] * count]}
+        response = here.send("POST", "/chat/completions", {"messages": [message], "max_tokens": 1, **more})
+        sizes[count] = response.json["usage"]["prompt_tokens"]
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
+    stream = {"messages": [message], "max_tokens": 4, "stream": True, **more}
+    assert here.send("POST", "/v1/chat/completions", stream).events[-1]["timings"]["predicted_n"] > 0
+
+
+def test_llm_vision_of_home_assistant(here: Here) -> None:
+    content: list[Any] = []
+    for number in (1, 2):
+        content += [{"type": "text", "text": f"Image {number}:"}, JPEG]
+    content.append({"type": "text", "text": CAPTION})
+    body = {
+        "model": "scenes",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 20,
+        "temperature": 0.5,
+    }
+    response = here.chat(body)
+    assert response.headers["content-type"].startswith("application/json")
+    assert response.text
+
+
+@pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
+def test_evaluation_harnesses(here: Here, limit: str) -> None:
+    image = {"type": "image_url", "image_url": {"url": data_url(), "detail": "high"}}
+    content = [image, {"type": "text", "text": "Count the purple objects."}]
+    body = {"model": "scenes", "messages": [{"role": "user", "content": content}], "n": 1, limit: 8, "temperature": 0}
+    assert here.chat(body).text == "2"
+
+
+def test_langchain_and_n8n(here: Here) -> None:
+    """Parts without a type, and the URL of an image as a text."""
+    for image in ({"image_url": data_url()}, {"type": "image_url", "image_url": data_url()}):
+        content = [image, {"text": "Count the purple objects."}]
+        assert here.chat({"messages": [{"role": "user", "content": content}], "temperature": 0}).text == "2"
+
+
+def test_agents(with_tools: Here) -> None:
+    """Results of tools that are lists of parts, keys that only the client knows, and several calls."""
+    function = {"name": "look_up", "arguments": '{"place": "Bergen"}'}
+    call = {"id": "call_1", "type": "function", "function": function, "index": 0}
+    messages = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": "Hello", "name": "me"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "reasoning_content": None},
+        {"role": "tool", "tool_call_id": "call_1", "name": "look_up", "content": [{"type": "text", "text": "rain"}]},
+        {"role": "assistant", "content": "", "function_call": None, "audio": None, "annotations": []},
+        {"role": "user", "content": "Thanks"},
+    ]
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+    for tools in ([], [tool]):
+        body = {"messages": messages, "tools": tools, "max_tokens": 3, "temperature": 0}
+        assert with_tools.chat(body).status in (200, 422)
+    assert with_tools.chat({"messages": messages, "max_tokens": 3}).status == 200
