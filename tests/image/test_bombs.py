@@ -133,7 +133,7 @@ BOMBS: Final[dict[str, tuple[Callable[[], bytes], str]]] = {
     "PNG, texts": (many_texts, ""),
     "PNG, damaged chunks": (damaged_chunks, "metadata are damaged"),
     "PNG, tall": (lambda: png(1, 199_000_000, 8, 2), "1x199000000, 199 megapixels; the limit is 110"),
-    "PNG, 16 bits": (lambda: png(9000, 9000, 16, 6), "the limit is 55 for a PNG file of 16 bits"),
+    "PNG, 16 bits": (lambda: png(9000, 9000, 16, 6), "the limit is 33 for a PNG file of 16 bits"),
     "JPEG 2000": (lambda: jpeg2000(14_000, 14_000), "the limit is 8.8 for a JPEG 2000|limit is 9 for a JPEG 2000"),
     "JPEG 2000, precincts": (lambda: jpeg2000(2000, 2000, SMALL_PRECINCTS), "precincts are below 32"),
     "WebP, canvas": (lambda: webp(16_000, 12_000), "the limit is 40 for a WebP file"),
