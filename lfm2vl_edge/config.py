@@ -215,6 +215,8 @@ class Sampling:
             turns it off.
         top_k: only this many most likely tokens are kept; 0 turns it off.
         top_p: only the most likely tokens that together reach this probability are kept; 1 turns it off.
+        presence_penalty: subtracted from the logits of tokens that occurred in the answer; 0 turns it off.
+        frequency_penalty: the same for each time that they occurred.
 
     Raises:
         ConfigError: a value is out of range.
@@ -225,6 +227,8 @@ class Sampling:
     repetition_penalty: float = 1.05
     top_k: int = 0
     top_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -250,6 +254,8 @@ class Options:
         repetition_penalty: see `Sampling`.
         top_k: see `Sampling`.
         top_p: see `Sampling`.
+        presence_penalty: see `Sampling`.
+        frequency_penalty: see `Sampling`.
         seed: seed of the random sampling, 0 to 2**32 - 2; None chooses a new one.
         max_tokens: the answer ends after this many tokens.
         stop: the answer ends before the first of these strings.
@@ -270,6 +276,8 @@ class Options:
     repetition_penalty: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     seed: int | None = None
     max_tokens: int = DEFAULT_MAX_TOKENS
     stop: tuple[str, ...] = ()
@@ -353,6 +361,8 @@ class SamplingOptions(TypedDict, total=False):
     repetition_penalty: float | None
     top_k: int | None
     top_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
     seed: int | None
     max_tokens: int
     stop: str | Sequence[str]

@@ -45,7 +45,8 @@ class ServerOptions:
         Path | None, _server("--unix-socket", metavar="PATH", help="Listen at a Unix socket instead.")
     ] = None
     alias: Annotated[
-        list[str] | None, _server("--alias", metavar="NAME", help="A name of the model; may be repeated.")
+        list[str] | None,
+        _server("--alias", parser=opt.as_text, metavar="NAME", help="A name of the model; may be repeated."),
     ] = None
     parallel: Annotated[int, _server("--parallel", min=1, max=64, help="Answers at the same time.")] = 4
     queue: Annotated[

@@ -18,7 +18,7 @@ from lfm2vl_edge.errors import printable
 
 if TYPE_CHECKING:
     from lfm2vl_convert import Checkpoint
-    from lfm2vl_edge.config import BoxFormat, ImageConfig
+    from lfm2vl_edge.config import BoxFormat, ImageConfig, Sampling
     from lfm2vl_edge.models.names import Pair
 
 _SAMPLING_KEYS: Final = "general.sampling."
@@ -71,7 +71,7 @@ def _pair(pair: Pair) -> dict[str, Any]:
         "context_length": config.n_ctx_train,
         "vocabulary": config.n_vocab,
         **_image(config.image, config.image_source),
-        "sampling": asdict(config.sampling),
+        "sampling": _stated(config.sampling),
         "sampling_source": f"the model's file {pair.model.name}" if states_sampling else _CARDS,
         **_boxes(config.boxes),
         "tools": TOOL_CALL_START in config.control_tokens,
@@ -177,13 +177,19 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     }
 
 
+def _stated(sampling: Sampling) -> dict[str, Any]:
+    """Return the settings that a model's files may state."""
+    answers_only = ("presence_penalty", "frequency_penalty")
+    return {name: value for name, value in asdict(sampling).items() if name not in answers_only}
+
+
 def _checkpoint_sampling(checkpoint: Checkpoint) -> dict[str, Any]:
     from lfm2vl_convert.general import stated_sampling
     from lfm2vl_edge.config import Sampling
 
     stated = stated_sampling(checkpoint.generation)
     return {
-        "sampling": asdict(Sampling(**stated)),
+        "sampling": _stated(Sampling(**stated)),
         "sampling_source": "the checkpoint's generation_config.json" if stated else _CARDS,
     }
 

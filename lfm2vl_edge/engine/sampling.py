@@ -39,10 +39,8 @@ class Sampler:
     ) -> None:
         self._n_vocab, self._follower, self._ends = sizes[0], follower, ends
         self._chain: Any = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        for sampler in _samplers(sampling, seed, *sizes):
+        for sampler in _samplers(sampling, seed, prompt, *sizes):
             llama.llama_sampler_chain_add(self._chain, sampler)  # the chain owns it now
-        for token in prompt:
-            llama.llama_sampler_accept(self._chain, token)
 
     def first(self) -> list[Sampled]:
         """Return the tokens that the answer must start with."""
@@ -79,9 +77,15 @@ class Sampler:
         return [Sampled(token, is_forced=True) for token in tokens]
 
 
-def _samplers(sampling: Sampling, seed: int | None, n_vocab: int, n_ctx: int) -> Iterator[Any]:
+def _samplers(sampling: Sampling, seed: int | None, prompt: Sequence[int], n_vocab: int, n_ctx: int) -> Iterator[Any]:
     if sampling.repetition_penalty != 1:
-        yield llama.llama_sampler_init_penalties(n_vocab, n_ctx, sampling.repetition_penalty, 0.0, 0.0)
+        penalties = llama.llama_sampler_init_penalties(n_vocab, n_ctx, sampling.repetition_penalty, 0.0, 0.0)
+        for token in prompt:
+            llama.llama_sampler_accept(penalties, token)
+        yield penalties
+    frequency, presence = sampling.frequency_penalty, sampling.presence_penalty
+    if frequency or presence:  # of the answer alone, as OpenAI and vLLM count
+        yield llama.llama_sampler_init_penalties(n_vocab, n_ctx, 1.0, frequency, presence)
     if sampling.temperature == 0:
         yield llama.llama_sampler_init_greedy()
         return

@@ -6,12 +6,13 @@ from importlib.metadata import version
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from lfm2vl_edge.config import TOOL_CALL_START
 from lfm2vl_edge.server.metrics import CONTENT_TYPE
 from lfm2vl_edge.server.refusals import Refusal
 from lfm2vl_edge.server.service import Service
+from lfm2vl_edge.server.streaming import Json
 
 
 def _service(request: Request) -> Service:
@@ -23,7 +24,7 @@ async def health(request: Request) -> Response:
     """Return whether the server can answer: 503 while the model is being loaded, or after the scheduler failed."""
     if not _service(request).scheduler.is_open:
         raise Refusal(503, "the engine failed, or the server is being stopped; restart it", "closed")
-    return JSONResponse({"status": "ok"})
+    return Json({"status": "ok"})
 
 
 async def metrics(request: Request) -> Response:
@@ -33,7 +34,7 @@ async def metrics(request: Request) -> Response:
 
 async def models(request: Request) -> Response:
     """Return the list of the one model."""
-    return JSONResponse({"object": "list", "data": [_model(_service(request))]})
+    return Json({"object": "list", "data": [_model(_service(request))]})
 
 
 async def model(request: Request) -> Response:
@@ -41,7 +42,7 @@ async def model(request: Request) -> Response:
     service, name = _service(request), request.path_params["name"]
     if name not in service.names:
         raise Refusal(404, f"there is no model of this name; this server has {service.names[0]}", "model_not_found")
-    return JSONResponse(_model(service))
+    return Json(_model(service))
 
 
 def _model(service: Service) -> dict[str, Any]:
@@ -71,7 +72,7 @@ async def props(request: Request) -> Response:
     has_tools = TOOL_CALL_START in config.control_tokens
     sampling = {name: getattr(config.sampling, name) for name in config.sampling.__slots__}
     given = {name: value for name, value in settings.defaults.items() if value is not None}
-    return JSONResponse(
+    return Json(
         {
             "default_generation_settings": {"n_ctx": service.n_ctx, "params": sampling | given},
             "total_slots": scheduler.parallel,

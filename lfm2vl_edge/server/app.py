@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,6 +25,7 @@ from lfm2vl_edge.server.plan import plan
 from lfm2vl_edge.server.refusals import Refusal, refusal_of
 from lfm2vl_edge.server.responses import responses
 from lfm2vl_edge.server.service import Service
+from lfm2vl_edge.server.streaming import Json
 
 _OPEN_PATHS: Final = frozenset(("/health", "/v1/health"))
 """What needs no key: a supervisor has none."""
@@ -88,7 +89,7 @@ async def _open(service: Service, on_opened: Callable[[EdgeError | None], None])
 
 
 def _response(error: Refusal) -> Response:
-    return JSONResponse(error.body, error.status, headers=error.headers)
+    return Json(error.body, error.status, headers=error.headers)
 
 
 async def _on_edge_error(_: Request, error: Exception) -> Response:

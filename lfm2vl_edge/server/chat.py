@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from lfm2vl_edge.config import MAX_SEED
@@ -21,7 +21,7 @@ from lfm2vl_edge.server.fields import answer_format, answer_options, flag, integ
 from lfm2vl_edge.server.images import choice_of
 from lfm2vl_edge.server.refusals import Refusal
 from lfm2vl_edge.server.service import Answers, Service
-from lfm2vl_edge.server.streaming import Disconnected, Events, merged, unless_disconnected
+from lfm2vl_edge.server.streaming import Disconnected, Events, Json, merged, unless_disconnected
 from lfm2vl_edge.stats import Stats
 
 _DONE: Final = b"data: [DONE]\n\n"
@@ -53,7 +53,7 @@ async def chat(request: Request) -> ASGIApp:
                 completion.events(answers), service.settings.timeout, _error_event, completion.closing(answers), _DONE
             )
         work = completion.whole(answers)
-        return JSONResponse(await unless_disconnected(request.receive, service.settings.timeout, work))
+        return Json(await unless_disconnected(request.receive, service.settings.timeout, work))
     except Disconnected:
         service.metrics.count_answer("cancelled")
         return Response(status_code=499)

@@ -12,7 +12,7 @@ from lfm2vl_edge.config import MAX_SEED
 from lfm2vl_edge.errors import shorten
 from lfm2vl_edge.server.refusals import Refusal
 
-_PLAIN: Final = ("temperature", "top_p", "min_p")
+_PLAIN: Final = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")
 """Fields that are options of an answer under the same name."""
 _PENALTIES: Final = ("repetition_penalty", "repeat_penalty")
 """Names of the same option: vLLM's and llama.cpp's."""
@@ -31,7 +31,6 @@ _CHANGING: Final[Mapping[str, tuple[Any, ...]]] = {
         ("function_call", "suffix", "audio", "web_search_options", "guided_choice", "chat_template"), ("",)
     ),
     **dict.fromkeys(("min_tokens", "mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), (0,)),
-    **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0,)),
     **dict.fromkeys(("best_of", "typical_p", "typ_p", "tfs_z", "length_penalty"), (1,)),
     **dict.fromkeys(("prompt", "prefix", "assistant_prefill", "input_extra"), ("", [])),
     "modalities": (["text"],),

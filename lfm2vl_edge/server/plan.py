@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from lfm2vl_edge.planning.budget import settings_for
 from lfm2vl_edge.planning.geometry import plan as plan_views
@@ -16,6 +16,7 @@ from lfm2vl_edge.server.fields import integer
 from lfm2vl_edge.server.images import choice_of
 from lfm2vl_edge.server.refusals import Refusal
 from lfm2vl_edge.server.service import Service
+from lfm2vl_edge.server.streaming import Json
 
 _MOST_PIXELS: Final = 100_000
 """Longest side that is planned."""
@@ -25,7 +26,7 @@ async def plan(request: Request) -> Response:
     """Return the views, tokens and predicted seconds of an image, or of a size: what `plan --json` prints."""
     service: Service = request.app.state.service
     async with service.bodies.json_of(request, service.readers) as body:
-        return JSONResponse(await service.read(planned, service, body))
+        return Json(await service.read(planned, service, body))
 
 
 def planned(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:

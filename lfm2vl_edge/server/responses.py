@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from lfm2vl_edge.errors import EdgeError, shorten
@@ -20,7 +20,7 @@ from lfm2vl_edge.server.fields import answer_format, answer_options, flag, integ
 from lfm2vl_edge.server.images import choice_of
 from lfm2vl_edge.server.refusals import Refusal
 from lfm2vl_edge.server.service import Answers, Service
-from lfm2vl_edge.server.streaming import Disconnected, Events, unless_disconnected
+from lfm2vl_edge.server.streaming import Disconnected, Events, Json, unless_disconnected
 from lfm2vl_edge.stats import Stats
 
 _REFUSED: Final[Mapping[str, str]] = {
@@ -46,7 +46,7 @@ async def responses(request: Request) -> ASGIApp:
             is_streamed = True
             return Events(writer.events(answers), service.settings.timeout, writer.error, writer.closing(answers))
         work = writer.whole(answers)
-        return JSONResponse(await unless_disconnected(request.receive, service.settings.timeout, work))
+        return Json(await unless_disconnected(request.receive, service.settings.timeout, work))
     except Disconnected:
         service.metrics.count_answer("cancelled")
         return Response(status_code=499)

@@ -45,7 +45,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError) as error:
-        raise EdgeError(f"cannot listen at {where}: {getattr(error, 'strerror', error)}; check --host") from None
+        reason = getattr(error, "strerror", None) or "it is not a valid name"
+        raise EdgeError(f"cannot listen at {where}: {reason}; check --host") from None
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

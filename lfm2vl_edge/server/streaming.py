@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from typing import Any, Final, TypeVar
 
 import anyio
+from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from lfm2vl_edge.errors import EdgeError
@@ -27,6 +28,14 @@ _HEADERS: Final = [
 ]
 """The last one keeps nginx from collecting events."""
 _Result = TypeVar("_Result")
+
+
+class Json(JSONResponse):
+    """A response of JSON in ASCII: half a surrogate pair, which a request may hold, has no other form."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return json.dumps(content, separators=(",", ":")).encode()
 
 
 class Disconnected(Exception):

@@ -256,6 +256,13 @@ def test_several_answers_to_one_prompt(here: Here) -> None:
     assert events[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
 
 
+def test_penalties_reach_the_model(here: Here) -> None:
+    body = question("What is in the picture?", max_tokens=32, repetition_penalty=1)  # quote
+    texts = {here.chat({**body, **more}).text for more in ({}, {"presence_penalty": 60}, {"frequency_penalty": 2})}
+    assert len(texts) > 1
+    assert here.chat({**body, "presence_penalty": "x"}).error["message"].startswith("presence_penalty is 'x'")
+
+
 @pytest.mark.parametrize(
     "form",
     [

@@ -134,3 +134,11 @@ def test_what_is_refused(here: Here, changes: dict[str, Any], said: str) -> None
     response = here.send("POST", "/v1/responses", {"input": "Count.", **changes})
     assert response.status == 400
     assert said in response.error["message"]
+
+
+def test_half_a_surrogate_pair_is_returned(here: Here) -> None:
+    body = b'{"input": "Count.", "instructions": "\\ud800", "metadata": {"x": "\\udfff"}, "max_output_tokens": 2}'
+    for stream in (b"", b', "stream": true'):
+        response = here.send("POST", "/v1/responses", body.replace(b"2}", b"2" + stream + b"}"))
+        assert response.status == 200
+        assert b"\\ud800" in response.body
