@@ -1,6 +1,6 @@
 """Structured answers: grammars for the engine, checks of the answer, and lists of boxes.
 
-Imports only errors and config.
+Imports errors, config and the engine's check of grammars.
 
     schema = read_schema({"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]})
     grammar = grammar_of(schema)            # restricts the tokens of the answer

@@ -249,7 +249,7 @@ def test_a_full_context_is_named(tmp_path: Path) -> None:
         ("root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000, "nested too deeply"),
         ("root ::= <[0]>", "cannot be read as GBNF: Expected name"),
         ('start: "a" b', 'unknown name: "b"'),
-        ("start: " + "(" * 50_000 + '"a"' + ")" * 50_000, "too deeply nested"),
+        ("start: " + "(" * 20_000 + '"a"' + ")" * 20_000, "too deeply nested"),
         ("start: /a(/", "unclosed group"),
         ('root ::= "a"\n' + "#" * 70_000, "at most 65536"),
         ('start: "a"\n' + "/" * 2_000_000, "at most"),
@@ -263,7 +263,7 @@ def test_an_invalid_grammar_is_refused_by_name(grammar: str, message: str) -> No
 
 
 def test_an_invalid_expression_is_refused_by_name() -> None:
-    for expression, message in {"a(b": "unclosed group", "(?=a)b": "look-around", "a{2,1}": "range"}.items():
+    for expression, message in {"a(b": "unclosed group", "(?=a)b": "not supported", "a{2,1}": "range"}.items():
         with pytest.raises(ConfigError, match=message):
             check_grammar(read_regex(expression))
 

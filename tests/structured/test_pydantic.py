@@ -121,7 +121,7 @@ class Names(BaseModel):
     short: Annotated[str, Field(min_length=1, max_length=3)]
 
 
-class Addresses(BaseModel):
+class Hosts(BaseModel):
     v4: ipaddress.IPv4Address
     v6: ipaddress.IPv6Address
 
@@ -236,7 +236,7 @@ class Range(BaseModel):
 
 
 CLASSES: list[type[BaseModel]] = [
-    *(Empty, Plain, Limits, Choices, Optionals, Lists, Nested, Pets, Tree, Times, Names, Addresses, Mapping, Aliased),
+    *(Empty, Plain, Limits, Choices, Optionals, Lists, Nested, Pets, Tree, Times, Names, Hosts, Mapping, Aliased),
     *(Closed, Money, Secret, Texts, Anything, Ints, Described, Boxes, Page, Frozen, Deep, Sum, Inherited, Review),
     *(Receipt, Counted, Embedded, Mail, Range, Cat),
 ]
