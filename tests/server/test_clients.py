@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from typer.testing import CliRunner
 
+from lfm2vl_edge.cli import app
 from tests.server.conftest import DATA, Here, data_url
 
 CAPTION = "What is in the picture?"  # quote
@@ -18,7 +21,7 @@ JPEG = {"type": "image_url", "image_url": {"url": data_url(), "detail": "low"}}
 
 def test_the_program_of_the_page(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     page = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photo.jpg").write_bytes((DATA / "0003.png").read_bytes())
     assert "http://127.0.0.1:8080/v1" in code
@@ -89,6 +92,43 @@ def test_evaluation_harnesses(here: Here, limit: str) -> None:
     content = [image, {"type": "text", "text": "Count the purple objects."}]
     body = {"model": "scenes", "messages": [{"role": "user", "content": content}], "n": 1, limit: 8, "temperature": 0}
     assert here.chat(body).text == "2"
+
+
+def test_answers_are_those_of_eval(here: Here, tmp_path: Path) -> None:
+    """What a harness sends for each row of a data set, four at a time, gives the answers of `eval`.
+
+    Boxes are left out: when several answers are computed together, their last digit may differ.
+    """
+    out = tmp_path / "out.jsonl"
+    command = [
+        "eval",
+        str(DATA / "data.jsonl"),
+        "-m",
+        "tiny",
+        "-t",
+        "1",
+        "--limit",
+        "28",
+        "--out",
+        str(out),
+        "-n",
+        "40",
+    ]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    results = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    rows = [json.loads(line) for line in (DATA / "data.jsonl").read_text().splitlines()[:28]]
+    rows = [row for row in rows if row["group"] != "detect"]
+    expected = {row["id"]: results[row["id"]]["answer"] for row in rows}
+    assert len(expected) == 24
+
+    def ask(row: dict[str, Any]) -> str:
+        image = {"type": "image_url", "image_url": {"url": data_url(DATA / row["image"]), "detail": "high"}}
+        messages = [{"role": "user", "content": [image, {"type": "text", "text": row["question"]}]}]
+        greedy = {"temperature": 0, "repetition_penalty": 1, "max_tokens": 40, "n": 1}
+        return here.chat({"messages": messages, **greedy}).text
+
+    with ThreadPoolExecutor(4) as pool:
+        assert dict(zip((row["id"] for row in rows), pool.map(ask, rows), strict=True)) == expected
 
 
 def test_langchain_and_n8n(here: Here) -> None:
