@@ -96,7 +96,7 @@ MESSAGES: dict[str, Call] = {
 SCHEMAS: dict[str, Callable[[str], Any]] = {
     "text": lambda text: text,
     "type": lambda text: {"type": text},
-    "keyword": lambda text: {text: text},
+    "keyword": lambda text: {"minLength": text},
     "reference": lambda text: {"$ref": text},
     "pattern": lambda text: {"type": "string", "pattern": text + "("},
     "format": lambda text: {"type": "string", "format": text},
