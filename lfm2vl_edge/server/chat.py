@@ -83,7 +83,9 @@ def submit(service: Service, answers: Answers, body: Mapping[str, Any]) -> Wante
     if flag(body, "logprobs") or integer(body, "top_logprobs"):
         raise Refusal(400, "logprobs are not supported; leave them out", param="logprobs")
     choice = choice_of(body, model.config.image, budget, service.n_ctx)
-    messages, seed = service.images.in_messages(body.get("messages"), choice), options.get("seed")
+    start, seed = time.perf_counter(), options.get("seed")
+    messages = service.images.in_messages(body.get("messages"), choice)
+    answers.image_seconds = time.perf_counter() - start
     for number in range(count or 1):
         answers.submit(messages, options if seed is None else options | {"seed": (seed + number) % (MAX_SEED + 1)})
     return wanted
@@ -123,7 +125,7 @@ class Completion:
         stats = [turn.stats for turn in turns if turn.stats is not None]
         for choice, one in zip(choices, stats, strict=True):
             self._count(choice["finish_reason"], one)
-        return self._object("", choices) | {"usage": usage(stats), "timings": timings(stats[0])}
+        return self._object("", choices) | {"usage": usage(stats), "timings": timings(stats[0], answers.image_seconds)}
 
     async def events(self, answers: Answers) -> AsyncIterator[tuple[None, dict[str, Any]]]:
         """Yield the chunks of a streamed answer.
@@ -146,7 +148,7 @@ class Completion:
                     yield None, self._delta(number, {"tool_calls": deltas})
                 reason = "tool_calls" if calls else chunk.finish_reason
                 self._count(reason or "stop", chunk.stats)
-                yield None, self._delta(number, {}, reason) | {"timings": timings(chunk.stats)}
+                yield None, self._delta(number, {}, reason) | {"timings": timings(chunk.stats, answers.image_seconds)}
         except EdgeError:
             self._count("error")
             raise
@@ -210,11 +212,16 @@ def usage(stats: Sequence[Stats]) -> dict[str, Any]:
     }
 
 
-def timings(stats: Stats) -> dict[str, Any]:
-    """Return what an answer took: llama.cpp's names for prompt and answer, and ours for the rest, milliseconds."""
+def timings(stats: Stats, image_seconds: float) -> dict[str, Any]:
+    """Return what an answer took: llama.cpp's names for prompt and answer, and ours for the rest, milliseconds.
+
+    Args:
+        stats: of the answer.
+        image_seconds: time that its images took before it was submitted.
+    """
     decoded = stats.prompt_tokens - stats.restored_tokens
     values: dict[str, float] = {
-        "preprocess_ms": stats.preprocess_seconds * 1000,
+        "preprocess_ms": (image_seconds + stats.preprocess_seconds) * 1000,
         "encode_ms": stats.encode_seconds * 1000,
         "prompt_ms": stats.prefill_seconds * 1000,
         "prompt_per_second": stats.prefill_speed,

@@ -71,7 +71,10 @@ def submit(service: Service, answers: Answers, body: Mapping[str, Any]) -> Write
     options |= answer_format((typed(dict, body, "text") or {}).get("format")) | tool_options(body)
     writer = Writer(service, body)
     choice = choice_of(body, model.config.image, model.budget, service.n_ctx)
-    answers.submit(service.images.in_messages(messages_of(body), choice), options)
+    start = time.perf_counter()
+    messages = service.images.in_messages(messages_of(body), choice)
+    answers.image_seconds = time.perf_counter() - start
+    answers.submit(messages, options)
     return writer
 
 
@@ -180,7 +183,7 @@ class Writer:
             yield event
         self._count("tool_calls" if last.tool_calls else last.finish_reason or "stop", last.stats)
         status = "incomplete" if last.finish_reason == "length" else "completed"
-        yield self.event(f"response.{status}", response=self._response(status, last.stats))
+        yield self.event(f"response.{status}", response=self._response(status, last.stats, answers.image_seconds))
 
     def error(self, error: Refusal) -> _Event:
         """Return the event of an error."""
@@ -229,13 +232,13 @@ class Writer:
         self._is_counted = True
         self._service.metrics.count_answer(outcome, stats)
 
-    def _response(self, status: str, stats: Stats | None = None) -> dict[str, Any]:
+    def _response(self, status: str, stats: Stats | None = None, image_seconds: float = 0.0) -> dict[str, Any]:
         response = {**self._head, "status": status, "output": list(self._output), "usage": None}
         if status == "incomplete":
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         if stats is not None:
             counted = usage([stats])
-            response["timings"] = timings(stats)
+            response["timings"] = timings(stats, image_seconds)
             response["usage"] = {
                 "input_tokens": counted["prompt_tokens"],
                 "input_tokens_details": counted["prompt_tokens_details"],

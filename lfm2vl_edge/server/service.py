@@ -149,6 +149,8 @@ class Answers:
         self._lock = threading.Lock()
         self._is_closed = False
         self.streams: list[Stream] = []
+        self.image_seconds = 0.0
+        """Time that the images of the request took."""
 
     def submit(self, messages: list[Any], options: Mapping[str, Any]) -> None:
         """Submit a request; errors as for `Scheduler.submit`."""

@@ -48,6 +48,10 @@ async def merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Chunk]]:
     Raises:
         EdgeError: of one of them.
     """
+    if len(streams) == 1:  # without a task for each token
+        async for chunk in streams[0]:
+            yield 0, chunk
+        return
     reading: dict[asyncio.Task[Chunk], int] = {}
 
     def read(number: int) -> None:

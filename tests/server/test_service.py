@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -209,6 +210,22 @@ def test_the_end_leaves_nothing_behind() -> None:
         assert set(threading.enumerate()) == threads
         assert open_files() == files
         assert model.ask([], "Count.", max_tokens=1) is not None  # it is free again
+
+
+def same(model: Model) -> Model:
+    return model
+
+
+def test_a_disk_cache_survives_a_restart(tmp_path: Path) -> None:
+    views = []
+    for _ in range(2):
+        with (
+            Model.open("tiny", n_threads=1, cache=tmp_path) as model,
+            running(Service(settings_of(), partial(same, model))) as here,
+        ):
+            views.append(here.chat(question()).json["timings"]["encoded_views"])
+    assert views[0] > 0
+    assert views[1] == 0
 
 
 def test_a_failed_engine_is_reported(here: Here, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
