@@ -6,106 +6,62 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from lfm2vl_edge.config import MAX_SEED
 from lfm2vl_edge.errors import EdgeError
 from lfm2vl_edge.generate import Chunk, Turn
 from lfm2vl_edge.prompt.calls import ToolCall
+from lfm2vl_edge.server.answering import Writer, answer
 from lfm2vl_edge.server.fields import answer_format, answer_options, flag, integer, tool_options, typed
-from lfm2vl_edge.server.images import choice_of
 from lfm2vl_edge.server.refusals import Refusal
 from lfm2vl_edge.server.service import Answers, Service
-from lfm2vl_edge.server.streaming import Disconnected, Events, Json, merged, unless_disconnected
+from lfm2vl_edge.server.streaming import Event, merged
 from lfm2vl_edge.stats import Stats
-
-_DONE: Final = b"data: [DONE]\n\n"
-"""Ends a stream of OpenAI's chat completions."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What a request asks for beside messages and options."""
-
-    stream: bool
-    include_usage: bool
-    several_calls: bool
-    """Whether an answer may have more than one tool call."""
 
 
 async def chat(request: Request) -> ASGIApp:
     """Answer a chat completion, whole or streamed."""
-    service: Service = request.app.state.service
-    answers = Answers(service.scheduler)
-    streams_on = False
-    try:
-        async with service.bodies.json_of(request, service.readers) as body:
-            wanted = await service.read(submit, service, answers, body)
-        completion = Completion(service, wanted)
-        if wanted.stream:
-            streams_on = True
-            return Events(
-                completion.events(answers), service.settings.timeout, _error_event, completion.closing(answers), _DONE
-            )
-        work = completion.whole(answers)
-        return Json(await unless_disconnected(request.receive, service.settings.timeout, work))
-    except Disconnected:
-        service.metrics.count_answer("cancelled")
-        return Response(status_code=499)
-    finally:
-        if not streams_on:
-            answers.close()
+    return await answer(request, submit)
 
 
-def submit(service: Service, answers: Answers, body: Mapping[str, Any]) -> Wanted:
-    """Read a request and submit it to the scheduler; in a thread, since images are decoded here.
+def submit(service: Service, answers: Answers, body: Mapping[str, Any]) -> Completion:
+    """Read a request and submit it.
 
     Raises:
         EdgeError: it is not valid, or cannot be answered now.
     """
-    model, budget = service.model, service.model.budget
     options = answer_options(body, service.settings.defaults, service.n_ctx)
     options |= answer_format(body.get("response_format")) | tool_options(body)
-    wanted = Wanted(
-        stream=flag(body, "stream"),
-        include_usage=flag(typed(dict, body, "stream_options") or {}, "include_usage"),
-        several_calls=flag(body, "parallel_tool_calls", default=True),
-    )
-    count = integer(body, "n")
-    most = service.scheduler.parallel
+    count, most = integer(body, "n"), service.scheduler.parallel
     if count is not None and not 1 <= count <= most:
         raise Refusal(400, f"n is {count}; it must be from 1 to {most} (--parallel)", param="n")
     if flag(body, "logprobs") or integer(body, "top_logprobs"):
         raise Refusal(400, "logprobs are not supported; leave them out", param="logprobs")
-    choice = choice_of(body, model.config.image, budget, service.n_ctx)
-    start, seed = time.perf_counter(), options.get("seed")
-    messages = service.images.in_messages(body.get("messages"), choice)
-    answers.image_seconds = time.perf_counter() - start
+    completion = Completion(service, body)
+    messages, seed = service.images_of(body.get("messages"), body, answers), options.get("seed")
     for number in range(count or 1):
         answers.submit(messages, options if seed is None else options | {"seed": (seed + number) % (MAX_SEED + 1)})
-    return wanted
+    return completion
 
 
-def _error_event(error: Refusal) -> tuple[None, dict[str, Any]]:
-    return None, error.body
-
-
-class Completion:
+class Completion(Writer):
     """One response of chat completions."""
 
-    def __init__(self, service: Service, wanted: Wanted) -> None:
-        self._service, self._wanted = service, wanted
+    last = b"data: [DONE]\n\n"
+
+    def __init__(self, service: Service, body: Mapping[str, Any]) -> None:
+        super().__init__(service, stream=flag(body, "stream"))
+        self._includes_usage = flag(typed(dict, body, "stream_options") or {}, "include_usage")
+        self._most_calls = None if flag(body, "parallel_tool_calls", default=True) else 1
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": service.names[0],
         }
-        self._is_counted = False
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """Return the object of a whole answer.
@@ -118,16 +74,16 @@ class Completion:
             async for number, chunk in merged(answers.streams):
                 chunks[number].append(chunk)
         except EdgeError:
-            self._count("error")
+            self.count("error")
             raise
         turns = [Turn.of(one) for one in chunks]
         choices = [self._choice(number, turn) for number, turn in enumerate(turns)]
         stats = [turn.stats for turn in turns if turn.stats is not None]
         for choice, one in zip(choices, stats, strict=True):
-            self._count(choice["finish_reason"], one)
+            self.count(choice["finish_reason"], one)
         return self._object("", choices) | {"usage": usage(stats), "timings": timings(stats[0], answers.image_seconds)}
 
-    async def events(self, answers: Answers) -> AsyncIterator[tuple[None, dict[str, Any]]]:
+    async def events(self, answers: Answers) -> AsyncIterator[Event]:
         """Yield the chunks of a streamed answer.
 
         Raises:
@@ -147,27 +103,17 @@ class Completion:
                     deltas = [{"index": index, **call} for index, call in enumerate(calls)]
                     yield None, self._delta(number, {"tool_calls": deltas})
                 reason = "tool_calls" if calls else chunk.finish_reason
-                self._count(reason or "stop", chunk.stats)
+                self.count(reason or "stop", chunk.stats)
                 yield None, self._delta(number, {}, reason) | {"timings": timings(chunk.stats, answers.image_seconds)}
         except EdgeError:
-            self._count("error")
+            self.count("error")
             raise
-        if self._wanted.include_usage:
+        if self._includes_usage:
             yield None, self._object(".chunk", []) | {"usage": usage(stats)}
 
-    def closing(self, answers: Answers) -> Any:
-        """Return what ends a streamed answer: it is cancelled if it is not complete."""
-
-        def close() -> None:
-            answers.close()
-            if not self._is_counted:
-                self._count("cancelled")
-
-        return close
-
-    def _count(self, outcome: str, stats: Stats | None = None) -> None:
-        self._is_counted = True
-        self._service.metrics.count_answer(outcome, stats)
+    def error(self, error: Refusal) -> Event:
+        """Return the event of an error."""
+        return None, error.body
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": f"chat.completion{kind}", "choices": choices}
@@ -185,7 +131,7 @@ class Completion:
         return {"index": number, "message": message, "logprobs": None, "finish_reason": reason}
 
     def _calls(self, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
-        return [call_object(call) for call in calls[: None if self._wanted.several_calls else 1]]
+        return [call_object(call) for call in calls[: self._most_calls]]
 
 
 def call_object(call: ToolCall) -> dict[str, Any]:

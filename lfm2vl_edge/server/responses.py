@@ -6,21 +6,20 @@ import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from lfm2vl_edge.errors import EdgeError, shorten
 from lfm2vl_edge.generate import Chunk
 from lfm2vl_edge.prompt.calls import ToolCall
+from lfm2vl_edge.server.answering import Writer, answer
 from lfm2vl_edge.server.chat import call_object, timings, usage
 from lfm2vl_edge.server.fields import answer_format, answer_options, flag, integer, tool_options, typed
-from lfm2vl_edge.server.images import choice_of
 from lfm2vl_edge.server.refusals import Refusal
 from lfm2vl_edge.server.service import Answers, Service
-from lfm2vl_edge.server.streaming import Disconnected, Events, Json, unless_disconnected
+from lfm2vl_edge.server.streaming import Event
 from lfm2vl_edge.stats import Stats
 
 _REFUSED: Final[Mapping[str, str]] = {
@@ -32,31 +31,15 @@ _REFUSED: Final[Mapping[str, str]] = {
 """Fields that refer to what OpenAI stores -> the remedy."""
 _ECHOED: Final = ("instructions", "max_output_tokens", "metadata", "temperature", "top_p", "user")
 """Fields of a request that its response repeats."""
-_Event: TypeAlias = "tuple[str | None, dict[str, Any]]"
 
 
 async def responses(request: Request) -> ASGIApp:
     """Answer a request, whole or as a stream of typed events."""
-    service: Service = request.app.state.service
-    answers, is_streamed = Answers(service.scheduler), False
-    try:
-        async with service.bodies.json_of(request, service.readers) as body:
-            writer = await service.read(submit, service, answers, body)
-        if writer.stream:
-            is_streamed = True
-            return Events(writer.events(answers), service.settings.timeout, writer.error, writer.closing(answers))
-        work = writer.whole(answers)
-        return Json(await unless_disconnected(request.receive, service.settings.timeout, work))
-    except Disconnected:
-        service.metrics.count_answer("cancelled")
-        return Response(status_code=499)
-    finally:
-        if not is_streamed:
-            answers.close()
+    return await answer(request, submit)
 
 
-def submit(service: Service, answers: Answers, body: Mapping[str, Any]) -> Writer:
-    """Read a request and submit it to the scheduler; in a thread, since images are decoded here.
+def submit(service: Service, answers: Answers, body: Mapping[str, Any]) -> ResponseWriter:
+    """Read a request and submit it.
 
     Raises:
         EdgeError: it is not valid, or cannot be answered now.
@@ -66,15 +49,10 @@ def submit(service: Service, answers: Answers, body: Mapping[str, Any]) -> Write
             raise Refusal(400, f"{name} is not supported; {remedy}", param=name)
     if integer(body, "top_logprobs"):
         raise Refusal(400, "top_logprobs is not supported; leave it out", param="top_logprobs")
-    model = service.model
     options = answer_options(body, service.settings.defaults, service.n_ctx)
     options |= answer_format((typed(dict, body, "text") or {}).get("format")) | tool_options(body)
-    writer = Writer(service, body)
-    choice = choice_of(body, model.config.image, model.budget, service.n_ctx)
-    start = time.perf_counter()
-    messages = service.images.in_messages(messages_of(body), choice)
-    answers.image_seconds = time.perf_counter() - start
-    answers.submit(messages, options)
+    writer = ResponseWriter(service, body)
+    answers.submit(service.images_of(messages_of(body), body, answers), options)
     return writer
 
 
@@ -116,24 +94,19 @@ def _add_item(messages: list[dict[str, Any]], item: Any) -> None:
         )
 
 
-class Writer:
+class ResponseWriter(Writer):
     """Writes one response.
 
     Args:
         service: what answers.
         body: the request.
-
-    Attributes:
-        stream: whether it is streamed.
     """
 
     def __init__(self, service: Service, body: Mapping[str, Any]) -> None:
-        self.stream = flag(body, "stream")
-        self._service = service
+        super().__init__(service, stream=flag(body, "stream"))
         self._most_calls = None if flag(body, "parallel_tool_calls", default=True) else 1
         self._numbers = itertools.count()
         self._output: list[dict[str, Any]] = []
-        self._is_counted = False
         self._head = {
             "id": f"resp_{secrets.token_hex(16)}",
             "object": "response",
@@ -162,7 +135,7 @@ class Writer:
         response: dict[str, Any] = last["response"]
         return response
 
-    async def events(self, answers: Answers) -> AsyncIterator[_Event]:
+    async def events(self, answers: Answers) -> AsyncIterator[Event]:
         """Yield the events of an answer, in OpenAI's order.
 
         Raises:
@@ -177,43 +150,33 @@ class Writer:
                 for event in message.add(last.text, even_if_empty=is_empty):
                     yield event
         except EdgeError:
-            self._count("error")
+            self.count("error")
             raise
         for event in (*message.end(), *self._calls(last.tool_calls[: self._most_calls])):
             yield event
-        self._count("tool_calls" if last.tool_calls else last.finish_reason or "stop", last.stats)
+        self.count("tool_calls" if last.tool_calls else last.finish_reason or "stop", last.stats)
         status = "incomplete" if last.finish_reason == "length" else "completed"
         yield self.event(f"response.{status}", response=self._response(status, last.stats, answers.image_seconds))
 
-    def error(self, error: Refusal) -> _Event:
+    def error(self, error: Refusal) -> Event:
         """Return the event of an error."""
         values = error.body["error"]
         return self.event("error", **{name: values[name] for name in ("message", "code", "param")})
-
-    def closing(self, answers: Answers) -> Any:
-        """Return what ends a streamed answer: it is cancelled if it is not complete."""
-
-        def close() -> None:
-            answers.close()
-            if not self._is_counted:
-                self._count("cancelled")
-
-        return close
 
     def add_item(self, item: dict[str, Any]) -> int:
         """Add an item to the output and return its index."""
         self._output.append(item)
         return len(self._output) - 1
 
-    def event(self, kind: str, /, **fields: Any) -> _Event:
+    def event(self, kind: str, /, **fields: Any) -> Event:
         """Return the next event."""
         return kind, {"type": kind, "sequence_number": next(self._numbers), **fields}
 
-    def _calls(self, calls: Sequence[ToolCall]) -> Iterator[_Event]:
+    def _calls(self, calls: Sequence[ToolCall]) -> Iterator[Event]:
         for call in calls:
             yield from self._call(call_object(call))
 
-    def _call(self, call: dict[str, Any]) -> list[_Event]:
+    def _call(self, call: dict[str, Any]) -> list[Event]:
         function = call["function"]
         item = {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", "call_id": call["id"]}
         item |= {"name": function["name"], "arguments": function["arguments"], "status": "completed"}
@@ -227,10 +190,6 @@ class Writer:
             self.event(f"{name}.done", arguments=arguments, name=item["name"], **by_item),
             self.event("response.output_item.done", item=item, **place),
         ]
-
-    def _count(self, outcome: str, stats: Stats | None = None) -> None:
-        self._is_counted = True
-        self._service.metrics.count_answer(outcome, stats)
 
     def _response(self, status: str, stats: Stats | None = None, image_seconds: float = 0.0) -> dict[str, Any]:
         response = {**self._head, "status": status, "output": list(self._output), "usage": None}
@@ -252,7 +211,7 @@ class Writer:
 class Message:
     """The text of a response, an item of its output, and its events."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: ResponseWriter) -> None:
         self._writer = writer
         self._part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         self._item: dict[str, Any] = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant"}
@@ -262,7 +221,7 @@ class Message:
     def _by_part(self) -> dict[str, Any]:
         return {"item_id": self._item["id"], "content_index": 0, **self._place}
 
-    def add(self, text: str, *, even_if_empty: bool) -> Iterator[_Event]:
+    def add(self, text: str, *, even_if_empty: bool) -> Iterator[Event]:
         """Yield the events of new text; before the first one, those of the item."""
         if not self._place and (text or even_if_empty):
             self._place = {"output_index": self._writer.add_item(self._item)}
@@ -273,7 +232,7 @@ class Message:
             self._part["text"] += text
             yield self._writer.event("response.output_text.delta", delta=text, logprobs=[], **self._by_part)
 
-    def end(self) -> Iterator[_Event]:
+    def end(self) -> Iterator[Event]:
         """Yield the events after the text, if there was an item."""
         if not self._place:
             return

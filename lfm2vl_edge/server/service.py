@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from lfm2vl_edge.cache.memory import STATE_BYTES
 from lfm2vl_edge.config import Options
 from lfm2vl_edge.opening import check_count
+from lfm2vl_edge.prompt.messages import Message
 from lfm2vl_edge.scheduler import Scheduler, Stream
 from lfm2vl_edge.server.guard import Bodies
-from lfm2vl_edge.server.images import ImagePolicy, Images
+from lfm2vl_edge.server.images import ImagePolicy, Images, choice_of
 from lfm2vl_edge.server.metrics import Metrics
 from lfm2vl_edge.server.refusals import Refusal
 
@@ -136,6 +137,18 @@ class Service:
         """Names of the model; answers carry the first one."""
         return tuple(dict.fromkeys((*self.settings.aliases, self.model.config.name)))
 
+    def images_of(self, messages: Any, body: Mapping[str, Any], answers: Answers) -> list[Message]:
+        """Return the messages of a request with their images preprocessed, as its fields choose; in a thread.
+
+        Raises:
+            EdgeError: they are not valid.
+        """
+        start = time.perf_counter()
+        choice = choice_of(body, self.model.config.image, self.model.budget, self.n_ctx)
+        found = self.images.in_messages(messages, choice)
+        answers.image_seconds = time.perf_counter() - start
+        return found
+
     async def read(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Return the result of a function that runs in one of the threads."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, function, *arguments)
@@ -152,7 +165,7 @@ class Answers:
         self.image_seconds = 0.0
         """Time that the images of the request took."""
 
-    def submit(self, messages: list[Any], options: Mapping[str, Any]) -> None:
+    def submit(self, messages: Sequence[Message], options: Mapping[str, Any]) -> None:
         """Submit a request; errors as for `Scheduler.submit`."""
         stream = self._scheduler.submit(messages, **options)
         with self._lock:

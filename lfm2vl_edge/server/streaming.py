@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import anyio
 from starlette.responses import JSONResponse
@@ -27,6 +27,8 @@ _HEADERS: Final = [
     (b"x-accel-buffering", b"no"),
 ]
 """The last one keeps nginx from collecting events."""
+Event: TypeAlias = "tuple[str | None, dict[str, Any]]"
+"""The name of its type, if it has one, and the object that it carries."""
 _Result = TypeVar("_Result")
 
 
@@ -121,9 +123,9 @@ class Events:
 
     def __init__(
         self,
-        events: AsyncIterator[tuple[str | None, dict[str, Any]]],
+        events: AsyncIterator[Event],
         seconds: float,
-        on_error: Callable[[Refusal], tuple[str | None, dict[str, Any]]],
+        on_error: Callable[[Refusal], Event],
         close: Callable[[], None],
         last: bytes = b"",
     ) -> None:
