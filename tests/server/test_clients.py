@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lfm2vl_edge.cli import app
-from tests.server.conftest import DATA, Here, data_url
+from tests.server.conftest import DATA, Here, data_url, encoded, question
 
 CAPTION = "What is in the picture?"  # quote
 JPEG = {"type": "image_url", "image_url": {"url": data_url(), "detail": "low"}}
@@ -136,6 +136,44 @@ def test_langchain_and_n8n(here: Here) -> None:
     for image in ({"image_url": data_url()}, {"type": "image_url", "image_url": data_url()}):
         content = [image, {"text": "Count the purple objects."}]
         assert here.chat({"messages": [{"role": "user", "content": content}], "temperature": 0}).text == "2"
+
+
+@pytest.mark.filterwarnings("ignore")  # of other packages
+@pytest.mark.parametrize("as_responses", [False, True])
+def test_langchain_itself(here: Here, as_responses: bool) -> None:
+    """Where it is installed; `pip install langchain-openai` brings thirty packages."""
+    openai = pytest.importorskip("langchain_openai")
+    messages = pytest.importorskip("langchain_core.messages")
+    options = {"api_key": "none", "model": "x", "temperature": 0, "max_retries": 0, "use_responses_api": as_responses}
+    model = openai.ChatOpenAI(base_url=f"{here.url}/v1", **options)
+    text = {"type": "text", "text": "Count the purple objects."}
+    url = {"type": "image_url", "image_url": {"url": data_url()}}
+    own = {"type": "image", "source_type": "base64", "mime_type": "image/png", "data": encoded()}
+    for image in (url, own):
+        assert model.invoke([messages.HumanMessage(content=[image, text])]).text == "2"
+    asked = [messages.HumanMessage(content=[url, text])]
+    assert "".join(chunk.text for chunk in model.stream(asked)) == "2"
+    schema = {
+        "title": "n",
+        "type": "object",
+        "properties": {"n": {"type": "integer", "maximum": 9}},
+        "required": ["n"],
+    }
+    assert set(model.with_structured_output(schema, method="json_schema").invoke(asked)) == {"n"}
+
+
+@pytest.mark.filterwarnings("ignore")  # of other packages
+def test_litellm_itself(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed."""
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # instead of a download
+    litellm = pytest.importorskip("litellm")
+    body = question()
+    given = {"model": "openai/scenes", "api_base": f"{here.url}/v1", "api_key": "none", **body}
+    answer = litellm.completion(**given)
+    assert answer.choices[0].message.content == "2"
+    assert answer.usage.prompt_tokens > 0
+    chunks = list(litellm.completion(stream=True, **given))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "2"
 
 
 def test_agents(with_tools: Here) -> None:
