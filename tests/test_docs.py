@@ -54,7 +54,7 @@ _ONLY_PARSED_OPTIONS: Final = ("--n-gpu-layers", "--device", "--budget-seconds",
 """They need a GPU, a measured profile, or many seconds."""
 _SLOW: Final = ("convert", "quantize", "calibrate", "verify")
 """They take seconds: they are run on the page about them and in transcripts, and parsed elsewhere."""
-_FOREIGN: Final = ("--build", "--baseline-mmproj", "--install", "--temp", "--strict")
+_FOREIGN: Final = ("--build", "--baseline-mmproj", "--install", "--temp", "--strict", "--only")
 """Options of other programs that the documents name."""
 
 
@@ -365,7 +365,7 @@ def test_programs_of_the_documents_exist() -> None:
     named = {
         name for page in documents() for name in re.findall(r"python -m ([\w.]+)", page.read_text(encoding="utf-8"))
     }
-    assert named
-    for name in sorted(named):
+    assert named > {"lmms_eval"}
+    for name in sorted(named - {"lmms_eval"}):
         path = ROOT / name.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
