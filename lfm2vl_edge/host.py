@@ -240,12 +240,19 @@ def _has_ended(pid: int) -> bool:
 # Threads and forks
 
 
-def fork_safe_lock() -> threading.RLock:
-    """Return a lock that a fork waits for, so that a forked process finds it free and what it guards consistent."""
-    lock = threading.RLock()
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
-    return lock
+class ProcessLock:
+    """A lock that a forked process finds free, whichever thread had it when the process forked."""
+
+    def __init__(self) -> None:
+        self._locks: dict[int, threading.RLock] = {}
+
+    def __enter__(self) -> None:
+        self._locks.setdefault(os.getpid(), threading.RLock()).acquire()
+
+    def __exit__(self, *_: object) -> None:
+        lock = self._locks.get(os.getpid())
+        if lock is not None:  # else the process forked inside the block
+            lock.release()
 
 
 def start_worker(

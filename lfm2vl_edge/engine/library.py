@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from lfm2vl_edge.host import fork_safe_lock
+from lfm2vl_edge.host import ProcessLock
 
 _FOLDER_VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
 """llama_cpp's environment variable for another folder."""
@@ -94,7 +94,7 @@ class NativeLog:
         """The C function that receives the log."""
         self._warning = self._error = ""
         self._level = 0
-        self._lock = fork_safe_lock()
+        self._lock = ProcessLock()
         self._silences = 0
         self._ignore = ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p)
 

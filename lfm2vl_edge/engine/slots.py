@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lfm2vl_edge.engine import Constraint, Engine, Floats, Sampled, State
+from lfm2vl_edge.engine import Floats, Sampled, State
 from lfm2vl_edge.engine.ffi import (
     ABORTED,
     NO_MEMORY_SLOT,
@@ -28,7 +28,6 @@ from lfm2vl_edge.engine.library import LOG
 from lfm2vl_edge.errors import ContextFull, EngineError
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.config import Sampling
     from lfm2vl_edge.engine.sampling import Sampler
     from lfm2vl_edge.image.load import Pixels
 
@@ -210,19 +209,3 @@ class Slot:
     def clear(self) -> None:
         """Forget the tokens of the sequence."""
         self._slots.replace(self, np.empty(0, np.uint8), 0)
-
-
-@runtime_checkable
-class SharedEngine(Engine, Protocol):
-    """An engine that can compute several answers together."""
-
-    def sampler(
-        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None
-    ) -> Sampler:
-        """Return what samples the tokens of one answer, for `Slots.sample`; arguments as for `sample`. Close it."""
-
-    def open_slots(self, count: int, n_ctx: int) -> Slots:
-        """Return `count` sequences of one context of their own, at first for `n_ctx` tokens of all together.
-
-        It is freed with the engine at the latest.
-        """

@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lfm2vl_edge.config import MAX_MEGAPIXELS
 from lfm2vl_edge.errors import ImageError, clip
-from lfm2vl_edge.host import fork_safe_lock
+from lfm2vl_edge.host import ProcessLock
 from lfm2vl_edge.image.headers import Header, read_header
 from lfm2vl_edge.image.metadata import (
     AVIF,
@@ -83,7 +83,7 @@ _OTHER_FILES: Final = {
     b"qoif": "a QOI image; save it as PNG",
 }
 """The start of what people give instead of an image: what it is, and the remedy."""
-_pillow_lock: Final = fork_safe_lock()
+_pillow_lock: Final = ProcessLock()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from lfm2vl_edge.cache.memory import STATE_BYTES, Caches, StateCache
 from lfm2vl_edge.config import Options
-from lfm2vl_edge.engine import Sampled
-from lfm2vl_edge.engine.slots import SharedEngine
+from lfm2vl_edge.engine import Constraint, Engine, Sampled
 from lfm2vl_edge.errors import EdgeError, EngineError, QueueFull, clip
 from lfm2vl_edge.generate import Answer, Chunk, prefill_steps
 from lfm2vl_edge.image.tiles import Tile
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from lfm2vl_edge.cache.memory import Piece
+    from lfm2vl_edge.config import Sampling
     from lfm2vl_edge.engine.sampling import Sampler
     from lfm2vl_edge.engine.slots import Slot, Slots
     from lfm2vl_edge.model import ChatOptions, Model
@@ -43,6 +43,22 @@ _MOST_WAITING: Final = 10_000
 """Each keeps the pixels of its views, 0.8 MB for 512x512."""
 _MOST_PASSED: Final = 8
 """Steps of later requests after which an earlier one comes first."""
+
+
+@runtime_checkable
+class SharedEngine(Engine, Protocol):
+    """An engine that can compute several answers together."""
+
+    def sampler(
+        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None
+    ) -> Sampler:
+        """Return what samples the tokens of one answer, for `Slots.sample`; arguments as for `sample`. Close it."""
+
+    def open_slots(self, count: int, n_ctx: int) -> Slots:
+        """Return `count` sequences of one context of their own, at first for `n_ctx` tokens of all together.
+
+        It is freed with the engine at the latest.
+        """
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -34,6 +34,9 @@ _LONGEST: Final = 10**6
 """Larger limits of lengths are left to the check: no answer has so many tokens."""
 _SMALLEST_STEP: Final = 1e-9
 """Nine decimals where the schema states no `multipleOf`, for the same reason."""
+_TIMES: Final = ("time", "date-time")
+_FRACTION: Final = r"^[^.]+(\.[0-9]{1,9}[^0-9.][^.]*)?$"
+"""At most nine decimals of a second, for the same reason."""
 _OPTIONS: Final[JsonCompileOptions] = {"whitespace_flexible": False, "coerce_one_of": True, "lenient": True}
 """llguidance's: no spaces but those of the separators; what it cannot hold is ignored, and checked afterwards."""
 _NAMED_PARTS: Final = frozenset(("properties", "patternProperties", "$defs", "definitions"))
@@ -266,6 +269,8 @@ class _Held:
         for keyword in ("maxLength", "maxItems", "maxProperties"):
             if isinstance(held.get(keyword), int) and held[keyword] > _LONGEST:
                 del held[keyword]
+        if held.get("format") in _TIMES:
+            held.setdefault("pattern", _FRACTION)
         _limit_numbers(held)
         return self._relaxed(held)
 
