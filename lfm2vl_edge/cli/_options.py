@@ -22,6 +22,7 @@ from lfm2vl_edge.config import (
     MAX_MEGAPIXELS,
     RESAMPLE_NAMES,
     Options,
+    is_finite,
     require,
 )
 from lfm2vl_edge.errors import ConfigError, clip, shorten
@@ -338,7 +339,8 @@ ComparedOptions: TypeAlias = Annotated[AnswerOptions, {**GREEDY, "max_tokens": 1
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command have parameters that are groups of options: typer gets their fields, the command the group.
 
-    A group is one of the dataclasses above, or `Annotated[group, {field: default}]` with other defaults.
+    A group is one of the dataclasses above, or `Annotated[group, {field: default}]` with other defaults. Numbers that
+    are not finite are refused, which typer's own limits do not do.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {}
@@ -353,6 +355,10 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def gathered(**values: Any) -> None:
+        for name, value in values.items():
+            if isinstance(value, float) and not is_finite(value):
+                option = f"'--{name.replace('_', '-')}'"
+                raise typer.BadParameter(f"{value} is not a finite number.", param_hint=option)
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
         command(**values)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _SHOWN_TENSORS: Final = 5
 
 
+@opt.takes_groups
 def verify(
     model: Annotated[
         str, typer.Argument(metavar="NAME|PAIR", help="A downloaded model, a pair's folder, or its language GGUF.")

@@ -149,7 +149,6 @@ def test_verbose_statistics_go_to_stderr(run: Run) -> None:
         (["door.png", *options("yes", "no")], "no question after 'door.png'"),
         (["Is it open?", *options("yes", "no")], "no image before 'Is it open?'"),
         (["door.png", "Is it open?", *options("yes", "no"), "--temperature", "0"], "probabilities is 0.0"),
-        (["door.png", "Is it open?", *options("yes", "no"), "--temperature", "nan"], "probabilities is nan"),
         (["door.png", "long " * 300, *options("yes", "no")], "the model's context is 500"),
     ],
 )
