@@ -1,4 +1,4 @@
-"""Several clients at the same time: requests per minute, tokens per second, and pauses of running answers.
+"""Several clients at the same time: requests per minute and tokens per second.
 
     python -m benchmarks.serving -m MODEL --clients 4 --runs 3
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -90,28 +89,6 @@ def compare(model: Model, name: str, requests: Requests, clients: int, runs: int
     print(f"{name:28} ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def pause(model: Model) -> None:
-    """Print the longest pause of a running answer while an image of 1920x1080 arrives, against one view's encoding."""
-    view = model.preprocess(noise(512, 512, 1))
-    one_view = statistics.median(measure(lambda: len(model.embed_image(view)))[0] for _ in range(3))
-    with Scheduler(model, parallel=2) as scheduler:
-        running = scheduler.submit([user_message([], "Count.")], temperature=1.0, max_tokens=1000)
-        next(running)
-        times = [time.perf_counter()]
-        arriving = scheduler.submit([user_message(noise(1080, 1920, 2), "What?")], max_tokens=1)
-        reader = threading.Thread(target=list, args=(arriving,))
-        reader.start()
-        while not arriving.is_ended:
-            next(running)
-            times.append(time.perf_counter())
-        running.close()
-        reader.join()
-    longest = max(np.diff(times))
-    print(
-        f"{'longest pause, 1920x1080':28} {longest:.2f} s, one view {one_view:.2f} s, ratio {longest / one_view:.2f}"
-    )
-
-
 @app.command()
 def main(
     model: Annotated[str, typer.Option("--model", "-m", help="Name, language GGUF or folder.")],
@@ -124,7 +101,6 @@ def main(
         compare(opened, "text alone", Requests(None), clients, runs)
         compare(opened, "each its own 512x512", Requests((512, 512)), clients, runs)
         compare(opened, "one shared 512x512", Requests((512, 512), shared=True), clients, runs)
-        pause(opened)
 
 
 if __name__ == "__main__":
