@@ -330,6 +330,23 @@ class AnswerOptions(SamplingOptions):
         return {**SamplingOptions.values(self), "stop": tuple(self.stop or ()), **form}
 
 
+ImagesAndPrompt: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[IMAGE]... [PROMPT]",
+        help="Images (paths, http(s) URLs, - for stdin), then the question in quotation marks.",
+    ),
+]
+Prompt: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        "-p",
+        parser=as_text,
+        metavar="TEXT",
+        help="The question; every argument is then an image, if any.",
+    ),
+]
 ExactOptions: TypeAlias = Annotated[SamplingOptions, GREEDY]
 """Sampling of answers that programs read: other defaults."""
 ComparedOptions: TypeAlias = Annotated[AnswerOptions, {**GREEDY, "max_tokens": 128}]

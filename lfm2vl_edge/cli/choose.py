@@ -58,23 +58,8 @@ def choose(
     model: opt.ModelOptions,
     image: opt.ImageOptions,
     option: _Option,
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[IMAGE]... [PROMPT]",
-            help="Images (paths, http(s) URLs, - for stdin), then the question in quotation marks.",
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt",
-            "-p",
-            parser=opt.as_text,
-            metavar="TEXT",
-            help="The question; every argument is then an image, if any.",
-        ),
-    ] = None,
+    arguments: opt.ImagesAndPrompt = None,
+    prompt: opt.Prompt = None,
     threshold: _Threshold = 0.0,
     exit_code: _ExitCode = False,
     temperature: _Temperature = None,

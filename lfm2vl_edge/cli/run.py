@@ -45,23 +45,8 @@ def run(
     image: opt.ImageOptions,
     answer: opt.AnswerOptions,
     tool: ToolOptions,
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[IMAGE]... [PROMPT]",
-            help="Images (paths, http(s) URLs, - for stdin), then the question in quotation marks.",
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt",
-            "-p",
-            parser=opt.as_text,
-            metavar="TEXT",
-            help="The question; every argument is then an image, if any.",
-        ),
-    ] = None,
+    arguments: opt.ImagesAndPrompt = None,
+    prompt: opt.Prompt = None,
     ask: _Ask = None,
     system: Annotated[
         str | None,

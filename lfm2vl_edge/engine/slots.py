@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,9 +30,6 @@ from lfm2vl_edge.errors import ContextFull, EngineError
 if TYPE_CHECKING:
     from lfm2vl_edge.engine.sampling import Sampler
     from lfm2vl_edge.image.load import Pixels
-
-MAX_SLOTS: Final = 64
-"""llama.cpp's limit is 256 (LLAMA_MAX_SEQ); each sequence has states of its own, and more than eight gain no speed."""
 
 
 class Slots:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from lfm2vl_edge.model import ChatOptions, Model
     from lfm2vl_edge.prompt.messages import Message
 
+MOST_PARALLEL: Final = 64
+"""llama.cpp's limit is 256 (LLAMA_MAX_SEQ); each has states of its own, and more than eight gain no speed."""
 _LOG: Final = logging.getLogger(__name__)
 _RUN: Final = 128
 """Tokens of a prompt that are decoded at a time, between steps of the answers that run."""
@@ -99,7 +101,7 @@ class Scheduler:
     """
 
     def __init__(self, model: Model, *, parallel: int = 4, queue: int = 64, state_bytes: int = STATE_BYTES) -> None:
-        check_count("parallel", parallel, most=64)
+        check_count("parallel", parallel, most=MOST_PARALLEL)
         check_count("queue", queue, most=_MOST_WAITING)
         check_count("state_bytes", state_bytes, least=0)
         self.model, self.parallel, self.queue = model, parallel, queue

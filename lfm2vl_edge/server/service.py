@@ -15,6 +15,7 @@ from lfm2vl_edge.config import Options
 from lfm2vl_edge.opening import check_count
 from lfm2vl_edge.prompt.messages import Message
 from lfm2vl_edge.scheduler import Scheduler, Stream
+from lfm2vl_edge.scheduler.scheduler import MOST_PARALLEL
 from lfm2vl_edge.server.guard import Bodies
 from lfm2vl_edge.server.images import ImagePolicy, Images, choice_of
 from lfm2vl_edge.server.metrics import Metrics
@@ -61,7 +62,7 @@ class Settings:
     state_bytes: int = STATE_BYTES
 
     def __post_init__(self) -> None:
-        check_count("parallel", self.parallel, most=64)
+        check_count("parallel", self.parallel, most=MOST_PARALLEL)
         check_count("queue", self.queue)
         check_count("max_body", self.max_body)
         check_count("state_bytes", self.state_bytes, least=0)
