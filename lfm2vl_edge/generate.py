@@ -16,6 +16,7 @@ from lfm2vl_edge.cache.memory import Caches, Key, Piece, chain
 from lfm2vl_edge.config import TOOL_CALL_START, ModelConfig, Options, Sampling
 from lfm2vl_edge.engine import Constraint, Decoder, Engine, Floats, Sampled
 from lfm2vl_edge.errors import AnswerTruncated, ConfigError, ContextFull, StateError, ToolError, clip, shorten
+from lfm2vl_edge.host import importing
 from lfm2vl_edge.image.tiles import Tile, preprocess_images
 from lfm2vl_edge.planning.budget import ImageBudget
 from lfm2vl_edge.prompt.calls import CallReader, InvalidToolCall, Tool, ToolCall, error_of
@@ -149,7 +150,8 @@ def check_constraint(options: Options, engine: Engine) -> tuple[Schema | None, C
     """
     if options.schema is None and options.grammar is None and options.regex is None:
         return None, None
-    from lfm2vl_edge.structured import grammar_of, read_grammar, read_regex, read_schema
+    with importing():
+        from lfm2vl_edge.structured import grammar_of, read_grammar, read_regex, read_schema
 
     schema = None
     if options.schema is not None:
@@ -252,7 +254,8 @@ class Answer:
         calls, invalid = self._reader.tool_calls()
         if not calls:
             return calls, invalid
-        from lfm2vl_edge.structured.tool_grammar import check_calls
+        with importing():
+            from lfm2vl_edge.structured.tool_grammar import check_calls
 
         valid, broken = check_calls(calls, self._tools)
         if broken and not valid:
@@ -295,7 +298,8 @@ def _call_constraint(tools: Sequence[Tool], choice: str, config: ModelConfig, en
     Raises:
         ConfigError: there is no tool, or none of that name.
     """
-    from lfm2vl_edge.structured.tool_grammar import tool_grammar
+    with importing():
+        from lfm2vl_edge.structured.tool_grammar import tool_grammar
 
     names = [tool.name for tool in tools]
     if not names or choice not in ("auto", "required", *names):

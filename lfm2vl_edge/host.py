@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import platform
 import re
@@ -10,9 +11,9 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
@@ -253,6 +254,27 @@ class ProcessLock:
         lock = self._locks.get(os.getpid())
         if lock is not None:  # else the process forked inside the block
             lock.release()
+
+
+_imports: Final = threading.RLock()
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import inside the block: a fork waits until no thread is in it.
+
+    A process that forks while another of its threads imports a module gets half of that module, and waits for the rest
+    for ever. Every import that an answer makes is in such a block, so that answers and forks may meet.
+    """
+    with _imports:
+        _let_forks_wait()
+        yield
+
+
+@functools.cache
+def _let_forks_wait() -> None:
+    if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+        os.register_at_fork(before=_imports.acquire, after_in_parent=_imports.release, after_in_child=_imports.release)
 
 
 def start_worker(

@@ -23,7 +23,7 @@ from lfm2vl_edge.config import DEFAULT_PROMPT, GREEDY, AskOptions, BoxFormat, Mo
 from lfm2vl_edge.engine import Engine, Floats, State
 from lfm2vl_edge.errors import ContextFull, EngineError, StateError
 from lfm2vl_edge.generate import Chunk, Runtime, Turn, prefill, stream
-from lfm2vl_edge.host import cache_folder
+from lfm2vl_edge.host import cache_folder, importing
 from lfm2vl_edge.image.boxes import Box, Point
 from lfm2vl_edge.image.tiles import PreprocessedImage, Tile, preprocess_image
 from lfm2vl_edge.models.names import FALLBACK_NOTE, resolve_model
@@ -251,10 +251,8 @@ class Model:
             ConfigError: there is no format of that name.
             EdgeError: see `stream`.
         """
-        from lfm2vl_edge.structured.boxes import read_boxes
-
         how = {"what": what, "prompt": prompt, "free": free, "boxes": boxes}
-        found: list[Box] = self._find(read_boxes, images, options, **how)
+        found: list[Box] = self._find("read_boxes", images, options, **how)
         return found
 
     def point(
@@ -268,15 +266,15 @@ class Model:
         **options: Unpack[AskOptions],
     ) -> list[Point]:
         """Return the centers of the boxes that `detect` finds, and points of a free answer; arguments as there."""
-        from lfm2vl_edge.structured.boxes import read_points
-
         how = {"what": what, "prompt": prompt, "free": free, "boxes": boxes}
-        found: list[Point] = self._find(read_points, images, options, **how)
+        found: list[Point] = self._find("read_points", images, options, **how)
         return found
 
-    def _find(self, read: Any, images: Any, options: AskOptions, *, boxes: Any, **how: Any) -> Any:
-        from lfm2vl_edge.models.box_formats import box_format
-        from lfm2vl_edge.structured.detect import Search, find
+    def _find(self, reader: str, images: Any, options: AskOptions, *, boxes: Any, **how: Any) -> Any:
+        with importing():
+            from lfm2vl_edge.models.box_formats import box_format
+            from lfm2vl_edge.structured import boxes as readers
+            from lfm2vl_edge.structured.detect import Search, find
 
         def ask(messages: Sequence[Message], constraint: AskOptions) -> tuple[str, bool]:
             chosen: AskOptions = {**GREEDY, **constraint, **options}
@@ -285,7 +283,7 @@ class Model:
 
         search = Search(boxes=self.config.boxes if boxes is None else box_format(boxes), **how)
         several = images if isinstance(images, (list, tuple)) else [images]
-        return find([self.preprocess(image) for image in several], search, ask, read)
+        return find([self.preprocess(image) for image in several], search, ask, getattr(readers, reader))
 
     def choose(
         self, images: AnyImage | Sequence[AnyImage], prompt: str, options: Sequence[str], **how: Unpack[ChoiceOptions]
@@ -316,7 +314,8 @@ class Model:
             AnswerError: the answer breaks a rule that is checked afterwards, or the class refuses it.
             EdgeError: see `stream`.
         """
-        from lfm2vl_edge.structured.check import instance_of, schema_of
+        with importing():
+            from lfm2vl_edge.structured.check import instance_of, schema_of
 
         described = schema_of(schema)
         shown = json.dumps(described, ensure_ascii=False, default=str)

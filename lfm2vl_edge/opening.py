@@ -18,7 +18,7 @@ from lfm2vl_edge.cache.fingerprint import OpenedFiles
 from lfm2vl_edge.config import DEFAULT_N_CTX, ModelConfig, is_integer
 from lfm2vl_edge.engine import Engine
 from lfm2vl_edge.errors import ConfigError, shorten
-from lfm2vl_edge.host import big_cores
+from lfm2vl_edge.host import big_cores, importing
 from lfm2vl_edge.models.facts import read_facts
 from lfm2vl_edge.models.names import Pair, ResolvedModel, mmproj_type, resolve_model
 from lfm2vl_edge.planning.budget import BudgetOptions, Detail, ImageBudget, check_detail
@@ -249,7 +249,8 @@ def _reading(
     files: OpenedFiles, options: OpenOptions, started: LanguageFile | None
 ) -> AbstractContextManager[LanguageFile | None]:
     """Read the language file in a worker thread; one that is being read already is used, unless it was replaced."""
-    from lfm2vl_edge.engine.language import start_reading
+    with importing():
+        from lfm2vl_edge.engine.language import start_reading
 
     if started is not None and started.stamp == files.stamps[0]:
         return nullcontext(started)  # its owner closes it
@@ -263,7 +264,8 @@ def load(opening: Opening, options: OpenOptions, language: LanguageFile | None =
     Raises:
         EngineError: llama.cpp refuses a file, or has no such GPU.
     """
-    from lfm2vl_edge.engine.llama import LlamaEngine
+    with importing():
+        from lfm2vl_edge.engine.llama import LlamaEngine
 
     settings = engine_settings(opening.config, opening.n_threads, options)
     return LlamaEngine(language or opening.pair.model, opening.pair.mmproj, settings, opening.vision)

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from numpy.ctypeslib import as_array
 
 from lfm2vl_edge.engine.library import LOG, bindings
 from lfm2vl_edge.errors import EngineError, StateError, shorten
@@ -70,7 +71,7 @@ def compute(function: Any, *arguments: Any) -> Any:
 
 def floats(pointer: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """Return a copy of native memory, float32 of this shape."""
-    return np.ctypeslib.as_array(pointer, shape).astype(np.float32, copy=True)
+    return as_array(pointer, shape).astype(np.float32, copy=True)
 
 
 def libraries() -> tuple[Path, ...]:

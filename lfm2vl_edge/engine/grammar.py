@@ -20,6 +20,7 @@ import numpy as np
 
 from lfm2vl_edge.engine import Constraint, Floats
 from lfm2vl_edge.errors import ConfigError, EngineError, clip
+from lfm2vl_edge.host import importing
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -105,7 +106,8 @@ def is_empty(grammar: str) -> bool:
 
     It names no tokens.
     """
-    from llguidance import LLMatcher, LLTokenizer
+    with importing():
+        from llguidance import LLMatcher, LLTokenizer
 
     matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=_limits())
     matcher.compute_bitmask()
@@ -133,7 +135,9 @@ def token_bytes(metadata: Mapping[str, Any]) -> list[bytes]:
     """
     texts = metadata["tokenizer.ggml.tokens"].encoded()
     whole = b"".join(texts).decode("utf-8", "replace")
-    codes = np.minimum(np.frombuffer(whole.encode("utf-32-le", "replace"), "<u4"), 511)
+    with importing():  # the codec is a module
+        characters = whole.encode("utf-32-le", "replace")
+    codes = np.minimum(np.frombuffer(characters, "<u4"), 511)
     letters = np.frombuffer(b"".join(texts), np.uint8) & 0xC0 != 0x80
     sizes = np.fromiter(map(len, texts), np.int64, len(texts))
     table = _alphabet()
@@ -173,7 +177,8 @@ def llguidance_tokenizer(tokenize: Any, vocab: Any, pieces: Sequence[bytes], end
         pieces: from `token_bytes`.
         ends: tokens that end the model's turn.
     """
-    from llguidance import LLTokenizer
+    with importing():
+        from llguidance import LLTokenizer
 
     pointer = ctypes.cast(tokenize, ctypes.c_void_p).value
     made: LLTokenizer = LLTokenizer.from_llamacpp(  # type: ignore[attr-defined]
@@ -194,7 +199,8 @@ class Follower:
     """
 
     def __init__(self, tokenizer: LLTokenizer, constraint: Constraint) -> None:
-        from llguidance import LLMatcher
+        with importing():
+            from llguidance import LLMatcher
 
         self._trigger = constraint.trigger
         self._first = LLMatcher(tokenizer, constraint.grammar, log_level=0, limits=_limits())

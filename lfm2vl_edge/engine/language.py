@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lfm2vl_edge.engine.library import LOG, libllama
+from lfm2vl_edge.host import importing
 from lfm2vl_edge.models.facts import read_checked
 from lfm2vl_edge.models.names import LANGUAGE_ARCHITECTURE, stamp
 
@@ -85,7 +86,8 @@ class LanguageFile:
         Raises:
             EngineError: llama.cpp refuses the file, for the reason that it logs.
         """
-        from lfm2vl_edge.engine.ffi import require
+        with importing():
+            from lfm2vl_edge.engine.ffi import require
 
         LOG.forget()
         return int(require("llama_model_load_from_file", self._load(verbose=True), f" on {self.path}"))
@@ -103,14 +105,16 @@ class LanguageFile:
 def _find_gpu(n_gpu_layers: int, device: str | None) -> int | None:
     if n_gpu_layers == 0:
         return None
-    from lfm2vl_edge.engine.ffi import find_gpu
+    with importing():
+        from lfm2vl_edge.engine.ffi import find_gpu
 
     return find_gpu(n_gpu_layers, device)
 
 
 def _load_with_gpu(name: bytes, n_gpu_layers: int, gpu: int | None) -> int | None:
     """Return the model from a llama.cpp that would use a GPU by default, or None if it refuses the file."""
-    from lfm2vl_edge.engine.ffi import llama
+    with importing():
+        from lfm2vl_edge.engine.ffi import llama
 
     params = llama.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers

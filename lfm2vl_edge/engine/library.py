@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from lfm2vl_edge.host import ProcessLock
+from lfm2vl_edge.host import ProcessLock, importing
 
 _FOLDER_VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
 """llama_cpp's environment variable for another folder."""
@@ -47,7 +47,8 @@ def bindings(name: str) -> Any:
     Raises:
         ImportError: llama_cpp is not installed.
     """
-    module = import_module(f"llama_cpp.{name}")
+    with importing():
+        module = import_module(f"llama_cpp.{name}")
     LOG.attach()  # llama_cpp sets a callback of its own when it is imported
     return module
 

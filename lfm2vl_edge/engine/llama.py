@@ -38,7 +38,7 @@ from lfm2vl_edge.engine.library import LOG
 from lfm2vl_edge.engine.sampling import Sampler
 from lfm2vl_edge.engine.slots import Slots
 from lfm2vl_edge.errors import ContextFull, EngineError
-from lfm2vl_edge.host import start_worker
+from lfm2vl_edge.host import importing, start_worker
 from lfm2vl_edge.models.gguf import read_metadata
 from lfm2vl_edge.models.names import stamp
 
@@ -420,7 +420,8 @@ class LlamaEngine:
     def _new_encoder(self) -> Encoder:
         if self._uses_graph:
             return GraphEncoder(self._mmproj, self._settings.n_threads, self._vision)
-        from lfm2vl_edge.engine.encoder.mtmd import MtmdEncoder  # libmtmd is loaded only if it is used
+        with importing():
+            from lfm2vl_edge.engine.encoder.mtmd import MtmdEncoder  # libmtmd is loaded only if it is used
 
         return MtmdEncoder(
             self._mmproj,

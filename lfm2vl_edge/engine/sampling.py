@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
+from numpy.ctypeslib import as_array
 
 from lfm2vl_edge.config import MAX_SEED, Sampling
 from lfm2vl_edge.engine import Sampled
@@ -59,7 +59,7 @@ class Sampler:
         if follower.is_complete:
             return [Sampled(self._ends[0], is_forced=True)]
         logits = require("llama_get_logits_ith", llama.llama_get_logits_ith(context, row))
-        follower.restrict(np.ctypeslib.as_array(logits, (self._n_vocab,)))
+        follower.restrict(as_array(logits, (self._n_vocab,)))
         token = int(llama.llama_sampler_sample(self._chain, context, row))
         if token in self._ends:
             return [Sampled(token)]

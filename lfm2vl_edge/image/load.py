@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lfm2vl_edge.config import MAX_MEGAPIXELS
 from lfm2vl_edge.errors import ImageError, clip
-from lfm2vl_edge.host import ProcessLock
+from lfm2vl_edge.host import ProcessLock, importing
 from lfm2vl_edge.image.headers import Header, read_header
 from lfm2vl_edge.image.metadata import (
     AVIF,
@@ -184,8 +184,10 @@ def _identify(data: bytes, form: str, name: str) -> Image.Image:
     Raises:
         ImageError: this Pillow cannot read the format, or the file is corrupt.
     """
-    with suppress(ImportError):
-        import_module(f"PIL.{_PLUGINS[form]}")
+    with importing():
+        Image.preinit()  # else Image.open imports the usual formats
+        with suppress(ImportError):
+            import_module(f"PIL.{_PLUGINS[form]}")
     try:
         with _reading_pillow(lift_limit=True):
             return Image.open(io.BytesIO(data), formats=(form,) if form in Image.OPEN else ())
@@ -246,7 +248,8 @@ def _millions(number: int) -> str:
 def _opened_heif(name: str, data: bytes, max_pixels: int) -> OpenedImage:
     """Read the header with pillow-heif, without registering it in Pillow; it applies the orientation itself."""
     try:
-        import pillow_heif
+        with importing():
+            import pillow_heif
     except ImportError:
         raise ImageError(
             f"{name} is a HEIC (HEIF) image; to read it: pip install 'lfm2vl-edge[heic]', or save it as JPEG"
@@ -361,8 +364,8 @@ def _to_rgb(image: Image.Image) -> Pixels:
     """Return the pixels of a loaded image of 8 bits; alpha and transparent palette colours become white."""
     mode, stated = image.mode, image.info.get("transparency")
     if mode == "LAB":
-        from PIL import ImageCms
-
+        with importing():
+            from PIL import ImageCms
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
         return np.asarray(converted)

@@ -6,6 +6,7 @@ import re
 from typing import Final
 
 from lfm2vl_edge.errors import ConfigError, clip
+from lfm2vl_edge.host import importing
 
 _MOST_CHARACTERS: Final = 1 << 16
 """The time to read a grammar grows with the square of its alternatives, and half a second is enough."""
@@ -23,7 +24,8 @@ def read_grammar(text: str) -> str:
     Raises:
         ConfigError: it is too large, or GBNF that llguidance cannot convert.
     """
-    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+    with importing():
+        from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
     _check(text)
     if is_lark_syntax(text):
@@ -52,7 +54,8 @@ def read_regex(text: str) -> str:
     Raises:
         ConfigError: it is too large.
     """
-    from llguidance import LLMatcher
+    with importing():
+        from llguidance import LLMatcher
 
     _check(text)
     return LLMatcher.grammar_from_regex(text)

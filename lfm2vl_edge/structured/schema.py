@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 from lfm2vl_edge.config import SPACED
 from lfm2vl_edge.engine.grammar import grammar_fault, is_empty
 from lfm2vl_edge.errors import AnswerError, ConfigError, clip, shorten
+from lfm2vl_edge.host import importing
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -166,7 +167,8 @@ def validator_of(schema: dict[str, Any] | bool) -> Any:
     Raises:
         ConfigError: the schema is not valid, or refers to another document.
     """
-    import jsonschema_rs
+    with importing():
+        import jsonschema_rs
 
     foreign: list[str] = []
 
@@ -194,7 +196,8 @@ def validator_of(schema: dict[str, Any] | bool) -> Any:
 
 @lru_cache(maxsize=1)
 def _newer_formats() -> dict[str, Any]:
-    import jsonschema_rs
+    with importing():
+        import jsonschema_rs
 
     newest = jsonschema_rs.Draft202012Validator
     return {name: newest({"format": name}, validate_formats=True).is_valid for name in _FORMATS}
@@ -222,7 +225,8 @@ def _grammar(schema: Any) -> str:
     Raises:
         ConfigError: llguidance cannot hold it at all.
     """
-    from llguidance import LLMatcher
+    with importing():
+        from llguidance import LLMatcher
 
     if schema is False:
         raise ConfigError("the schema is false: no answer can match")
@@ -350,7 +354,8 @@ def _is_expressible(pattern: str | None) -> bool:
     """Return whether llguidance knows everything in a regular expression; there may be none."""
     if pattern is None:
         return True
-    from llguidance import LLMatcher
+    with importing():
+        from llguidance import LLMatcher
 
     schema = {"type": "string", "pattern": pattern}
     grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)

@@ -6,6 +6,7 @@ not exit with 0, or an answer that was due was missing or wrong. Right is what a
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import os
@@ -160,7 +161,10 @@ class Interleaving:
 
         def late() -> None:
             time.sleep(delay)
-            work.pop()()
+            try:
+                work.pop()()
+            except Exception as error:  # noqa: BLE001  # none is expected
+                self.failures.append(f"in a thread: {error!r}")
 
         thread = threading.Thread(target=late, daemon=daemon)
         holder.threads.append(thread)
@@ -272,6 +276,7 @@ def in_process(seed: int, pair: Path, n_threads: int, expected: list[str]) -> tu
 
 def main(n_runs: int, first: int = 0) -> int:
     """Run interleavings, print the counts, and return the number of those that failed."""
+    faulthandler.register(signal.SIGALRM, chain=True)  # a process that hangs says where
     totals: Counter[str] = Counter()
     wrong = {}
     pair, owner = Path(tempfile.mkdtemp()), os.getpid()

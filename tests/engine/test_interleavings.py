@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +24,9 @@ def test_random_interleavings_end_with_right_answers() -> None:
     assert counts["failed"] == {}
     for name in ("answers", "explained errors", "close", "close_in_thread", "cancel", "drop", "fork"):
         assert counts[name], name
+
+
+def test_no_answer_imports_a_module_while_another_thread_may_fork(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.engine.lazy_imports", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "all guarded", "")

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
+from numpy.ctypeslib import as_array
 
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.engine.ffi import check, compute, native_function, require
@@ -310,7 +311,7 @@ class Graph:
     def values(self, tensor: int, width: int, n_rows: int) -> Floats:
         """Return a view of an input or the output, float32 `[n_rows, width]`, valid until `close`."""
         data = ctypes.cast(ggml().ggml_get_data(tensor), ctypes.POINTER(ctypes.c_float))
-        return np.ctypeslib.as_array(data, (n_rows, width))
+        return as_array(data, (n_rows, width))
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""

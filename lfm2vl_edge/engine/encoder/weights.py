@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.ctypeslib import as_array
 
 from lfm2vl_edge.engine import Floats
 from lfm2vl_edge.engine.encoder.ggml import F32, FileParams, TensorFields, fields, ggml, product_op
@@ -65,7 +66,7 @@ class Weights:
             EngineError: no tensor has that name and shape.
         """
         data = ggml().ggml_get_data(self._tensor(name, (width, n_rows, 1, 1), floats_only=True))
-        return np.ctypeslib.as_array(ctypes.cast(data, ctypes.POINTER(ctypes.c_float)), (n_rows, width))
+        return as_array(ctypes.cast(data, ctypes.POINTER(ctypes.c_float)), (n_rows, width))
 
     def matrix(self, name: str, *shape: int) -> int:
         """Return a tensor of any type that ggml multiplies with; `shape` is in ggml's order, the width first.
