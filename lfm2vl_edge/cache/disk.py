@@ -202,6 +202,10 @@ class DiskCache:
         self._suffix = suffix
         self._known_origin: str | None = None
 
+    def variant(self, name: str) -> DiskCache:
+        """Return entries of the same origin that are not the same: each variant has its own."""
+        return DiskCache(self._folder, lambda: f"{self._origin()} {name}", self._suffix)
+
     def get(self, key: bytes, shape: tuple[int, int] | None = None) -> npt.NDArray[Any] | None:
         """Return an entry `[rows, columns]`, read-only and of a shape if one is demanded; None if there is no such."""
         path = self._path(key)

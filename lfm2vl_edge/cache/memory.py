@@ -77,6 +77,10 @@ class StateCache:
         self._disk = disk if budget > 0 else None
         self._held: WeakValueDictionary[Key, npt.NDArray[Any]] = WeakValueDictionary()
 
+    def variant(self, name: str, budget: int) -> StateCache:
+        """Return a cache of states that are computed in another way, in the same folder on disk if there is one."""
+        return StateCache(budget, None if self._disk is None else self._disk.variant(name))
+
     def put(self, key: Key, snapshot: Callable[[], State], *, lasting: bool = False) -> None:
         """Keep the state that `snapshot` copies, unless there is no budget at all; on disk too if it is to last."""
         if self._recent.budget <= 0:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
-from lfm2vl_edge.cache.memory import STATE_BYTES, Caches, StateCache
+from lfm2vl_edge.cache.memory import STATE_BYTES, Caches
 from lfm2vl_edge.config import Options
 from lfm2vl_edge.engine import Constraint, Engine, Sampled
 from lfm2vl_edge.errors import EdgeError, EngineError, QueueFull, clip
@@ -109,7 +109,8 @@ class Scheduler:
             raise EngineError("this engine has one sequence; open a model from its files")
         self._runtime, self._engine = model.runtime, model.engine
         # States that other sequences were beside may differ in the last bits, so they are not those of the model.
-        self._caches = Caches(states=StateCache(state_bytes), embeddings=self._runtime.caches.embeddings)
+        known = self._runtime.caches
+        self._caches = Caches(states=known.states.variant("shared", state_bytes), embeddings=known.embeddings)
         self._waiting: deque[tuple[Answer, Stream]] = deque()
         self._filling: list[_Job] = []
         self._running: dict[_Job, Sampler] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,23 @@ def test_the_next_turn_of_interleaved_conversations_costs_only_the_turn(schedule
             assert last.stats.prompt_tokens - last.stats.restored_tokens < 80 or turn == 0
             answer = "".join(chunk.text for chunk in chunks)
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And now?"}]
+
+
+def test_another_process_continues_from_the_states_on_disk(tmp_path: Path) -> None:
+    seen = []
+    for _ in range(2):
+        with Model.open("tiny", cache=tmp_path) as model, Scheduler(model, parallel=2) as scheduler:
+            chunks = list(ask(scheduler, QUESTIONS[0]))
+            stats = chunks[-1].stats
+            assert stats is not None
+            seen.append(("".join(chunk.text for chunk in chunks), stats.encoded_views, stats.restored_tokens))
+    (text, views, restored), (text_after, views_after, restored_after) = seen
+    assert (text_after, views > 0, restored, views_after) == (text, True, 0, 0)
+    assert restored_after >= stats.image_tokens
+    with Model.open("tiny", cache=tmp_path) as model:  # states of several sequences are not those of one
+        *_, last = model.stream(SHAPES, QUESTIONS[0], **OPTIONS)
+        assert last.stats is not None
+        assert (last.stats.restored_tokens, last.stats.encoded_views) == (0, 0)
 
 
 def test_a_cancelled_request_frees_its_sequence_and_disturbs_no_other(scheduler: Scheduler) -> None:
