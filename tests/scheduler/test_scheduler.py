@@ -80,10 +80,10 @@ def test_another_process_continues_from_the_states_on_disk(tmp_path: Path) -> No
             chunks = list(ask(scheduler, QUESTIONS[0]))
             stats = chunks[-1].stats
             assert stats is not None
-            seen.append(("".join(chunk.text for chunk in chunks), stats.encoded_views, stats.restored_tokens))
-    (text, views, restored), (text_after, views_after, restored_after) = seen
-    assert (text_after, views > 0, restored, views_after) == (text, True, 0, 0)
-    assert restored_after >= stats.image_tokens
+            seen.append(("".join(chunk.text for chunk in chunks), stats))
+    (text, before), (text_after, after) = seen
+    assert (text_after, before.encoded_views > 0, before.restored_tokens, after.encoded_views) == (text, True, 0, 0)
+    assert after.restored_tokens >= after.image_tokens
     with Model.open("tiny", cache=tmp_path) as model:  # states of several sequences are not those of one
         *_, last = model.stream(SHAPES, QUESTIONS[0], **OPTIONS)
         assert last.stats is not None
