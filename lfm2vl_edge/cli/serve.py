@@ -59,6 +59,7 @@ class ServerOptions:
     state_memory: Annotated[
         int, _server("--state-memory", min=0, max=1_000_000, metavar="MB", help="For states of conversations.")
     ] = 256
+    no_page: Annotated[bool, _server("--no-page", help="Without the page at /, for the API only.")] = False
 
     def listen(self) -> tuple[socket.socket, str]:
         """Return a socket that listens, and its URL.
@@ -201,4 +202,5 @@ def _settings(
         timeout=server.timeout,
         max_body=access.max_body * 1_000_000,
         state_bytes=server.state_memory * 1_000_000,
+        has_page=not server.no_page,
     )

@@ -90,5 +90,7 @@ async def props(request: Request) -> Response:
             "eos_token": config.eos_token,
             "build_info": f"lfm2vl-edge {version('lfm2vl-edge')}",
             "image_settings": service.model.budget.described(config.image_source),
+            "detail": service.model.budget.detail,
+            "limits": {"max_images": settings.images.max_images, "max_body": settings.max_body},
         }
     )

@@ -19,8 +19,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lfm2vl_edge.errors import EdgeError, clip
 from lfm2vl_edge.server import about
+from lfm2vl_edge.server.boxes import boxes, boxes_question
 from lfm2vl_edge.server.chat import chat
 from lfm2vl_edge.server.guard import check_host, check_key, check_origin
+from lfm2vl_edge.server.page import page_paths, page_routes
 from lfm2vl_edge.server.plan import plan
 from lfm2vl_edge.server.refusals import Refusal, refusal_of
 from lfm2vl_edge.server.responses import responses
@@ -28,11 +30,13 @@ from lfm2vl_edge.server.service import Service
 from lfm2vl_edge.server.streaming import Json
 
 _OPEN_PATHS: Final = frozenset(("/health", "/v1/health"))
-"""What needs no key: a supervisor has none."""
+"""What needs no key: a supervisor has none. Nor does the page, which has no secrets, and asks for the key."""
 _ENDPOINTS: Final[tuple[tuple[str, Callable[..., Any], str], ...]] = (
     ("/chat/completions", chat, "POST"),
     ("/responses", responses, "POST"),
     ("/plan", plan, "POST"),
+    ("/boxes", boxes, "POST"),
+    ("/boxes/question", boxes_question, "POST"),
     ("/models", about.models, "GET"),
     ("/models/{name:path}", about.model, "GET"),
     ("/props", about.props, "GET"),
@@ -68,6 +72,8 @@ def create_app(service: Service, on_opened: Callable[[EdgeError | None], None]) 
         for path, endpoint, method in _ENDPOINTS
         for prefix in ("/v1", "")
     ]
+    if settings.has_page:
+        routes += page_routes()
     app = Starlette(
         routes=routes,
         middleware=middleware,
@@ -124,6 +130,7 @@ class Guard:
         self._app, self._settings = app, service.settings
         origins = {urllib.parse.urlsplit(origin).hostname or "" for origin in self._settings.origins}
         self._hosts = None if self._settings.hosts is None else {*self._settings.hosts, *origins}
+        self._open_paths = _OPEN_PATHS | (page_paths() if self._settings.has_page else frozenset())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -140,7 +147,7 @@ class Guard:
         if self._hosts is not None and not settings.keys:
             check_host(headers.get("host"), self._hosts)
         check_origin(headers.get("origin"), headers.get("host"), settings.origins)
-        if request.scope["path"] not in _OPEN_PATHS:
+        if request.scope["path"] not in self._open_paths:
             check_key(headers.get("authorization"), settings.keys)
 
 

@@ -18,7 +18,7 @@ from lfm2vl_edge.server.refusals import Refusal
 from lfm2vl_edge.server.service import Service
 from lfm2vl_edge.server.streaming import Json
 
-_MOST_PIXELS: Final = 100_000
+MOST_PIXELS: Final = 100_000
 """Longest side that is planned."""
 
 
@@ -50,9 +50,9 @@ def _size(service: Service, body: Mapping[str, Any]) -> tuple[int, int, str | No
     given = body.get("image")
     if given is None:
         height, width = integer(body, "height"), integer(body, "width")
-        if height is None or width is None or not (0 < height <= _MOST_PIXELS and 0 < width <= _MOST_PIXELS):
+        if height is None or width is None or not (0 < height <= MOST_PIXELS and 0 < width <= MOST_PIXELS):
             example = '{"image": "data:..."} or {"height": 1080, "width": 1920}'
-            raise Refusal(400, f"there is neither an image nor a size up to {_MOST_PIXELS} pixels; send {example}")
+            raise Refusal(400, f"there is neither an image nor a size up to {MOST_PIXELS} pixels; send {example}")
         return height, width, None
     part = given if isinstance(given, dict) else {"type": "image_url", "image_url": {"url": given}}
     (message,) = parse_messages([{"role": "user", "content": [part]}])

@@ -47,6 +47,7 @@ class Settings:
         timeout: longest time of a request, and of the running ones when the server is stopped, seconds.
         max_body: largest body of a request, bytes.
         state_bytes: memory for states of prompts.
+        has_page: whether there is a page at `/`.
     """
 
     images: ImagePolicy
@@ -60,6 +61,7 @@ class Settings:
     timeout: float = 600.0
     max_body: int = 100_000_000
     state_bytes: int = STATE_BYTES
+    has_page: bool = True
 
     def __post_init__(self) -> None:
         check_count("parallel", self.parallel, most=MOST_PARALLEL)
