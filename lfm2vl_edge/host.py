@@ -294,3 +294,23 @@ def start_worker(
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+# systemd
+
+
+def notify(state: str) -> None:
+    """Send a state such as READY=1 to systemd, if it started this process; see sd_notify(3)."""
+    target = os.environ.get("NOTIFY_SOCKET", "")
+    if not target.startswith(("/", "@")):
+        return
+    import socket  # only if it is used: commands start faster without it
+
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.sendto(state.encode(), f"\0{target[1:]}" if target[0] == "@" else target)
+
+
+def watchdog_seconds() -> float | None:
+    """Return how often systemd expects to be notified, halved; None if it does not."""
+    given, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", str(os.getpid()))
+    return int(given) / 2e6 if given.isdecimal() and pid == str(os.getpid()) else None

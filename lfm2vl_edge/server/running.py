@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import signal
 import socket
 import stat
@@ -19,6 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lfm2vl_edge.errors import EdgeError, clip
+from lfm2vl_edge.host import notify, watchdog_seconds
 from lfm2vl_edge.server.app import create_app
 from lfm2vl_edge.server.service import Service
 
@@ -92,21 +92,6 @@ def url_of(listener: socket.socket, host: str) -> str:
     """Return the URL of a socket that listens, with the name that was chosen for it."""
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{listener.getsockname()[1]}"
-
-
-def notify(state: str) -> None:
-    """Send a state such as READY=1 to systemd, if it started this process; see sd_notify(3)."""
-    target = os.environ.get("NOTIFY_SOCKET", "")
-    if not target.startswith(("/", "@")):
-        return
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        sender.sendto(state.encode(), f"\0{target[1:]}" if target[0] == "@" else target)
-
-
-def watchdog_seconds() -> float | None:
-    """Return how often systemd expects to be notified, halved; None if it does not."""
-    given, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", str(os.getpid()))
-    return int(given) / 2e6 if given.isdecimal() and pid == str(os.getpid()) else None
 
 
 class _Protocol(H11Protocol):

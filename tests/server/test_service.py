@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 from lfm2vl_edge import Model
 from lfm2vl_edge.cli import app
 from lfm2vl_edge.errors import ConfigError, EdgeError, EngineError
+from lfm2vl_edge.host import notify, watchdog_seconds
 from lfm2vl_edge.scheduler import Scheduler
-from lfm2vl_edge.server.running import Server, listen, listen_at, notify, run, url_of, watchdog_seconds
+from lfm2vl_edge.server.running import Server, listen, listen_at, run, url_of
 from lfm2vl_edge.server.service import Service
 from tests.server.conftest import Here, question, running, settings_of
 
