@@ -56,6 +56,8 @@ class Limits:
     """Longest time in total: name resolution, connection, redirects and body."""
     redirects: int = 5
     """Most redirects that are followed."""
+    is_camera: bool = False
+    """Whether the URL is requested in spite of HF_HUB_OFFLINE: a camera is not on the web."""
     check: Check = lambda url, ip: None  # noqa: ARG005
     """Called before each request, and with the IP that was connected to before its response is read."""
 
@@ -183,7 +185,8 @@ def fetch(url: str, limits: Limits = _LIMITS) -> bytes:
             is a web page.
     """
     target = _parse(url)
-    _check_online(url)
+    if not limits.is_camera:
+        _check_online(url)
     deadline = time.monotonic() + limits.seconds
     client, stopped = _new_client(), threading.Event()
     download = start_worker(_follow, url, target, limits, deadline, client, stopped)
