@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from lfm2vl_edge.prompt.tools import ToolInput
     from lfm2vl_edge.scheduler import Scheduler, Stream
     from lfm2vl_edge.stats import Stats
+    from lfm2vl_edge.stream import TokenLogprob
 
 __version__ = "0.1.0"
 
@@ -97,6 +98,7 @@ _MODULES = {
     "prompt.tools": "ToolInput",
     "scheduler": "Scheduler Stream",
     "stats": "Stats",
+    "stream": "TokenLogprob",
 }
 """Module -> its public names. They are imported on first use: a command that only prints its help needs none."""
 _PLACES = {name: module for module, names in _MODULES.items() for name in names.split()}
@@ -163,6 +165,7 @@ __all__ = [
     "Tile",
     "TilePlan",
     "TokenDifference",
+    "TokenLogprob",
     "ToolCall",
     "ToolError",
     "ToolInput",

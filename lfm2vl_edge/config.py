@@ -30,6 +30,8 @@ MAX_MEGAPIXELS: Final = 110
 """Largest image that is decoded by default, millions of pixels: 0.8 GB and 4 s; see docs/images.md."""
 MAX_SEED: Final = 2**32 - 2
 """llama.cpp's seeds are unsigned 32-bit integers, of which the last means "choose one at random"."""
+MAX_LOGPROBS: Final = 20
+"""As of OpenAI."""
 
 FLOAT_TYPES: Final[Mapping[str, int]] = {"F32": 4, "F16": 2, "BF16": 2}
 """Types that checkpoints have and that the converter itself writes -> bytes per value."""
@@ -237,10 +239,7 @@ class Sampling:
         require(self.temperature >= 0, f"temperature is {self.temperature}; it must be 0 or more")
         require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must be between 0 and 1")
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        require(
-            self.repetition_penalty > 0,
-            f"repetition_penalty is {self.repetition_penalty}; it must be above 0",
-        )
+        require(self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
         require(is_integer(self.top_k, 0), f"top_k is {shorten(self.top_k)}; it must be an integer, 0 or more")
 
 
@@ -266,6 +265,7 @@ class Options:
         template_options: variables of the model's chat template, such as `{"keep_past_thinking": True}`.
         tool_choice: whether the model calls tools, if it is given any: "auto" (if it chooses to), "none", "required",
             or the name of the one to call. Calls match the definitions.
+        logprobs: chunks have the logarithm of each token's probability, and this many of the likeliest ones, 0 to 20.
 
     Raises:
         ConfigError: a value is out of range.
@@ -286,6 +286,7 @@ class Options:
     regex: str | None = None
     template_options: Mapping[str, Any] | None = None
     tool_choice: str = "auto"
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         self._check_structure()
@@ -301,6 +302,8 @@ class Options:
             self.seed is None or (is_integer(self.seed, 0) and self.seed <= MAX_SEED),
             f"seed is {shorten(self.seed)}; it must be an integer between 0 and {MAX_SEED}",
         )
+        likely = self.logprobs is None or (is_integer(self.logprobs, 0) and self.logprobs <= MAX_LOGPROBS)
+        require(likely, f"logprobs is {shorten(self.logprobs)}; it must be an integer between 0 and {MAX_LOGPROBS}")
         self.sampling(Sampling())
 
     def _check_structure(self) -> None:
@@ -367,6 +370,7 @@ class SamplingOptions(TypedDict, total=False):
     max_tokens: int
     stop: str | Sequence[str]
     template_options: Mapping[str, Any] | None
+    logprobs: int | None
 
 
 class AskOptions(SamplingOptions, total=False):

@@ -24,7 +24,7 @@ from lfm2vl_edge.prompt.messages import Message, images_in, parse_messages
 from lfm2vl_edge.prompt.prepare import Prompt, n_tokens, split, tokenize
 from lfm2vl_edge.prompt.render import render
 from lfm2vl_edge.stats import Stats, Stopwatch
-from lfm2vl_edge.stream import TextStream
+from lfm2vl_edge.stream import LogprobStream, TextStream, TokenLogprob
 
 if TYPE_CHECKING:
     from lfm2vl_edge.structured import Schema
@@ -43,6 +43,7 @@ class Chunk:
         tool_calls: the model's calls of the tools that it was given; only in the last chunk.
         invalid_tool_calls: what it wrote for calls that are not valid, beside valid ones; only in the last chunk.
         stats: what the answer cost; only in the last chunk.
+        logprobs: the tokens whose text starts in it, if their probabilities were requested.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Chunk:
     tool_calls: tuple[ToolCall, ...] = ()
     invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
     stats: Stats | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -65,6 +67,7 @@ class Turn:
         finish_reason: why it ended.
         stats: what it cost.
         invalid_tool_calls: what it wrote for calls that are not valid, beside valid ones.
+        logprobs: the tokens of the text, if their probabilities were requested.
     """
 
     text: str
@@ -72,6 +75,7 @@ class Turn:
     finish_reason: FinishReason | None
     stats: Stats | None
     invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @classmethod
     def of(cls, chunks: Iterable[Chunk]) -> Turn:
@@ -89,6 +93,7 @@ class Turn:
             finish_reason=last.finish_reason,
             stats=last.stats,
             invalid_tool_calls=last.invalid_tool_calls,
+            logprobs=tuple(token for chunk in pieces for token in chunk.logprobs),
         )
 
     @property
@@ -208,20 +213,21 @@ class Answer:
         self.pieces = split(self.prompt)
         self.room = _room(config, self.prompt, options.max_tokens)
         self._text = TextStream(options.stop)
+        self._logprobs = None if options.logprobs is None else LogprobStream()
         self._n_tokens = self._n_forced = 0
         # Under a constraint one more is sampled, but not decoded: the end of the turn if the answer is complete.
         self._most = self.room + self.is_whole
         self.finish_reason: FinishReason | None = None
 
     @property
-    def sampling(self) -> tuple[Sampling, int | None, list[int], Constraint | None]:
+    def sampling(self) -> tuple[Sampling, int | None, list[int], Constraint | None, int | None]:
         """The arguments of `Engine.sample`."""
         in_prompt = [segment for segment in self.prompt.segments if isinstance(segment, int)]
-        return self._sampling, self._options.seed, in_prompt, self.constraint
+        return self._sampling, self._options.seed, in_prompt, self.constraint, self._options.logprobs
 
     def take(self, sampled: Sampled) -> str:
         """Return the text that is certain after one more token; it may end the answer: see `finish_reason`."""
-        token, is_forced = sampled
+        token, is_forced, likely = sampled
         if self._n_tokens == 0:
             self.watch.first_token()
         if self._engine.is_end(token):
@@ -229,14 +235,27 @@ class Answer:
             return ""
         self._n_tokens += 1
         self._n_forced += is_forced
-        piece = self._text.push(self._reader.take(token, self._engine.piece(token)))
+        text = self._reader.take(token, self._engine.piece(token))
+        if self._logprobs is not None and likely:
+            (_, logprob), *others = likely
+            top = [TokenLogprob(piece=self._engine.piece(one), logprob=value) for one, value in others]
+            entry = TokenLogprob(piece=self._engine.piece(token), logprob=logprob, top=tuple(top))
+            self._logprobs.push(entry, text)
+        piece = self._text.push(text)
         if self._text.stopped or self._n_tokens == self._most:
             self.finish_reason = "stop" if self._text.stopped else "length"
         return piece
 
     def rest(self) -> str:
         """Return the text that was held back until the end."""
-        return self._text.push(self._reader.rest()) + self._text.flush()
+        text = self._reader.rest()
+        if self._logprobs is not None:
+            self._logprobs.resolve(text)
+        return self._text.push(text) + self._text.flush()
+
+    def chunk(self, text: str) -> Chunk:
+        """Return the next piece of text as a chunk, with the tokens that start in it."""
+        return Chunk(text=text, logprobs=() if self._logprobs is None else self._logprobs.pop(text))
 
     def last(self) -> Chunk:
         """Return the last chunk, without text.
@@ -245,10 +264,13 @@ class Answer:
             ToolError: the model wrote a tool call, and no valid one.
         """
         calls, invalid = self._tool_calls()
-        stats = stats_of(self.prompt, self._n_images, self._n_tokens, self._n_forced, self.watch)
         return Chunk(
-            text="", finish_reason=self.finish_reason, tool_calls=calls, invalid_tool_calls=invalid, stats=stats
+            text="", finish_reason=self.finish_reason, tool_calls=calls, invalid_tool_calls=invalid, stats=self.stats()
         )
+
+    def stats(self) -> Stats:
+        """Return what the answer cost until now."""
+        return stats_of(self.prompt, self._n_images, self._n_tokens, self._n_forced, self.watch)
 
     def _tool_calls(self) -> tuple[tuple[ToolCall, ...], tuple[InvalidToolCall, ...]]:
         calls, invalid = self._reader.tool_calls()
@@ -283,7 +305,7 @@ class Answer:
             from lfm2vl_edge.structured import parse_answer
 
             parse_answer(text, self._schema)
-        return replace(chunks[-1], text=text)
+        return replace(chunks[-1], text=text, logprobs=tuple(one for chunk in chunks for one in chunk.logprobs))
 
 
 def _unbounded_part(text: str) -> str:
@@ -324,11 +346,11 @@ def _sampled(runtime: Runtime, answer: Answer) -> Generator[Chunk, None, None]:
     # Tokens are sampled one by one and become text; those of tool calls are collected instead.
     for sampled in runtime.engine.sample(*answer.sampling):
         if piece := answer.take(sampled):
-            yield Chunk(text=piece)
+            yield answer.chunk(piece)
         if answer.finish_reason is not None:
             break
     if piece := answer.rest():
-        yield Chunk(text=piece)
+        yield answer.chunk(piece)
     yield answer.last()
 
 

@@ -98,7 +98,12 @@ class FakeEngine:
         pass
 
     def sample(
-        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None = None
+        self,
+        sampling: Sampling,
+        seed: int | None,
+        prompt_tokens: Sequence[int],
+        constraint: Constraint | None = None,
+        n_logprobs: int | None = None,
     ) -> Iterator[Sampled]:
         question = bytes(token for token in self._sequence if token < 256).decode()
         if self.fails_at == len(self.asked):

@@ -71,6 +71,8 @@ class Sampled(NamedTuple):
     token: int
     is_forced: bool = False
     """Whether the constraint allowed no other, so that nothing was sampled."""
+    logprobs: tuple[tuple[int, float], ...] = ()
+    """If they were requested: it and then the likeliest tokens, each with the natural logarithm of its probability."""
 
 
 class Decoder(Protocol):
@@ -149,7 +151,12 @@ class Engine(Decoder, Protocol):
         """
 
     def sample(
-        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None = None
+        self,
+        sampling: Sampling,
+        seed: int | None,
+        prompt_tokens: Sequence[int],
+        constraint: Constraint | None = None,
+        n_logprobs: int | None = None,
     ) -> Iterator[Sampled]:
         """Yield tokens without end; each is appended to the sequence before another one is sampled.
 
@@ -158,6 +165,8 @@ class Engine(Decoder, Protocol):
             seed: of the random numbers; `None` takes a new one from the system.
             prompt_tokens: the prompt's tokens, which the repetition penalty counts as transformers does.
             constraint: what the tokens before the end of the turn must match; its grammar passed `check_grammar`.
+            n_logprobs: how many of the likeliest tokens come with each token; None: no probabilities. They are softmax
+                of the logits, before anything changes these. Forced tokens are decoded one by one then.
         """
 
     def cancel(self) -> None:

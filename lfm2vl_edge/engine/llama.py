@@ -245,10 +245,15 @@ class LlamaEngine:
             self._making_tokenizer = start_worker(self._make_tokenizer)
 
     def sample(
-        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None = None
+        self,
+        sampling: Sampling,
+        seed: int | None,
+        prompt_tokens: Sequence[int],
+        constraint: Constraint | None = None,
+        n_logprobs: int | None = None,
     ) -> Iterator[Sampled]:
         """Yield tokens without end; see the protocol."""
-        with closing(self.sampler(sampling, seed, prompt_tokens, constraint)) as sampler:
+        with closing(self.sampler(sampling, seed, prompt_tokens, constraint, n_logprobs)) as sampler:
             run = sampler.first()
             while True:
                 if not run:
@@ -259,12 +264,17 @@ class LlamaEngine:
                 run = []
 
     def sampler(
-        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None
+        self,
+        sampling: Sampling,
+        seed: int | None,
+        prompt_tokens: Sequence[int],
+        constraint: Constraint | None,
+        n_logprobs: int | None = None,
     ) -> Sampler:
         """Return what samples the tokens of one answer; arguments as for `sample`. Close it."""
         follower = None if constraint is None else Follower(self._tokenizer(), constraint)
         sizes = self._n_vocab, self._settings.n_ctx_max
-        return Sampler(sampling, seed, prompt_tokens, sizes, follower, self._ends if follower else ())
+        return Sampler(sampling, seed, prompt_tokens, sizes, follower, self._ends if follower else (), n_logprobs)
 
     def _tokenizer(self) -> LLTokenizer:
         """Return llguidance's form of the vocabulary, which a worker thread makes once."""

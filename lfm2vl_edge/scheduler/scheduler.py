@@ -52,7 +52,12 @@ class SharedEngine(Engine, Protocol):
     """An engine that can compute several answers together."""
 
     def sampler(
-        self, sampling: Sampling, seed: int | None, prompt_tokens: Sequence[int], constraint: Constraint | None
+        self,
+        sampling: Sampling,
+        seed: int | None,
+        prompt_tokens: Sequence[int],
+        constraint: Constraint | None,
+        n_logprobs: int | None,
     ) -> Sampler:
         """Return what samples the tokens of one answer, for `Slots.sample`; arguments as for `sample`. Close it."""
 
@@ -138,7 +143,8 @@ class Scheduler:
         """
         self._check_open()
         tools = as_tools(options.pop("tools", ()))
-        answer, stream = Answer(self._runtime, messages, Options.of(**options), tools), Stream()
+        answer = Answer(self._runtime, messages, Options.of(**options), tools)
+        stream = Stream(answer.stats)
         with self._changed:
             self._check_open()
             self._waiting.append((answer, stream))
@@ -297,9 +303,9 @@ class Scheduler:
         if not text:
             return
         if not job.answer.is_whole:
-            job.stream.put(Chunk(text=text))
+            job.stream.put(job.answer.chunk(text))
         else:
-            job.chunks.append(Chunk(text=text))
+            job.chunks.append(job.answer.chunk(text))
 
     @contextmanager
     def _errors_of(self, job: _Job) -> Iterator[None]:

@@ -12,6 +12,7 @@ from typing import Final
 
 from lfm2vl_edge.errors import EdgeError
 from lfm2vl_edge.generate import Chunk
+from lfm2vl_edge.stats import Stats
 
 _END: Final = None
 """Comes after the last chunk."""
@@ -24,7 +25,9 @@ class Stream(Iterator[Chunk], AsyncIterator[Chunk]):
     request: what was computed for it so far is freed within one token or one view.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stats: Callable[[], Stats | None] = lambda: None) -> None:
+        self.stats = stats
+        """Returns what the answer cost until now, from any thread; None if that is not known."""
         self._items: queue.SimpleQueue[Chunk | EdgeError | None] = queue.SimpleQueue()
         self._listener: Callable[[], object] | None = None
         self._cancelled, self._ended = threading.Event(), threading.Event()

@@ -17,10 +17,12 @@ from lfm2vl_edge.generate import Chunk, Turn
 from lfm2vl_edge.prompt.calls import ToolCall
 from lfm2vl_edge.server.answering import Writer, answer
 from lfm2vl_edge.server.fields import answer_format, answer_options, flag, integer, tool_options, typed
+from lfm2vl_edge.server.logprobs import logprob_options, token_logprobs
 from lfm2vl_edge.server.refusals import Refusal
 from lfm2vl_edge.server.service import Answers, Service
 from lfm2vl_edge.server.streaming import Event, merged
 from lfm2vl_edge.stats import Stats
+from lfm2vl_edge.stream import TokenLogprob
 
 
 async def chat(request: Request) -> ASGIApp:
@@ -35,12 +37,10 @@ def submit(service: Service, answers: Answers, body: Mapping[str, Any]) -> Compl
         EdgeError: it is not valid, or cannot be answered now.
     """
     options = answer_options(body, service.settings.defaults, service.n_ctx)
-    options |= answer_format(body.get("response_format")) | tool_options(body)
+    options |= answer_format(body.get("response_format")) | tool_options(body) | logprob_options(body)
     count, most = integer(body, "n"), service.scheduler.parallel
     if count is not None and not 1 <= count <= most:
         raise Refusal(400, f"n is {count}; it must be from 1 to {most} (--parallel)", param="n")
-    if flag(body, "logprobs") or integer(body, "top_logprobs"):
-        raise Refusal(400, "logprobs are not supported; leave them out", param="logprobs")
     completion = Completion(service, body)
     messages, seed = service.images_of(body.get("messages"), body, answers), options.get("seed")
     for number in range(count or 1):
@@ -56,6 +56,7 @@ class Completion(Writer):
     def __init__(self, service: Service, body: Mapping[str, Any]) -> None:
         super().__init__(service, stream=flag(body, "stream"))
         self._includes_usage = flag(typed(dict, body, "stream_options") or {}, "include_usage")
+        self._has_timings, self._has_logprobs = flag(body, "timings_per_token"), flag(body, "logprobs")
         self._most_calls = None if flag(body, "parallel_tool_calls", default=True) else 1
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -95,7 +96,8 @@ class Completion(Writer):
         try:
             async for number, chunk in merged(answers.streams):
                 if chunk.text:
-                    yield None, self._delta(number, {"content": chunk.text})
+                    delta = self._delta(number, {"content": chunk.text}, tokens=chunk.logprobs)
+                    yield None, delta | self._timings_now(answers, number)
                 if chunk.stats is None:
                     continue
                 stats.append(chunk.stats)
@@ -118,9 +120,21 @@ class Completion(Writer):
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": f"chat.completion{kind}", "choices": choices}
 
-    def _delta(self, number: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": number, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _delta(
+        self, number: int, delta: dict[str, Any], reason: str | None = None, tokens: Sequence[TokenLogprob] = ()
+    ) -> dict[str, Any]:
+        logprobs = self._logprobs(tokens) if tokens else None
+        choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return self._object(".chunk", [choice])
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        return {"content": token_logprobs(tokens), "refusal": None} if self._has_logprobs else None
+
+    def _timings_now(self, answers: Answers, number: int) -> dict[str, Any]:
+        """Return what the answer took until now, if each chunk must have that."""
+        if not self._has_timings or (stats := answers.streams[number].stats()) is None:
+            return {}
+        return {"timings": timings(stats, answers.image_seconds)}
 
     def _choice(self, number: int, turn: Turn) -> dict[str, Any]:
         calls = self._calls(turn.tool_calls)
@@ -128,7 +142,12 @@ class Completion(Writer):
         if calls:
             message |= {"content": turn.text or None, "tool_calls": calls}
         reason = "tool_calls" if calls else turn.finish_reason
-        return {"index": number, "message": message, "logprobs": None, "finish_reason": reason}
+        return {
+            "index": number,
+            "message": message,
+            "logprobs": self._logprobs(turn.logprobs),
+            "finish_reason": reason,
+        }
 
     def _calls(self, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
         return [call_object(call) for call in calls[: self._most_calls]]

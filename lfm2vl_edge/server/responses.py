@@ -16,7 +16,8 @@ from lfm2vl_edge.generate import Chunk
 from lfm2vl_edge.prompt.calls import ToolCall
 from lfm2vl_edge.server.answering import Writer, answer
 from lfm2vl_edge.server.chat import call_object, timings, usage
-from lfm2vl_edge.server.fields import answer_format, answer_options, flag, integer, tool_options, typed
+from lfm2vl_edge.server.fields import answer_format, answer_options, flag, tool_options, typed
+from lfm2vl_edge.server.logprobs import response_logprob_options, token_logprobs
 from lfm2vl_edge.server.refusals import Refusal
 from lfm2vl_edge.server.service import Answers, Service
 from lfm2vl_edge.server.streaming import Event
@@ -47,10 +48,9 @@ def submit(service: Service, answers: Answers, body: Mapping[str, Any]) -> Respo
     for name, remedy in _REFUSED.items():
         if body.get(name):
             raise Refusal(400, f"{name} is not supported; {remedy}", param=name)
-    if integer(body, "top_logprobs"):
-        raise Refusal(400, "top_logprobs is not supported; leave it out", param="top_logprobs")
     options = answer_options(body, service.settings.defaults, service.n_ctx)
     options |= answer_format((typed(dict, body, "text") or {}).get("format")) | tool_options(body)
+    options |= response_logprob_options(body)
     writer = ResponseWriter(service, body)
     answers.submit(service.images_of(messages_of(body), body, answers), options)
     return writer
@@ -147,7 +147,7 @@ class ResponseWriter(Writer):
         try:
             async for last in answers.streams[0]:
                 is_empty = last.stats is not None and not last.tool_calls  # then an empty text is the answer
-                for event in message.add(last.text, even_if_empty=is_empty):
+                for event in message.add(last, even_if_empty=is_empty):
                     yield event
         except EdgeError:
             self.count("error")
@@ -221,23 +221,25 @@ class Message:
     def _by_part(self) -> dict[str, Any]:
         return {"item_id": self._item["id"], "content_index": 0, **self._place}
 
-    def add(self, text: str, *, even_if_empty: bool) -> Iterator[Event]:
+    def add(self, chunk: Chunk, *, even_if_empty: bool) -> Iterator[Event]:
         """Yield the events of new text; before the first one, those of the item."""
+        text, tokens = chunk.text, token_logprobs(chunk.logprobs)
         if not self._place and (text or even_if_empty):
             self._place = {"output_index": self._writer.add_item(self._item)}
-            begun = self._item | {"status": "in_progress", "content": []}
+            begun, empty = self._item | {"status": "in_progress", "content": []}, self._part | {"logprobs": []}
             yield self._writer.event("response.output_item.added", item=begun, **self._place)
-            yield self._writer.event("response.content_part.added", part=dict(self._part), **self._by_part)
+            yield self._writer.event("response.content_part.added", part=empty, **self._by_part)
         if text:
             self._part["text"] += text
-            yield self._writer.event("response.output_text.delta", delta=text, logprobs=[], **self._by_part)
+            self._part["logprobs"] += tokens
+            yield self._writer.event("response.output_text.delta", delta=text, logprobs=tokens, **self._by_part)
 
     def end(self) -> Iterator[Event]:
         """Yield the events after the text, if there was an item."""
         if not self._place:
             return
         self._item |= {"status": "completed", "content": [self._part]}
-        text = self._part["text"]
-        yield self._writer.event("response.output_text.done", text=text, logprobs=[], **self._by_part)
+        text, tokens = self._part["text"], self._part["logprobs"]
+        yield self._writer.event("response.output_text.done", text=text, logprobs=tokens, **self._by_part)
         yield self._writer.event("response.content_part.done", part=self._part, **self._by_part)
         yield self._writer.event("response.output_item.done", item=self._item, **self._place)

@@ -63,7 +63,12 @@ class SlowEngine:
         raise NotImplementedError
 
     def sample(
-        self, sampling: Sampling, seed: int | None, seen: Sequence[int], constraint: Constraint | None = None
+        self,
+        sampling: Sampling,
+        seed: int | None,
+        seen: Sequence[int],
+        constraint: Constraint | None = None,
+        n_logprobs: int | None = None,
     ) -> Iterator[Sampled]:
         while True:
             yield Sampled(7)

@@ -182,7 +182,12 @@ class Answering(FakeEngine):
         return bytes([token]) if token < 256 else b""
 
     def sample(
-        self, sampling: Sampling, seed: int | None, seen: Sequence[int], constraint: Constraint | None = None
+        self,
+        sampling: Sampling,
+        seed: int | None,
+        seen: Sequence[int],
+        constraint: Constraint | None = None,
+        n_logprobs: int | None = None,
     ) -> Iterator[Sampled]:
         yield from map(Sampled, (*self.answer, END))
 

@@ -121,7 +121,7 @@ def test_image_tokens_follow_detail_and_settings(here: Here) -> None:
     [
         ({"n": 5}, "n", "from 1 to 4"),
         ({"n": 0}, "n", "from 1 to 4"),
-        ({"logprobs": True}, "logprobs", "not supported"),
+        ({"top_logprobs": 1}, "top_logprobs", "needs logprobs"),
         ({"ignore_eos": True}, "ignore_eos", "not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
         ({"functions": [{"name": "f"}]}, "functions", "not supported"),

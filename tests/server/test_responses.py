@@ -115,7 +115,7 @@ def test_tool_calls(with_tools: Here, stream: bool) -> None:
         ({"store": True}, "store"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),  # quote
-        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"top_logprobs": 30}, "top_logprobs"),
         ({"input": None}, "input is None"),
         ({"input": []}, "input is"),
         ({"input": [5]}, "an item of the input"),
