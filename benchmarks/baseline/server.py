@@ -106,13 +106,19 @@ def _image_message(path: Path, prompt: str) -> dict[str, Any]:
 
 @contextmanager
 def serving(baseline: Baseline) -> Iterator[Server]:
-    """Start the server with one slot; it is stopped at the end of the block, also after an error.
+    """Start the server with one slot; see `running`."""
+    port = free_port()
+    with running(baseline.command(SERVE, "--host", _HOST, "--port", port, "-np", 1, "--no-webui"), port):
+        yield Server(port)
+
+
+@contextmanager
+def running(command: Sequence[str], port: int) -> Iterator[None]:
+    """Start a server and wait until it is ready; it is stopped at the end of the block, also after an error.
 
     Raises:
         EngineError: it cannot be started, or ends before it is ready.
     """
-    port = _free_port()
-    command = baseline.command(SERVE, "--host", _HOST, "--port", port, "-np", 1, "--no-webui")
     with tempfile.TemporaryFile() as log:
         try:
             process = subprocess.Popen(  # a command of ours
@@ -122,12 +128,13 @@ def serving(baseline: Baseline) -> Iterator[Server]:
             raise EngineError(f"{command[0]} cannot be started: {error.strerror or error}; build it again") from error
         try:
             _wait_until_ready(process, port, log)
-            yield Server(port)
+            yield
         finally:
             _stop(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a local port that nothing listens on."""
     with socket.socket() as free:
         free.bind((_HOST, 0))
         return int(free.getsockname()[1])
