@@ -26,6 +26,8 @@ COMMANDS: Final = (
     "point",
     "extract",
     "serve",
+    "batch",
+    "watch",
     "plan",
     "tune",
     "bench",
