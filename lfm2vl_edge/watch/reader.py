@@ -124,7 +124,7 @@ class Reader:
     def _read(self) -> None:
         delay = self._first_delay
         while not self._stop.is_set():
-            reason = "it ended"
+            reason = f"{self.source.name} ended"
             try:
                 for shot in self.source.read(self._stop):
                     delay = self._first_delay
@@ -144,7 +144,7 @@ class Reader:
 
     def _lost(self, reason: str, delay: float) -> None:
         if not self._is_lost:
-            _LOG.warning("%s is lost: %s; trying again in %g s, and then less often", self.source.name, reason, delay)
+            _LOG.warning("%s; trying again in %g s, and then less often", reason, delay)
             self._is_lost = True
             self._on_state(False)
 

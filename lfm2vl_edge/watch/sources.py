@@ -154,12 +154,12 @@ def _video(url: str, settings: SourceSettings, stop: Event, *, form: str | None,
     try:
         with av.open(url, format=form, options=options, timeout=timeout) as container:
             if not container.streams.video:
-                raise SourceLost(f"{name} has no video; give another source")
+                raise SourceLost(f"{name} has no video")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             yield from _taken(_decoded(container, stream, settings), settings, stop, is_live=is_live)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise SourceLost(f"{name} cannot be read: {_reason(error, url)}; check it") from error
+        raise SourceLost(f"{name} cannot be read: {_reason(error, url)}") from error
 
 
 def _reason(error: Exception, url: str) -> str:
