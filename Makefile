@@ -12,13 +12,19 @@ ENVIRONMENTS := $(VENV) $(IMAGES_VENV)
 
 # The public modules, without the modules below them.
 DOCUMENTED := lfm2vl_edge '!lfm2vl_edge\.' lfm2vl_edge.evaluate '!lfm2vl_edge\.evaluate\.' \
+	lfm2vl_edge.batch '!lfm2vl_edge\.batch\.' \
 	lfm2vl_convert '!lfm2vl_convert\.'
+
+# Rules for accessible pages, which the tests of the page apply. Kept outside of the project.
+AXE_VERSION := 4.14.1
+AXE_FOLDER  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lfm2vl-edge/axe-core-$(AXE_VERSION)
+AXE         := $(AXE_FOLDER)/node_modules/axe-core/axe.min.js
 
 # A fifth faster where Debian's libtcmalloc-minimal4 is installed.
 TCMALLOC := $(firstword $(wildcard /usr/lib/*/libtcmalloc_minimal.so.4))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format docs fuzz parity parity-images parity-checkpoints train scores clean
+.PHONY: help run test check format docs fuzz page-tests ray-tests parity parity-images parity-checkpoints train scores clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +54,12 @@ docs: $(VENV)/.docs ## make the API reference from the docstrings, in build/docs
 
 fuzz: $(VENV)/.test ## judge 28,000 damaged and hostile inputs: ten minutes; before a release
 	$(BIN)/python -m tests.fuzz
+
+page-tests: $(VENV)/.page $(AXE) ## drive the page of `serve` in Chromium, which must be installed
+	AXE=$(AXE) $(BIN)/pytest -m page -n 0 tests/server/page
+
+ray-tests: $(VENV)/.ray ## run batches on a local cluster of Ray, and kill one of its workers
+	$(BIN)/pytest -m ray -n 0 tests/batch
 
 parity: $(VENV)/.parity ## compare with transformers and torch, on new random checkpoints
 	$(BIN)/pytest -m parity -n 0
@@ -110,6 +122,20 @@ $(IMAGES_VENV)/.ready: pyproject.toml $(IMAGES_VENV)/.engine
 	$(IMAGES_VENV)/bin/pip install 'torch==2.14.1' 'torchvision==0.29.1' 'transformers>=5.24,<6'
 	$(IMAGES_VENV)/bin/pip install --quiet --editable '.[test]'
 	@touch $@
+
+$(VENV)/.page: $(VENV)/.test
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+		{ echo 'missing: Chromium; on Debian and Raspberry Pi OS: apt install chromium' >&2; exit 1; }
+	$(PIP) install --editable '.[page-tests]'
+	@touch $@
+
+$(VENV)/.ray: $(VENV)/.test
+	$(PIP) install --editable '.[ray]'
+	@touch $@
+
+$(AXE):
+	@command -v npm >/dev/null || { echo 'missing: npm; on Debian and Raspberry Pi OS: apt install npm' >&2; exit 1; }
+	npm install --silent --no-save --no-audit --no-fund --prefix $(AXE_FOLDER) axe-core@$(AXE_VERSION)
 
 # torch is pinned so that an installed CPU build is kept, not replaced by a newer one with gigabytes of CUDA.
 $(VENV)/.parity: $(VENV)/.test

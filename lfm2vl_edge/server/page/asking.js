@@ -49,33 +49,11 @@ async function detectIn(turn, images, first, { system, question, schema }, signa
   const format = schema ? { type: "json_schema", json_schema: { name: "boxes", schema } } : undefined;
   if (turn.answer) turn.answer += "\n";
   const start = turn.answer.length;
-  const read = reader(turn, first, images, show);
-  const onPiece = (piece) => {
-    show.piece(piece);
-    if (piece.includes("}")) read(turn.answer.slice(start));
-  };
-  const body = { messages, response_format: format, ...decoding({ temperature: 0 }) };
-  const took = await answered(turn, body, signal, onPiece);
-  await read(turn.answer.slice(start), true);
+  const took = await answered(turn, { messages, response_format: format, ...decoding({ temperature: 0 }) }, signal, show.piece);
+  const found = await regionsIn(turn.answer.slice(start), images);
+  turn.regions = [...turn.regions, ...found.map((region) => ({ ...region, image: region.image + first }))];
+  show.regions();
   return took;
-}
-
-/** Return a function that reads the places of an answer so far into a turn; the last time it always does. */
-function reader(turn, first, images, show) {
-  const before = turn.regions;
-  let reading = Promise.resolve();
-  let isReading = false;
-  return (answer, isLast = false) => {
-    if (isReading && !isLast) return reading;
-    isReading = true;
-    reading = reading.then(async () => {
-      const found = await regionsIn(answer, images);
-      turn.regions = [...before, ...found.map((region) => ({ ...region, image: region.image + first }))];
-      show.regions();
-      isReading = false;
-    });
-    return reading;
-  };
 }
 
 /** Return the places in an answer about images; none if the server cannot tell. */

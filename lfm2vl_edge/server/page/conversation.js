@@ -46,12 +46,14 @@ export function lastWithImages(turns, number) {
   return number;
 }
 
+const isTurn = (turn) => typeof turn?.text === "string" && typeof turn.answer === "string" && Array.isArray(turn.images);
+
 /** Return the turns that this browser keeps; what was running when the page was closed can be tried again. */
 export function stored() {
   try {
     const { version, turns } = JSON.parse(localStorage.getItem(NAME) ?? "{}");
     if (version !== 1) return [];
-    return turns.map((turn) => newTurn(turn.status === "running"
+    return turns.filter(isTurn).map((turn) => newTurn(turn.status === "running"
       ? { ...turn, status: "failed", problem: "The page was closed before the answer was complete." } : turn));
   } catch {
     return [];
