@@ -33,8 +33,7 @@ export function drawRegions(layer, regions) {
 }
 
 function box({ corners: [left, top, right, bottom], label }, color) {
-  const isHigh = top > 0.08;
-  const name = element(`span.${isHigh ? "above" : "within"}`, {}, label);
+  const name = element(`span.${top > 0.08 ? "above" : bottom < 0.92 ? "below" : "within"}`, {}, label);
   return place(element(`div.box.${color}`, {}, name), { left, top, width: right - left, height: bottom - top });
 }
 

@@ -7,7 +7,7 @@ const NAME = "lfm2vl-edge:settings";
 const THEMES = { auto: "as the system", light: "light", dark: "dark" };
 const EXAMPLE = {
   type: "object",
-  properties: { description: { type: "string", maxLength: 200 }, count: { type: "integer", minimum: 0 } },
+  properties: { description: { type: "string", maxLength: 200 }, count: { type: "integer", minimum: 0, maximum: 99 } },
   required: ["description", "count"],
   additionalProperties: false,
 };
