@@ -11,7 +11,7 @@ options of one token, nothing is decoded at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any, Final, NamedTuple, TypedDict
 
@@ -20,7 +20,7 @@ import numpy as np
 from lfm2vl_edge.config import ModelConfig, is_finite, require
 from lfm2vl_edge.engine import Engine, Floats, State
 from lfm2vl_edge.errors import ContextFull, EngineError, shorten
-from lfm2vl_edge.generate import Runtime, prefill, stats_of
+from lfm2vl_edge.generate import Runtime, prefill_steps, stats_of
 from lfm2vl_edge.image.tiles import preprocess_images
 from lfm2vl_edge.prompt.messages import Message, images_in, parse_messages
 from lfm2vl_edge.prompt.prepare import split, tokenize
@@ -99,6 +99,29 @@ def choose(
         PromptError: the messages have no valid form, or (ContextFull) do not fit into the context with the options.
         EngineError: a native call failed, it was cancelled, or the logits are not finite.
     """
+    steps = choose_steps(runtime, messages, options, temperature=temperature, template_options=template_options)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: Choice = end.value
+            return found
+
+
+def choose_steps(
+    runtime: Runtime,
+    messages: Sequence[Message],
+    options: Sequence[str],
+    *,
+    temperature: float = 1.0,
+    template_options: Mapping[str, Any] | None = None,
+    most: int | None = None,
+) -> Generator[None, None, Choice]:
+    """Do what `choose` does in steps, between which something else may use the processor, and return its result.
+
+    The first step checks everything and makes the prompt; only later ones use the engine's sequence. `most` is that of
+    `prefill_steps`; the rest is as for `choose`.
+    """
     check_options(options)
     check_temperature(temperature)
     engine, config = runtime.engine, runtime.config
@@ -109,10 +132,12 @@ def choose(
         prompt = tokenize(engine, config, render(parsed, images, config, (), template_options))
         paths = _paths(engine, config, options)
     n_prompt = len(prompt.token_ids)
-    _make_room(engine, config, n_prompt, paths)
-    prefill(engine, split(prompt), runtime.caches, watch)
+    n_needed = _room(config, n_prompt, paths)
+    yield
+    engine.reserve(n_needed)
+    yield from prefill_steps(engine, split(prompt), runtime.caches, watch, most)
     watch.first_token()
-    logs, n_decoded = _walk(engine, paths, n_prompt, _ends(engine, config))
+    logs, n_decoded = yield from _walk(engine, paths, n_prompt, _ends(engine, config))
     return Choice(
         dict(zip(options, logs, strict=True)),
         {option: len(path) - 1 for option, path in zip(options, paths, strict=True)},
@@ -177,15 +202,19 @@ def _ends(engine: Engine, config: ModelConfig) -> list[int]:
     return sorted(filter(engine.is_end, set(config.control_tokens.values())))
 
 
-def _make_room(engine: Engine, config: ModelConfig, n_prompt: int, paths: Sequence[_Path]) -> None:
-    """Reserve context for the prompt and the longest beginning that two options share."""
+def _room(config: ModelConfig, n_prompt: int, paths: Sequence[_Path]) -> int:
+    """Return the tokens of the prompt and of the longest beginning that two options share.
+
+    Raises:
+        ContextFull: they are too many.
+    """
     n_shared = max(_parting(one, other) for one, other in pairwise(sorted(paths)))
     if n_prompt + n_shared > config.n_ctx_train:
         raise ContextFull(
             f"the prompt has {n_prompt} tokens, and options share {n_shared}; the model's context is "
             f"{config.n_ctx_train}: use fewer or smaller images, or shorter texts"
         )
-    engine.reserve(n_prompt + n_shared)
+    return n_prompt + n_shared
 
 
 def _parting(one: _Path, other: _Path, start: int = 0) -> int:
@@ -204,8 +233,10 @@ class _Branch(NamedTuple):
     """The engine's sequence after the beginning; None if that is its sequence now."""
 
 
-def _walk(engine: Engine, paths: Sequence[_Path], n_prompt: int, ends: Sequence[int]) -> tuple[list[float], int]:
-    """Return the logarithm of each option's probability after the prompt, and the number of decoded tokens.
+def _walk(
+    engine: Engine, paths: Sequence[_Path], n_prompt: int, ends: Sequence[int]
+) -> Generator[None, None, tuple[list[float], int]]:
+    """Return the logarithm of each option's probability after the prompt, and the number of decoded tokens, in steps.
 
     The tree of options is walked depth first, the smallest branch first, so that the snapshot of a place is dropped
     before its largest branch: never more of them exist than the binary logarithm of the number of options.
@@ -226,6 +257,7 @@ def _walk(engine: Engine, paths: Sequence[_Path], n_prompt: int, ends: Sequence[
             for index in group:
                 logs[index] += share
         pending += _deeper(engine, list(groups.values()), depth)
+        yield
     return logs, n_decoded
 
 

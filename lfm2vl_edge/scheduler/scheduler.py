@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from lfm2vl_edge.cache.memory import STATE_BYTES, Caches
+from lfm2vl_edge.choose import Choice, ChoiceOptions, choose_steps
 from lfm2vl_edge.config import Options
 from lfm2vl_edge.engine import Constraint, Engine, Sampled
 from lfm2vl_edge.errors import EdgeError, EngineError, QueueFull, clip
@@ -119,6 +121,8 @@ class Scheduler:
         self._waiting: deque[tuple[Answer, Stream]] = deque()
         self._filling: list[_Job] = []
         self._running: dict[_Job, Sampler] = {}
+        self._choosing: deque[tuple[Generator[None, None, Choice], Future[Choice]]] = deque()
+        self._is_choice_next = False
         self._changed = threading.Condition()
         self._is_closed = False
         with ExitStack() as stack:
@@ -151,12 +155,41 @@ class Scheduler:
             self._changed.notify()
         return stream
 
+    def choose(
+        self, messages: Sequence[Message], options: Sequence[str], **how: Unpack[ChoiceOptions]
+    ) -> Future[Choice]:
+        """Return the probability of each option as the model's next turn: what `choose.choose` returns.
+
+        It is computed between the steps of answers, in the model's own sequence, one after another. Prompt and options
+        are checked here, in the calling thread. A cancelled future ends it within one step.
+
+        Args:
+            messages: the conversation, as for `Model.chat`.
+            options: the answers, at least two.
+            **how: as for `Model.choose`.
+
+        Raises:
+            QueueFull: too many requests are waiting.
+            EngineError: the scheduler is closed.
+            EdgeError: the request is not valid or cannot fit into the context; see `choose.choose`.
+        """
+        self._check_open()
+        given: ChoiceOptions = {"temperature": self.model.choice_temperature, **how}
+        steps, future = choose_steps(self._runtime, messages, options, most=_RUN, **given), Future[Choice]()
+        next(steps)
+        with self._changed:
+            self._check_open()
+            self._choosing.append((steps, future))
+            self._changed.notify()
+        return future
+
     def counts(self) -> dict[str, int]:
         """Return how many requests wait and run, and how much of the context is in use, tokens."""
         with self._changed:
             jobs = self._jobs()
             tokens = sum(_context_of(job.answer) for job in jobs)
-            return {"waiting": len(self._waiting), "running": len(jobs), "tokens": tokens, "n_ctx": self._slots.n_ctx}
+            n_waiting = len(self._waiting) + len(self._choosing)
+            return {"waiting": n_waiting, "running": len(jobs), "tokens": tokens, "n_ctx": self._slots.n_ctx}
 
     @property
     def is_open(self) -> bool:
@@ -181,7 +214,7 @@ class Scheduler:
     def _check_open(self) -> None:
         if self._is_closed:
             raise EngineError("the scheduler is closed; open another one")
-        if len(self._waiting) >= self.queue:
+        if max(len(self._waiting), len(self._choosing)) >= self.queue:
             raise QueueFull(f"{self.queue} requests are waiting already; try again later, or raise queue")
 
     def _work(self) -> None:
@@ -191,7 +224,10 @@ class Scheduler:
                 self._end_cancelled()
                 self._admit()
                 # One step of one prompt, so that a running answer waits no longer than for one view, ...
-                if self._filling:
+                self._is_choice_next = bool(self._choosing) and not (self._filling and self._is_choice_next)
+                if self._is_choice_next:
+                    self._choose()
+                elif self._filling:
                     self._fill(self._next_to_fill())
                 # ... and one token of every running answer, in one native call.
                 if self._running:
@@ -209,7 +245,7 @@ class Scheduler:
     def _wait(self) -> bool:
         """Wait for something to do, and return whether the scheduler is still open."""
         with self._changed:
-            while not (self._is_closed or self._waiting or self._filling or self._running):
+            while not (self._is_closed or self._waiting or self._filling or self._running or self._choosing):
                 self._changed.wait()
             return not self._is_closed
 
@@ -273,6 +309,21 @@ class Scheduler:
             job.run = sampler.first() or self._slots.sample(job.slot, sampler)
             self._take(job)
 
+    def _choose(self) -> None:
+        """Do one step of the first choice."""
+        steps, future = self._choosing[0]
+        try:
+            if not future.cancelled():
+                next(steps)
+                return
+        except StopIteration as end:
+            if future.set_running_or_notify_cancel():
+                future.set_result(end.value)
+        except EdgeError as error:
+            _fail(future, error)
+        with self._changed:
+            self._choosing.popleft()
+
     def _step(self) -> None:
         """Decode what was sampled, sample the next token of every answer, and send it."""
         try:
@@ -333,6 +384,13 @@ class Scheduler:
         with self._changed:
             while self._waiting:
                 self._waiting.popleft()[1].end(error)
+            while self._choosing:
+                _fail(self._choosing.popleft()[1], error)
+
+
+def _fail(future: Future[Choice], error: EdgeError) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)
 
 
 def _context_of(answer: Answer) -> int:

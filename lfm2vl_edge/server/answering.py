@@ -17,7 +17,7 @@ from lfm2vl_edge.stats import Stats
 
 Reader: TypeAlias = "Callable[[Service, Answers, Mapping[str, Any]], Writer]"
 """Reads the body of a request and submits it, in a thread, since images are decoded there; raises an EdgeError."""
-_CLOSED: Final = 499
+CLOSED: Final = Response(status_code=499)
 """nginx's status of a request whose client left; nobody receives it."""
 
 
@@ -89,7 +89,7 @@ async def answer(request: Request, read: Reader) -> ASGIApp:
         finally:
             writer.count_cancelled()
     except Disconnected:
-        return Response(status_code=_CLOSED)
+        return CLOSED
     finally:
         if not is_streamed:
             answers.close()

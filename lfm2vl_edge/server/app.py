@@ -21,6 +21,7 @@ from lfm2vl_edge.errors import EdgeError, clip
 from lfm2vl_edge.server import about
 from lfm2vl_edge.server.boxes import boxes, boxes_question
 from lfm2vl_edge.server.chat import chat
+from lfm2vl_edge.server.choose import choose
 from lfm2vl_edge.server.guard import check_host, check_key, check_origin
 from lfm2vl_edge.server.page import page_paths, page_routes
 from lfm2vl_edge.server.plan import plan
@@ -34,6 +35,7 @@ _OPEN_PATHS: Final = frozenset(("/health", "/v1/health"))
 _ENDPOINTS: Final[tuple[tuple[str, Callable[..., Any], str], ...]] = (
     ("/chat/completions", chat, "POST"),
     ("/responses", responses, "POST"),
+    ("/choose", choose, "POST"),
     ("/plan", plan, "POST"),
     ("/boxes", boxes, "POST"),
     ("/boxes/question", boxes_question, "POST"),

@@ -42,7 +42,8 @@ def submit(service: Service, answers: Answers, body: Mapping[str, Any]) -> Compl
     if count is not None and not 1 <= count <= most:
         raise Refusal(400, f"n is {count}; it must be from 1 to {most} (--parallel)", param="n")
     completion = Completion(service, body)
-    messages, seed = service.images_of(body.get("messages"), body, answers), options.get("seed")
+    messages, answers.image_seconds = service.images_of(body.get("messages"), body)
+    seed = options.get("seed")
     for number in range(count or 1):
         answers.submit(messages, options if seed is None else options | {"seed": (seed + number) % (MAX_SEED + 1)})
     return completion

@@ -5,7 +5,8 @@ A field that is not known is ignored, unless it would change the answer: then it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from lfm2vl_edge.config import MAX_SEED
@@ -24,12 +25,12 @@ _FORMS: Final[Mapping[str, str]] = {
     "guided_regex": "regex",
 }
 """Fields of llama.cpp and vLLM -> option."""
+_STRUCTURED: Final = {name: f"guided_{name}" for name in ("json", "regex", "grammar", "choice")}
+"""What vLLM's `structured_outputs` may have -> the older field of the same meaning."""
 _CHANGING: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("ignore_eos", "echo", "use_beam_search", "continue_final_message"), (False,)),
-    **dict.fromkeys(("logit_bias", "bad_words", "stop_token_ids", "functions", "structured_outputs"), ({}, [])),
-    **dict.fromkeys(
-        ("function_call", "suffix", "audio", "web_search_options", "guided_choice", "chat_template"), ("",)
-    ),
+    **dict.fromkeys(("logit_bias", "bad_words", "stop_token_ids", "functions"), ({}, [])),
+    **dict.fromkeys(("function_call", "suffix", "audio", "web_search_options", "chat_template"), ("",)),
     **dict.fromkeys(("min_tokens", "mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), (0,)),
     **dict.fromkeys(("best_of", "typical_p", "typ_p", "tfs_z", "length_penalty"), (1,)),
     **dict.fromkeys(("prompt", "prefix", "assistant_prefill", "input_extra"), ("", [])),
@@ -64,10 +65,57 @@ def answer_options(body: Mapping[str, Any], defaults: Mapping[str, Any], n_ctx: 
         options["stop"] = _stop(body["stop"])
     if (variables := typed(dict, body, "chat_template_kwargs")) is not None:
         options["template_options"] = {**(options.get("template_options") or {}), **variables}
-    for name, option in _FORMS.items():
-        if body.get(name) is not None:
-            options[option] = body[name]
+    return options | _constraint(body)
+
+
+def _constraint(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that vLLM's and llama.cpp's fields of structured answers mean."""
+    given = {**body, **_structured(typed(dict, body, "structured_outputs") or {})}
+    options = {option: given[name] for name, option in _FORMS.items() if given.get(name) is not None}
+    if isinstance(options.get("schema"), str):
+        options["schema"] = _parsed(options["schema"])
+    choices = typed(list, given, "guided_choice")
+    if choices is not None:
+        if options:
+            raise Refusal(
+                400, "guided_choice cannot be combined with another format; choose one", param="guided_choice"
+            )
+        options["grammar"] = choice_grammar(choices)
     return options
+
+
+def _structured(given: Mapping[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in _STRUCTURED:
+            fields[_STRUCTURED[name]] = value
+        elif name == "json_object" and value:
+            fields["guided_json"] = {"type": "object"}
+        elif value:
+            known = ", ".join((*_STRUCTURED, "json_object"))
+            message = f"structured_outputs has {shorten(name)}; supported are {known}"
+            raise Refusal(400, message, param="structured_outputs")
+    return fields
+
+
+def _parsed(schema: str) -> Any:
+    """Return a schema that is JSON text, which some of vLLM's clients send."""
+    try:
+        return json.loads(schema)
+    except (ValueError, RecursionError):
+        raise Refusal(400, f"the schema is {shorten(schema)}; it must be a JSON object", "invalid_value") from None
+
+
+def choice_grammar(choices: Sequence[Any]) -> str:
+    """Return a grammar of a few texts, in Lark's notation.
+
+    Raises:
+        Refusal: there are none, or one is not a text.
+    """
+    if not choices or not all(isinstance(choice, str) and choice for choice in choices):
+        message = f"guided_choice is {shorten(choices)}; it must be a list of texts that are not empty"
+        raise Refusal(400, message, "invalid_value", "guided_choice")
+    return "start: " + " | ".join(map(json.dumps, choices))
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -142,6 +142,11 @@ def choice_of(body: Mapping[str, Any], config: ImageConfig, budget: ImageBudget,
     return ImageChoice(config=chosen, budget=budget.with_options(options))
 
 
+def image_part(given: Any) -> Any:
+    """Return the part of a message for an image that stands alone: such a part already, or its URL or base64 text."""
+    return given if isinstance(given, dict) else {"type": "image_url", "image_url": {"url": given}}
+
+
 class Images:
     """Reads the images of requests, from several threads.
 

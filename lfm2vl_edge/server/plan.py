@@ -13,7 +13,7 @@ from lfm2vl_edge.planning.geometry import plan as plan_views
 from lfm2vl_edge.planning.report import plan_values
 from lfm2vl_edge.prompt.messages import ImagePart, parse_messages
 from lfm2vl_edge.server.fields import integer
-from lfm2vl_edge.server.images import choice_of
+from lfm2vl_edge.server.images import choice_of, image_part
 from lfm2vl_edge.server.refusals import Refusal
 from lfm2vl_edge.server.service import Service
 from lfm2vl_edge.server.streaming import Json
@@ -54,8 +54,7 @@ def _size(service: Service, body: Mapping[str, Any]) -> tuple[int, int, str | No
             example = '{"image": "data:..."} or {"height": 1080, "width": 1920}'
             raise Refusal(400, f"there is neither an image nor a size up to {MOST_PIXELS} pixels; send {example}")
         return height, width, None
-    part = given if isinstance(given, dict) else {"type": "image_url", "image_url": {"url": given}}
-    (message,) = parse_messages([{"role": "user", "content": [part]}])
+    (message,) = parse_messages([{"role": "user", "content": [image_part(given)]}])
     (image,) = message.parts
     if not isinstance(image, ImagePart):
         raise Refusal(400, "image is a text; send a data URL, or an image part of a message", param="image")

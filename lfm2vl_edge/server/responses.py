@@ -52,7 +52,8 @@ def submit(service: Service, answers: Answers, body: Mapping[str, Any]) -> Respo
     options |= answer_format((typed(dict, body, "text") or {}).get("format")) | tool_options(body)
     options |= response_logprob_options(body)
     writer = ResponseWriter(service, body)
-    answers.submit(service.images_of(messages_of(body), body, answers), options)
+    messages, answers.image_seconds = service.images_of(messages_of(body), body)
+    answers.submit(messages, options)
     return writer
 
 

@@ -140,8 +140,11 @@ class Service:
         """Names of the model; answers carry the first one."""
         return tuple(dict.fromkeys((*self.settings.aliases, self.model.config.name)))
 
-    def images_of(self, messages: Any, body: Mapping[str, Any], answers: Answers) -> list[Message]:
-        """Return the messages of a request with their images preprocessed, as its fields choose; in a thread.
+    def images_of(self, messages: Any, body: Mapping[str, Any]) -> tuple[list[Message], float]:
+        """Preprocess the images of a request, as its fields choose; in a thread.
+
+        Returns:
+            The messages with these images, and the seconds that they took.
 
         Raises:
             EdgeError: they are not valid.
@@ -149,8 +152,7 @@ class Service:
         start = time.perf_counter()
         choice = choice_of(body, self.model.config.image, self.model.budget, self.n_ctx)
         found = self.images.in_messages(messages, choice)
-        answers.image_seconds = time.perf_counter() - start
-        return found
+        return found, time.perf_counter() - start
 
     async def read(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Return the result of a function that runs in one of the threads."""
