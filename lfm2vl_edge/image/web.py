@@ -189,6 +189,8 @@ def fetch(url: str, limits: Limits = _LIMITS) -> bytes:
         _check_online(url)
     deadline = time.monotonic() + limits.seconds
     client, stopped = _new_client(), threading.Event()
+    if limits.is_camera:
+        client.event_hooks = {}  # of huggingface_hub, which refuses if HF_HUB_OFFLINE is set
     download = start_worker(_follow, url, target, limits, deadline, client, stopped)
     try:  # only this bounds the time of name resolution, and of headers that arrive byte by byte
         return download.result(limits.seconds)

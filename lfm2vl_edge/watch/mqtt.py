@@ -371,8 +371,6 @@ class _Connection:
         deadline = time.monotonic() + _CONNECT_SECONDS
         while not self.was_open:
             self.step(_STEP)
-            if self._refusal is not None:
-                raise NotDelivered(f"it refuses: {self._refusal}")
             if stop.is_set() or time.monotonic() > deadline:
                 raise NotDelivered(f"no answer in {_CONNECT_SECONDS:g} s")
         self._client.subscribe(_BIRTH)
@@ -387,7 +385,7 @@ class _Connection:
 
         code = self._client.loop(seconds)
         if code != MQTT_ERR_SUCCESS:
-            raise NotDelivered(error_string(code))
+            raise NotDelivered(f"it refuses: {self._refusal}" if self._refusal else error_string(code))
 
     def publish(self, topic: str, payload: bytes, is_retained: bool) -> None:
         sent = self._client.publish(topic, payload, qos=1, retain=is_retained)

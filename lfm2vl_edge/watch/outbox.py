@@ -171,20 +171,20 @@ class Webhook:
         parts = urllib.parse.urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=self.seconds)
-        late = threading.Timer(self.seconds, _shut, [connection])
-        late.daemon = True
-        late.start()
+        is_late = threading.Event()
+        timer = threading.Timer(self.seconds, _shut, [connection, is_late])
+        timer.daemon = True
+        timer.start()
         try:
             target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
             connection.request("POST", target, message.body, self._headers(message, parts))
             status = connection.getresponse().status
         except (OSError, http.client.HTTPException, ValueError, ssl.SSLError) as error:
-            is_late = not late.is_alive()
-            return None, f"no answer in {self.seconds:g} s" if is_late else error_text(error)
+            return None, f"no answer in {self.seconds:g} s" if is_late.is_set() else error_text(error)
         finally:
-            late.cancel()
+            timer.cancel()
             connection.close()
-            late.join()
+            timer.join()
         return status, f"HTTP status {status}"
 
     def _headers(self, message: Message, parts: urllib.parse.SplitResult) -> dict[str, str]:
@@ -198,10 +198,11 @@ class Webhook:
         return headers
 
 
-def _shut(connection: http.client.HTTPConnection) -> None:
+def _shut(connection: http.client.HTTPConnection, is_late: threading.Event) -> None:
     """End a connection that another thread waits for."""
     import socket
 
+    is_late.set()
     if connection.sock is not None:
         try:
             connection.sock.shutdown(socket.SHUT_RDWR)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
 
+from lfm2vl_edge.batch.worker import kind_of
 from lfm2vl_edge.config import is_finite, is_integer, require
 from lfm2vl_edge.errors import EdgeError, EngineError, ImageError, shorten
 from lfm2vl_edge.image.load import Pixels
@@ -302,7 +303,7 @@ class Watcher:
             "changed": round(change.share, 6),
             "boxes": [dict(zip(("left", "top", "right", "bottom"), box, strict=True)) for box in change.boxes],
             **_answers(replies, len(self._questions)),
-            "error": None if problem is None else {"kind": type(problem).__name__, "message": str(problem)},
+            "error": None if problem is None else {"kind": kind_of(problem), "message": str(problem)},
             "seconds": round(seconds, 3),
             "views": len(image.tiles),
             "encoded_views": sum(one.encoded_views for one in stats),
