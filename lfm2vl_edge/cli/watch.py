@@ -309,7 +309,7 @@ def watch(
     """
     with reporting(), at_once(grace=None) as interrupt, ExitStack() as stack:
         plan = _Plan(source, frames, questions, events, guards, image, answer)
-        with opening(model, image, verbose, remember=True, cache=cache) as when_open:
+        with opening(model, image, verbose, remember=len(plan.questions) > 1, cache=cache) as when_open:
             opened = when_open()
             note_unused_variables(answer.values(), opened)
             _run(plan, opened, interrupt, stack)
