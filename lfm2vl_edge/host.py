@@ -26,6 +26,8 @@ PARTIAL: Final = ".partial"
 _PARTIAL_SECONDS: Final = 60
 """Age at which such a file may be that of an ended process: a container may not see the processes of another one."""
 _PROGRAM: Final = "lfm2vl-edge"
+_NOTIFY_SECONDS: Final = 5.0
+"""Longest time in which systemd takes a notification, if its queue is full."""
 _TOPOLOGY: Final = Path("/sys/devices/system/cpu")
 _CPUINFO: Final = Path("/proc/cpuinfo")
 _BF16_FEATURES: Final = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
@@ -307,6 +309,7 @@ def notify(state: str) -> None:
     import socket  # only if it is used: commands start faster without it
 
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.settimeout(_NOTIFY_SECONDS)
         sender.sendto(state.encode(), f"\0{target[1:]}" if target[0] == "@" else target)
 
 
