@@ -36,6 +36,8 @@ _GUESSED_TOKENS: Final = 64
 """Tokens of an answer, before the first one has come."""
 _DECODE_SPEED: Final = 20.0
 """Megapixels per second that are decoded and resized, before the first image has been."""
+_BURST_SECONDS: Final = 0.05
+"""Answers within this time after the first one count as one with it."""
 _JUDGED_SHARE: Final = 0.05
 """Share of the rows after which an estimate is kept, to be compared with what came."""
 
@@ -93,13 +95,13 @@ class Forecast:
     """Predicts the seconds that are left. A thread plans the rows while the first of them are answered.
 
     Args:
-        planner: predicts the cost of a row.
+        planner: predicts the cost of a row; None: only what was measured counts.
         sources: the rows.
         pending: for each row, whether it is to be answered.
         parallel: answers that run at the same time.
     """
 
-    def __init__(self, planner: Planner, sources: Sequence[Source], pending: bytes, parallel: int) -> None:
+    def __init__(self, planner: Planner | None, sources: Sequence[Source], pending: bytes, parallel: int) -> None:
         self._planner, self._parallel = planner, parallel
         self._n_pending = sum(pending)
         self._indices: array[int] = array("q")
@@ -110,12 +112,16 @@ class Forecast:
         self._decode_seconds = 0.0
         self._n_measured = 0
         self._start = time.monotonic()
+        self._first = 0.0, 0
         self._judged: tuple[float, float] | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._plan, args=(sources, pending), daemon=True, name="forecast")
-        self._thread.start()
+        if planner is not None:
+            self._thread.start()
 
     def _plan(self, sources: Sequence[Source], pending: bytes) -> None:
+        if self._planner is None:
+            return
         step = max(1, self._n_pending // _MOST_PLANNED)
         with suppress(EdgeError, OSError):  # the batch itself reports it
             for index, row in _every(sources, pending, step):
@@ -130,6 +136,9 @@ class Forecast:
         """Note that a row was answered."""
         self._done[index] = 1
         self._n_done += 1
+        now = self._elapsed()
+        if self._n_done == 1 or now - self._first[0] < _BURST_SECONDS:  # several may come together
+            self._first = (now if self._n_done == 1 else self._first[0]), self._n_done
         if outcome.error_kind is None and outcome.stats:
             self._n_measured += 1
             encode = sum(one.encode_seconds for one in outcome.stats)
@@ -154,14 +163,26 @@ class Forecast:
         weights, rest = self._weights(planned[done].sum(axis=0), int(done.sum()))
         rows = planned @ weights + rest
         left = float(rows[~done].mean()) * n_left if (~done).any() else rest * n_left
-        spent = float(rows[done].mean()) * self._n_done if done.any() else 0.0
-        return left * (self._elapsed() / spent if spent > 0 else 1.0)
+        spent = float(rows[done].mean()) if done.any() else 0.0
+        return left * self._slowness(spent)
+
+    def _slowness(self, cost: float) -> float:
+        """Return how much longer rows take than their cost, of which `cost` is the mean of those that were answered.
+
+        Time counts from the first answer on: until then models are opened, and several rows are half done.
+        """
+        started, first = self._first
+        count, seconds = self._n_done - first, self._elapsed() - started
+        if count < 1 or seconds < _BURST_SECONDS:
+            count, seconds = self._n_done, self._elapsed()
+        return seconds / (count * cost) if count * cost > 0 else 1.0
 
     def _weights(self, planned: np.ndarray, n_done: int) -> tuple[np.ndarray, float]:
         """Return what a unit of each feature takes, and the seconds of a row besides; planned until measured."""
         weights = np.array([1.0, 1.0, 1 / _DECODE_SPEED])
         if self._n_measured == 0 or n_done == 0:
-            return weights, _GUESSED_TOKENS * self._planner.costs.decode_seconds
+            costs = self._planner and self._planner.costs
+            return weights, _GUESSED_TOKENS * (costs.decode_seconds if costs else 0.0)
         known = planned > 0
         weights[known] = self._measured[known] * (n_done / self._n_done) / planned[known]
         return weights, self._decode_seconds / self._n_measured
@@ -179,7 +200,8 @@ class Forecast:
     def close(self) -> None:
         """End the planning."""
         self._ended.set()
-        self._thread.join()
+        if self._planner is not None:
+            self._thread.join()
 
 
 def _every(sources: Sequence[Source], pending: bytes, step: int) -> Iterator[tuple[int, Row]]:

@@ -16,6 +16,7 @@ from typing import IO, Any, Final, Protocol
 
 from lfm2vl_edge.batch.inputs import Scan, id_digest
 from lfm2vl_edge.batch.settings import ALL, check_same
+from lfm2vl_edge.batch.storage import unwritable
 from lfm2vl_edge.errors import DataError, clip
 from lfm2vl_edge.host import write_whole
 
@@ -128,6 +129,11 @@ class Lock:
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(settings, ensure_ascii=False, indent=1).encode() + b"\n", 0)
 
+    def remove(self) -> None:
+        """Remove the file, and release the output."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Release the output."""
         if self._file >= 0:
@@ -135,13 +141,17 @@ class Lock:
             self._file = -1
 
 
-def unwritable(path: Path, error: Exception) -> DataError:
-    """Return the error of a file that cannot be written."""
-    why = getattr(error, "strerror", None) or clip(str(error))
-    return DataError(f"cannot write {clip(str(path))}: {why}; make room or give another path, and run it again")
+class Settings(Protocol):
+    """Where the settings of an output are stored."""
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the settings; None if there are none."""
+
+    def remove(self) -> None:
+        """Remove them."""
 
 
-def prepare(lock: Lock, output: str, settings: Mapping[str, str], has_rows: bool, *, restart: bool) -> None:
+def prepare(lock: Settings, output: str, settings: Mapping[str, str], has_rows: bool, *, restart: bool) -> None:
     """Compare the settings of an output with those of this run, and store them for a new one.
 
     Raises:
@@ -149,8 +159,7 @@ def prepare(lock: Lock, output: str, settings: Mapping[str, str], has_rows: bool
     """
     stored = lock.read()
     if has_rows and stored is None:
-        lock.close()
-        lock.path.unlink(missing_ok=True)
+        lock.remove()
         raise DataError(f"{output} exists, and was not written by batch; name another output, or remove it")
     if has_rows and stored is not None and not restart:
         check_same(output, stored, settings)
@@ -180,7 +189,7 @@ class Journal:
         start = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                yield start, start + len(line), _entry(self.path, number, line)
+                yield start, start + len(line), entry_of(str(self.path), number, line)
                 start += len(line)
 
     def lines(self) -> Iterator[bytes]:
@@ -270,20 +279,25 @@ def _last_line_end(file: Any) -> int:
     return 0
 
 
-def _entry(path: Path, number: int, line: bytes) -> Entry:
+def entry_of(name: str, number: int, line: bytes) -> Entry:
+    """Return the entry of a line.
+
+    Raises:
+        DataError: it is not an answer of a batch.
+    """
     try:
         value = json.loads(line)
-        name, key, error = value["id"], value["key"], value["error"]
+        own, key, error = value["id"], value["key"], value["error"]
         is_sound = (
-            isinstance(name, str | int) and int(key, 16) < 2**64 and (error is None or isinstance(error["kind"], str))
+            isinstance(own, str | int) and int(key, 16) < 2**64 and (error is None or isinstance(error["kind"], str))
         )
     except (ValueError, TypeError, KeyError, RecursionError):
         is_sound = False
     if not is_sound:
         raise DataError(
-            f"{clip(str(path))}, line {number} is not an answer of batch; remove that line, and its row is asked again"
+            f"{clip(name)}, line {number} is not an answer of batch; remove that line, and its row is asked again"
         )
-    return id_digest(name), key, None if error is None else error["kind"]
+    return id_digest(own), key, None if error is None else error["kind"]
 
 
 class LinesOutput:

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from lfm2vl_edge.batch.forecast import Forecast, Planner
 from lfm2vl_edge.batch.inputs import Scan, Source, all_rows, id_digest, open_inputs, scan
-from lfm2vl_edge.batch.output import LinesOutput, Output
+from lfm2vl_edge.batch.output import Known, LinesOutput, Output
 from lfm2vl_edge.batch.rows import Row
 from lfm2vl_edge.batch.settings import BatchOptions, settings_of
-from lfm2vl_edge.batch.table import TableOutput
-from lfm2vl_edge.batch.worker import Outcome, Worker
+from lfm2vl_edge.batch.shards import ShardsOutput
+from lfm2vl_edge.batch.storage import arrow
+from lfm2vl_edge.batch.table import Tables
+from lfm2vl_edge.batch.worker import Outcome, Worker, answer_rows
 from lfm2vl_edge.errors import DataError, clip, shorten
 from lfm2vl_edge.model import Model
 from lfm2vl_edge.planning.costs import COST_SHAPE_450M, guess
 
 OUTPUTS: Final = (".jsonl", ".parquet")
-_TICK: Final = 0.25
-"""Seconds between two reports of progress, at most."""
-_WINDOW: Final = 64
-"""Rows by which the fastest answer may be ahead of the slowest one."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -142,15 +138,19 @@ def run_sources(
     known = scan(sources, options.prompt, lambda _: report(Progress(rows=0)))
     output = open_output(out, settings_of(model, options), known, options)
     with closing(output):
-        earlier = output.known.done
-        pending = bytes(not done and options.has(digest) for done, digest in zip(earlier, known.ids, strict=True))
-        state = Progress(rows=sum(pending), earlier=sum(earlier), errors=Counter(output.known.errors))
+        pending = pending_rows(output.known, known, options)
+        state = Progress(rows=sum(pending), earlier=sum(output.known.done), errors=Counter(output.known.errors))
         if state.rows:
             with Worker(model, options) as worker, closing(_forecast(model, sources, pending, options)) as forecast:
-                answered = answer_rows(worker, _rows(sources, known, pending), ordered=options.ordered)
-                _store(answered, output, state, forecast, report, fail_fast=options.fail_fast)
+                answered = answer_rows(worker, rows_to_ask(sources, known, pending), ordered=options.ordered)
+                store(answered, output, state, forecast, report, fail_fast=options.fail_fast)
         output.end(ordered=options.ordered)
     return state
+
+
+def pending_rows(stored: Known, known: Scan, options: BatchOptions) -> bytes:
+    """Return for each row whether it is to be asked."""
+    return bytes(not done and options.has(digest) for done, digest in zip(stored.done, known.ids, strict=True))
 
 
 def open_output(path: Path, settings: Mapping[str, str], known: Scan, options: BatchOptions) -> Output:
@@ -160,8 +160,11 @@ def open_output(path: Path, settings: Mapping[str, str], known: Scan, options: B
         DataError: it cannot be written, is written by another process, or was made with other settings.
         EdgeError: it is a table, and pyarrow is not installed.
     """
-    kind = TableOutput if path.suffix.lower() == ".parquet" else LinesOutput
-    return kind(path, settings, known, restart=options.restart, retry=options.retry_errors)
+    how: dict[str, Any] = {"restart": options.restart, "retry": options.retry_errors}
+    if path.suffix.lower() == ".parquet":
+        arrow()
+        return ShardsOutput(str(path), Tables(known.types), settings, known, **how)
+    return LinesOutput(path, settings, known, **how)
 
 
 def _forecast(model: Model, sources: Sequence[Source], pending: bytes, options: BatchOptions) -> Forecast:
@@ -171,7 +174,7 @@ def _forecast(model: Model, sources: Sequence[Source], pending: bytes, options: 
     return Forecast(planner, sources, pending, 1 if options.choose else options.parallel)
 
 
-def _rows(sources: Sequence[Source], known: Scan, pending: bytes) -> Iterator[tuple[int, Row]]:
+def rows_to_ask(sources: Sequence[Source], known: Scan, pending: bytes) -> Iterator[tuple[int, Row]]:
     """Yield index and row of those to be answered, in order.
 
     Raises:
@@ -184,43 +187,7 @@ def _rows(sources: Sequence[Source], known: Scan, pending: bytes) -> Iterator[tu
             yield index, row
 
 
-def answer_rows(
-    worker: Worker, rows: Iterable[tuple[int, Row]], *, ordered: bool
-) -> Iterator[tuple[int, Outcome] | None]:
-    """Yield index and outcome of each row, in order or as they come; None after a while without one.
-
-    Rows are taken when there is room for them, so that few are in memory.
-
-    Args:
-        worker: answers them.
-        rows: index and row.
-        ordered: whether the outcomes have the order of the rows.
-    """
-    left = iter(rows)
-    running: deque[tuple[int, Future[Outcome]]] = deque()
-    pool = ThreadPoolExecutor(worker.n_threads, thread_name_prefix="row")
-    try:
-        while True:
-            # As many rows as threads are in work; in order, some more may be ready before their turn.
-            for index, row in islice(left, _WINDOW + worker.n_threads - len(running)):
-                running.append((index, pool.submit(worker.answer, row)))
-            if not running:
-                return
-            ready = [one for one in ([running[0]] if ordered else running) if one[1].done()]
-            if not ready:
-                some = [running[0][1]] if ordered else [future for _, future in running]
-                wait(some, _TICK, FIRST_COMPLETED)
-                yield None
-            for one in ready:
-                running.remove(one)
-                yield one[0], one[1].result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        worker.close()  # which ends the answers that the threads wait for
-        pool.shutdown()
-
-
-def _store(
+def store(
     answered: Iterable[tuple[int, Outcome] | None],
     output: Output,
     state: Progress,

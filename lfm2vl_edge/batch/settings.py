@@ -16,6 +16,7 @@ from lfm2vl_edge.opening import check_count
 
 if TYPE_CHECKING:
     from lfm2vl_edge.model import Model
+    from lfm2vl_edge.opening import Opening
 
 ALL: Final = "all"
 """Stands for errors of every kind."""
@@ -90,12 +91,14 @@ def settings_of(model: Model, options: BatchOptions) -> dict[str, str]:
         ModelNotFound: its files were replaced since it was opened.
     """
     fingerprint = model.fingerprint()
-    model_settings = {
-        "model": f"{model.config.name} ({digest(fingerprint.model)})",
-        "engine": digest(fingerprint.engine),
-        "image settings": f"{model.config.image}; {model.budget.key}",
-    }
-    return model_settings | question_settings(options)
+    name = f"{model.config.name} ({digest(fingerprint.model)})"
+    own = {"model": name, "engine": digest(fingerprint.engine), "image settings": image_settings(model)}
+    return own | question_settings(options)
+
+
+def image_settings(model: Model | Opening) -> str:
+    """Return what decides how an image is preprocessed."""
+    return f"{model.config.image}; {model.budget.key}"
 
 
 def question_settings(options: BatchOptions) -> dict[str, str]:

@@ -6,8 +6,11 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -56,6 +59,10 @@ _AHEAD: Final = 2
 """Rows whose images are loaded while the model answers others."""
 _STATE_BYTES: Final = 64_000_000
 """For states of prompts: rows with one image, or one long beginning, mostly follow each other."""
+_TICK: Final = 0.25
+"""Seconds between two reports of progress, at most."""
+_WINDOW: Final = 64
+"""Rows by which the fastest answer may be ahead of the slowest one."""
 _LOG: Final = logging.getLogger(__name__)
 
 
@@ -208,6 +215,43 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def answer_rows(
+    worker: Worker, rows: Iterable[tuple[int, Row]], *, ordered: bool
+) -> Iterator[tuple[int, Outcome] | None]:
+    """Yield index and outcome of each row, in order or as they come; None after a while without one.
+
+    Rows are taken when there is room for them, so that few are in memory.
+
+    Args:
+        worker: answers them.
+        rows: index and row.
+        ordered: whether the outcomes have the order of the rows.
+    """
+    left = iter(rows)
+    running: deque[tuple[int, Future[Outcome]]] = deque()
+    pool = ThreadPoolExecutor(worker.n_threads, thread_name_prefix="row")
+    try:
+        while True:
+            # As many rows as threads are in work; in order, some more may be ready before their turn.
+            for index, row in islice(left, _WINDOW + worker.n_threads - len(running)):
+                running.append((index, pool.submit(worker.answer, row)))
+            if not running:
+                return
+            ready = [one for one in ([running[0]] if ordered else running) if one[1].done()]
+            if not ready:
+                some = [running[0][1]] if ordered else [future for _, future in running]
+                wait(some, _TICK, FIRST_COMPLETED)
+                yield None
+            for one in ready:
+                running.remove(one)
+                yield one[0], one[1].result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        if running:
+            worker.close()  # which ends the answers that the threads wait for
+        pool.shutdown()
 
 
 def kind_of(error: Exception) -> str:

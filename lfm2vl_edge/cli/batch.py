@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,17 @@ from lfm2vl_edge.errors import ConfigError, shorten
 
 if TYPE_CHECKING:
     from lfm2vl_edge.batch import BatchOptions, Progress
+    from lfm2vl_edge.batch.inputs import Source
+    from lfm2vl_edge.batch.run import OnProgress
 
 _SHARD: Final = re.compile(r"(\d{1,6})/(\d{1,6})")
 
 
-def _option(*names: str, help: str, **more: Any) -> Any:  # noqa: A002 - typer's own name
-    return typer.Option(*names, help=help, rich_help_panel="Batch", **more)
+def _option(*names: str, help: str, panel: str = "Batch", **more: Any) -> Any:  # noqa: A002 - typer's own name
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+_ray = functools.partial(_option, panel="Cluster")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +108,26 @@ class RowOptions:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayOptions:
+    """Where the batch runs, if not in this process."""
+
+    ray: Annotated[
+        str | None,
+        _ray(
+            "--ray",
+            metavar="local|ADDRESS",
+            help="Run on Ray: started on this machine (local), or a cluster: auto, or ray://HOST:10001. "
+            "OUT is then a folder.",
+        ),
+    ] = None
+    workers: Annotated[int, _ray("--workers", min=1, help="Workers, each with a model.")] = 1
+    cpus_per_worker: Annotated[
+        int | None, _ray("--cpus-per-worker", min=1, help="Default: those of this machine, divided.")
+    ] = None
+    gpus_per_worker: Annotated[float, _ray("--gpus-per-worker", min=0, help="May be a fraction.")] = 0.0
+
+
 def _shard(text: str | None) -> tuple[int, int]:
     found = _SHARD.fullmatch(text or "1/1")
     if found is None:
@@ -120,10 +146,11 @@ def batch(
         ),
     ],
     out: Annotated[
-        Path,
+        str,
         _option("--out", "-o", metavar="OUT.jsonl|OUT.parquet", help="Where answers are stored; .parquet: a folder."),
     ],
     row: RowOptions,
+    ray: RayOptions,
     model: opt.ModelOptions,
     image: opt.ImageOptions,
     answer: Annotated[opt.AnswerOptions, GREEDY],
@@ -142,14 +169,41 @@ def batch(
         from lfm2vl_edge.batch.run import prepare_inputs, run_sources
 
         sources = prepare_inputs(inputs, out, opt.read_stdin)
-        with opening(model, image, verbose, remember=False, cache=cache) as when_open, _bar(quiet) as show:
-            opened = when_open()
-            note_unused_variables(options.answer, opened)
-            done = run_sources(opened, sources, out, options, progress=_watched(show, interrupt))
+        with _bar(quiet) as show:
+            report = _watched(show, interrupt)
+            if ray.ray is not None:
+                done = _on_ray(ray, model, image, sources, out, options, report)
+            else:
+                with opening(model, image, verbose, remember=False, cache=cache) as when_open:
+                    opened = when_open()
+                    note_unused_variables(options.answer, opened)
+                    done = run_sources(opened, sources, Path(out), options, progress=report)
     if not quiet:
         write_line("\n".join(_lines(done)))
     if done.errors:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _on_ray(
+    ray: RayOptions,
+    model: opt.ModelOptions,
+    image: opt.ImageOptions,
+    sources: Sequence[Source],
+    out: str,
+    options: BatchOptions,
+    report: OnProgress,
+) -> Progress:
+    from lfm2vl_edge.batch.cluster import ClusterOptions, run_on_ray
+
+    cluster = ClusterOptions(
+        address=ray.ray or "",
+        workers=ray.workers,
+        cpus_per_worker=ray.cpus_per_worker,
+        gpus_per_worker=ray.gpus_per_worker,
+        model=model.model,
+        opening=model.open_options(model.mmproj, image),
+    )
+    return run_on_ray(sources, out, options, cluster, progress=report)
 
 
 def _watched(show: Callable[[Progress], None], interrupt: Interrupt) -> Callable[[Progress], None]:

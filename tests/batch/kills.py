@@ -47,14 +47,14 @@ def answers(path: Path) -> list[dict[str, Any]]:
 
 def killed(arguments: list[str], out: Path, rng: random.Random) -> bool:
     """Start a batch and kill it at a random moment; return whether it ended before."""
-    before, wanted = _lines(out), rng.randrange(6)
+    before, wanted = _lines(out), rng.randrange(3)
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         if rng.random() < 0.2:  # while it starts
             time.sleep(rng.random())
         else:
             while process.poll() is None and _lines(out) < before + wanted:
                 time.sleep(0.005)
-            time.sleep(0.2 * rng.random())
+            time.sleep(0.1 * rng.random())
         if process.poll() is not None:
             return True
         os.kill(process.pid, signal.SIGKILL)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lfm2vl_edge import DataError, Model
-from lfm2vl_edge.batch import run_batch, table
+from lfm2vl_edge.batch import run_batch, shards, table
 from tests.batch.kills import answers
 from tests.batch.test_inputs import lines
 from tests.batch.test_run import Stop, options, stop_after
@@ -23,7 +23,7 @@ from pyarrow import dataset, parquet
 
 @pytest.fixture(autouse=True)
 def short_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "SHARD_ROWS", 5)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 5)
 
 
 @pytest.fixture
@@ -127,9 +127,9 @@ def test_a_table_is_an_input_of_the_next_batch(tiny: Model, rows: Path, tmp_path
 
 
 def test_text_that_is_not_unicode_is_stored(tmp_path: Path) -> None:
-    schema = table.TableSchema({"note": {"str"}})
+    schema = table.Tables({"note": {"str"}})
     record = {"id": "a", "image": "a", "error": None, "usage": None, "note": "\ud800"}
-    (tmp_path / "a.parquet").write_bytes(table.parquet_bytes(schema.table([record])))
+    (tmp_path / "a.parquet").write_bytes(schema.data([record]))
     assert parquet.read_table(tmp_path / "a.parquet").to_pylist()[0]["note"] == "?"
 
 
