@@ -40,6 +40,8 @@ _MARKER: Final = re.compile(rb"<.*>", re.DOTALL)
 _STRINGS: Final = r'[^"\\\x00-\x1F\x7F]{1,30}'
 """Tokens that are allowed in every JSON string: llguidance prepares what they all have in common. With
 its other slices masks are no faster, and preparing takes a third longer."""
+VOCABULARY: Final = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
+"""Metadata of a language file that `token_bytes` reads."""
 CONTROL: Final = b"\xff"
 """Marks a control token for llguidance: text never matches it, only its name in a grammar."""
 
@@ -83,15 +85,11 @@ def work() -> None:
     llguidance may end this process: of signal 11, if the stack is full.
     """
     import resource
-    import threading
 
-    resource.setrlimit(resource.RLIMIT_CPU, (_CHECK_SECONDS, _CHECK_SECONDS))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    threading.stack_size(4 << 20)
-    grammar = sys.stdin.buffer.read().decode("utf-8")
-    checker = threading.Thread(target=lambda: sys.stdout.write(_fault(grammar)))
-    checker.start()
-    checker.join()
+    limits = (resource.RLIMIT_CPU, _CHECK_SECONDS), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_STACK, 4 << 20)
+    for what, limit in limits:
+        resource.setrlimit(what, (limit, limit))
+    sys.stdout.write(_fault(sys.stdin.buffer.read().decode("utf-8")))
 
 
 def _fault(grammar: str) -> str:
@@ -133,7 +131,7 @@ def token_bytes(metadata: Mapping[str, Any]) -> list[bytes]:
     Args:
         metadata: of a language file; its tokens are written in GPT-2's alphabet, which has a character for each byte.
     """
-    texts = metadata["tokenizer.ggml.tokens"].encoded()
+    texts, types = metadata[VOCABULARY[0]].encoded(), np.asarray(metadata[VOCABULARY[1]])
     whole = b"".join(texts).decode("utf-8", "replace")
     with importing():  # the codec is a module
         characters = whole.encode("utf-32-le", "replace")
@@ -144,7 +142,6 @@ def token_bytes(metadata: Mapping[str, Any]) -> list[bytes]:
     data = table[codes].astype(np.uint8).tobytes()
     is_foreign = np.concatenate([[0], np.cumsum(table[codes] < 0)])
     ends = np.concatenate([[0], np.cumsum(letters)])[np.concatenate([[0], np.cumsum(sizes)])]
-    types = np.asarray(metadata["tokenizer.ggml.token_type"])
     is_text = (types == _TEXT) & (is_foreign[ends[1:]] == is_foreign[ends[:-1]])
     places = ends.tolist()
     pieces = [data[start:end] for start, end in pairwise(places)]

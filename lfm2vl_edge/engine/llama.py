@@ -32,7 +32,7 @@ from lfm2vl_edge.engine.ffi import (
     sequence_bytes,
     set_sequence_bytes,
 )
-from lfm2vl_edge.engine.grammar import CONTROL, Follower, check_grammar, llguidance_tokenizer, token_bytes
+from lfm2vl_edge.engine.grammar import CONTROL, VOCABULARY, Follower, check_grammar, llguidance_tokenizer, token_bytes
 from lfm2vl_edge.engine.language import LanguageFile
 from lfm2vl_edge.engine.library import LOG
 from lfm2vl_edge.engine.sampling import Sampler
@@ -124,6 +124,7 @@ class LlamaEngine:
         if isinstance(model, Path):
             model = LanguageFile(model, settings.n_gpu_layers, settings.device)
         self._path, self._stamp = model.path, model.stamp
+        self._metadata = {key: model.metadata[key] for key in VOCABULARY} if model.metadata else None
         self._gpu = model.gpu
         try:
             if self._uses_graph:
@@ -283,11 +284,11 @@ class LlamaEngine:
         return self._making_tokenizer.result()
 
     def _make_tokenizer(self) -> LLTokenizer:
-        """Read the vocabulary from its file: asking llama.cpp for each token takes ten times as long."""
+        """Take the vocabulary from the file's metadata: asking llama.cpp for each token takes ten times as long."""
         with self._in_use():
-            if stamp(self._path) != self._stamp:
+            if self._metadata is None and stamp(self._path) != self._stamp:
                 raise EngineError(f"{self._path} was replaced since it was opened; open the model again")
-            pieces = token_bytes(read_metadata(self._path))
+            pieces = token_bytes(self._metadata or read_metadata(self._path))
             names = [token for token, piece in enumerate(pieces) if piece.startswith(CONTROL)]
             usual = llama.llama_vocab_eot(self._vocab)
             ends = (token for token in names if llama.llama_vocab_is_eog(self._vocab, token))

@@ -39,8 +39,7 @@ def schema_of(kind: Any) -> Mapping[str, Any]:
         schema: Mapping[str, Any] = kind.model_json_schema()
         return schema
     if isinstance(kind, type) and is_dataclass(kind):
-        writer = _Writer()
-        return {**writer.schema(kind, kind.__name__), "$defs": writer.parts}
+        return _whole(kind, kind.__name__)
     raise ConfigError(
         f"a schema is {str(kind)[:60]!r}; it must be a JSON schema as a dictionary, a dataclass or a pydantic model"
     )
@@ -57,52 +56,57 @@ def instance_of(kind: Any, answer: str) -> Any:
         AnswerError: the answer does not match the schema, or the class refuses it.
     """
     value = parse_answer(answer, read_schema(schema_of(kind)))
+    if isinstance(kind, Mapping):
+        return value
     try:
-        return _instance(kind, answer, value)
+        return kind.model_validate_json(answer) if hasattr(kind, "model_validate_json") else _convert(kind, value)
     except (ValueError, TypeError) as error:  # own rules of the class; pydantic's ValidationError is a ValueError
         raise AnswerError(f"{kind.__name__} refuses the answer {answer[:80]!r}: {error}; ask again") from error
 
 
-def _instance(kind: Any, answer: str, value: Any) -> Any:
-    if isinstance(kind, Mapping):
-        return value
-    if hasattr(kind, "model_validate_json"):
-        return kind.model_validate_json(answer)
-    return _convert(kind, value)
+def _schema(kind: Any, field: str, parts: dict[type, Any]) -> dict[str, Any]:
+    """Return the schema of a type.
+
+    Args:
+        kind: the type.
+        field: its name in an error.
+        parts: the schemas of dataclasses, to which new ones are added; each is one, as it may contain itself.
+    """
+    if kind in _PLAIN:
+        return {"type": _PLAIN[kind]}
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return {"enum": [one.value for one in kind]}
+    if isinstance(kind, type) and is_dataclass(kind):
+        if kind not in parts:
+            parts[kind] = {}
+            parts[kind] |= _object(kind, parts)
+        return {"$ref": f"#/$defs/{_name(kind, parts)}"}
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return {"enum": list(inner)}
+    if origin is list:
+        return {"type": "array", "items": _schema(inner[0], field, parts)}
+    if _is_union(origin):
+        return {"anyOf": [_schema(one, field, parts) for one in inner]}
+    raise ConfigError(f"{field} has type {kind}, which has no JSON schema; give a JSON schema instead")
 
 
-class _Writer:
-    """Writes schemas of types; each dataclass once, so that it may contain itself."""
+def _object(kind: Any, parts: dict[type, Any]) -> dict[str, Any]:
+    hints, arguments = _hints(kind), [one for one in fields(kind) if one.init]
+    properties = {one.name: _schema(hints[one.name], f"{kind.__name__}.{one.name}", parts) for one in arguments}
+    required = [one.name for one in arguments if one.default is one.default_factory is MISSING]
+    return {"type": "object", "properties": properties, "required": required}
 
-    def __init__(self) -> None:
-        self.parts: dict[str, Any] = {}
-        self._names: dict[type, str] = {}
 
-    def schema(self, kind: Any, field: str) -> dict[str, Any]:
-        """Return the schema of a type; `field` is its name in an error."""
-        if kind in _PLAIN:
-            return {"type": _PLAIN[kind]}
-        if isinstance(kind, type) and issubclass(kind, enum.Enum):
-            return {"enum": [one.value for one in kind]}
-        if isinstance(kind, type) and is_dataclass(kind):
-            return {"$ref": f"#/$defs/{self._part(kind)}"}
-        origin, inner = get_origin(kind), get_args(kind)
-        if origin is Literal:
-            return {"enum": list(inner)}
-        if origin is list:
-            return {"type": "array", "items": self.schema(inner[0], field)}
-        if _is_union(origin):
-            return {"anyOf": [self.schema(one, field) for one in inner]}
-        raise ConfigError(f"{field} has type {kind}, which has no JSON schema; give a JSON schema instead")
+def _name(kind: type, parts: Mapping[type, Any]) -> str:
+    return f"{kind.__name__}{list(parts).index(kind)}"
 
-    def _part(self, kind: Any) -> str:
-        if kind not in self._names:
-            name = self._names[kind] = f"{kind.__name__}{len(self._names)}"
-            hints, arguments = _hints(kind), [one for one in fields(kind) if one.init]
-            properties = {one.name: self.schema(hints[one.name], f"{kind.__name__}.{one.name}") for one in arguments}
-            required = [one.name for one in arguments if one.default is one.default_factory is MISSING]
-            self.parts[name] = {"type": "object", "properties": properties, "required": required}
-        return self._names[kind]
+
+def _whole(kind: Any, field: str) -> dict[str, Any]:
+    """Return the schema of a type with those of the dataclasses in it."""
+    parts: dict[type, Any] = {}
+    schema = _schema(kind, field, parts)
+    return {**schema, "$defs": {_name(one, parts): part for one, part in parts.items()}}
 
 
 def _is_union(origin: Any) -> bool:
@@ -126,11 +130,5 @@ def _convert(kind: Any, value: Any) -> Any:
     if get_origin(kind) is list:
         return [_convert(get_args(kind)[0], inner) for inner in value]
     if _is_union(get_origin(kind)):
-        return _convert(next(one for one in get_args(kind) if _fits(one, value)), value)
+        return _convert(next(one for one in get_args(kind) if validator_of(_whole(one, "")).is_valid(value)), value)
     return float(value) if kind is float else value
-
-
-def _fits(kind: Any, value: Any) -> bool:
-    writer = _Writer()
-    described = writer.schema(kind, "")
-    return bool(validator_of({**described, "$defs": writer.parts}).is_valid(value))

@@ -12,8 +12,9 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
+from functools import lru_cache, partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from lfm2vl_edge.config import SPACED
 from lfm2vl_edge.engine.grammar import grammar_fault, is_empty
@@ -31,40 +32,42 @@ _MOST_PROPERTIES: Final = 2000
 """Of one object: llguidance's time grows with the square, half a second for these."""
 _LARGEST: Final = 10**15 - 1
 """Largest number where the schema has no limit: a float stores it exactly, and a model cannot add digits for ever."""
-_LONGEST: Final = 10**6
-"""Larger limits of lengths are left to the check: no answer has so many tokens."""
-_SMALLEST_STEP: Final = 1e-9
-"""Nine decimals where the schema states no `multipleOf`, for the same reason."""
-_TIMES: Final = ("time", "date-time")
+_NUMBERS: Final[Mapping[Any, Mapping[str, float]]] = {
+    "integer": {"minimum": -_LARGEST, "maximum": _LARGEST},
+    "number": {"minimum": -_LARGEST, "maximum": _LARGEST, "multipleOf": 1e-9},
+}
+"""Limits of a type of numbers, unless the schema states others: nine decimals, for the same reason."""
 _FRACTION: Final = r"^[^.]+(\.[0-9]{1,9}[^0-9.][^.]*)?$"
 """At most nine decimals of a second, for the same reason."""
+_UNKNOWN: Final = re.compile(r"\(\?<?[=!]|\\[bB1-9]")
+"""What llguidance does not know in regular expressions."""
 _OPTIONS: Final[JsonCompileOptions] = {"whitespace_flexible": False, "coerce_one_of": True, "lenient": True}
 """llguidance's: no spaces but those of the separators; what it cannot hold is ignored, and checked afterwards."""
-_NAMED_PARTS: Final = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+_NAMED: Final = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 """Keywords of subschemas by name."""
 _PARTS: Final = frozenset(
     ("items", "prefixItems", "additionalItems", "additionalProperties", "anyOf", "oneOf", "allOf")
 )
 """Keywords of a subschema, or a list of them."""
-_DATA: Final = frozenset(("enum", "const", "required", "default", "example", "examples", "x-guidance"))
-"""Keywords with values that are not schemas."""
-_RULES: Final = frozenset(
+_COMBINATIONS: Final = frozenset(("$ref", "$dynamicRef", "$recursiveRef", "anyOf", "oneOf", "allOf", "not", "if"))
+"""Keywords of other schemas for the same value."""
+_RULES: Final = _COMBINATIONS | frozenset(
     (
-        *("enum", "const", "$ref", "$dynamicRef", "$recursiveRef", "anyOf", "oneOf", "allOf", "not"),
-        *("if", "then", "else", "dependentSchemas", "dependentRequired", "dependencies", "properties", "required"),
-        *("patternProperties", "additionalProperties", "unevaluatedProperties", "propertyNames"),
-        *("minProperties", "maxProperties", "items", "prefixItems"),
+        *("enum", "const", "dependentSchemas", "dependentRequired", "dependencies", "properties", "required"),
+        *("patternProperties", "additionalProperties", "unevaluatedProperties", "propertyNames", "minProperties"),
     )
 )
 """Keywords that say more of an object than its type."""
+_LIMITS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_LOOSE: Final = frozenset(
+    (*_LIMITS, "pattern", "patternProperties", "propertyNames", "maxLength", "maxItems", "maxProperties")
+)
+"""What is left to the check in a schema that llguidance cannot hold otherwise."""
 _FORMATS: Final = (
     *("date", "duration", "idn-email", "idn-hostname", "iri", "iri-reference", "json-pointer", "regex"),
     *("relative-json-pointer", "time", "uri-reference", "uri-template", "uuid"),
 )
 """Formats that older dialects do not define."""
-_RELAXATIONS: Final = ("closing", "pattern", "patternProperties", "number", "siblings")
-"""What is left to the check, one after the other, if llguidance cannot hold a schema as it is."""
-_Part: TypeAlias = "Mapping[str, Any]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +107,8 @@ def read_schema(schema: Mapping[str, Any] | bool) -> Schema:
 
 @lru_cache(maxsize=16)
 def _read(text: str) -> Schema:
+    _check_size(text)
     schema = json.loads(text)
-    _check_size(schema)
     validator = validator_of(schema)  # first: what is not valid has no grammar
     return Schema(grammar=_grammar(schema), validator=validator)
 
@@ -122,17 +125,18 @@ def parse_answer(text: str, schema: Schema) -> Any:
         AnswerError: it is not valid JSON or breaks a rule of the schema; the message names the rule and the place.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise AnswerError(
             f"the answer {shorten(text)} is not valid JSON ({clip(str(error))}); ask again with another seed"
         ) from error
-    for fault in _faults(schema.validator, value):
+    for fault in faults(schema.validator, value):
         raise AnswerError(f"the answer breaks the schema: {fault}; ask again with another seed, or loosen the schema")
     return value
 
 
-def _faults(validator: Any, value: Any) -> Iterator[str]:
+def faults(validator: Any, value: Any) -> Iterator[str]:
+    """Yield the rules that a value breaks, each with its place, for a message."""
     try:
         for error in validator.iter_errors(value):
             yield f"{clip(place_of(error.instance_path))} {clip(error.message)}"
@@ -152,13 +156,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON value")
-
-
 def _finite(digits: str) -> float:
-    value = float(digits)
-    return value if math.isfinite(value) else _refuse(digits)
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"{digits} is not a JSON value")
+    return value
 
 
 def validator_of(schema: dict[str, Any] | bool) -> Any:
@@ -203,20 +204,14 @@ def _newer_formats() -> dict[str, Any]:
     return {name: newest({"format": name}, validate_formats=True).is_valid for name in _FORMATS}
 
 
-def _check_size(schema: Any) -> None:
+def _check_size(text: str) -> None:
     """Raise a ConfigError for a schema that is too deep or has too many parts."""
-    parts, count = [schema] if isinstance(schema, (dict, list)) else [], 0
-    for _ in range(_DEEPEST):
-        count += len(parts)
-        if count > _MOST_PARTS:
-            raise ConfigError(f"the schema has more than {_MOST_PARTS} parts; split it, or shorten its lists")
-        inside = (
-            part.values() if isinstance(part, dict) else part for part in parts if isinstance(part, (dict, list))
-        )
-        parts = [one for values in inside for one in values if isinstance(one, (dict, list))]
-        if not parts:
-            return
-    raise ConfigError(f"the schema is nested more than {_DEEPEST} deep; simplify it")
+    bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
+    steps = [1 if one in "{[" else -1 for one in re.findall(r"[][{}]", bare)]
+    if len(steps) > 2 * _MOST_PARTS:
+        raise ConfigError(f"the schema has more than {_MOST_PARTS} parts; split it, or shorten its lists")
+    if max(accumulate(steps), default=0) > _DEEPEST:
+        raise ConfigError(f"the schema is nested more than {_DEEPEST} deep; simplify it")
 
 
 def _grammar(schema: Any) -> str:
@@ -225,141 +220,99 @@ def _grammar(schema: Any) -> str:
     Raises:
         ConfigError: llguidance cannot hold it at all.
     """
-    with importing():
-        from llguidance import LLMatcher
+    from llguidance import LLMatcher
 
     if schema is False:
         raise ConfigError("the schema is false: no answer can match")
-    first = ""
-    for count in range(len(_RELAXATIONS) + 1):
-        held = _Held(schema, frozenset(_RELAXATIONS[:count])).part(schema, free=True)
+    is_spaced = isinstance(schema, dict) and schema.get("x-guidance") == SPACED
+    options: JsonCompileOptions = {**_OPTIONS, **SPACED} if is_spaced else _OPTIONS  # type: ignore[typeddict-item]
+    reasons: list[str] = []
+    for loose in (False, True):
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(held), overrides=_OPTIONS)
+            held = _held(schema, closes=not _is_combined(schema), loose=loose)
+            held.pop("x-guidance", None)
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(held), overrides=options)
+            fault = grammar_fault(grammar)
         except ValueError as error:  # a number that is larger than any float
-            first = first or str(error)
-            continue
-        fault = grammar_fault(grammar)
-        if not fault and is_empty(grammar):
-            raise ConfigError("no answer can match the schema: a part of it is only defined by itself; define it")
+            fault = str(error)
+        except (TypeError, AttributeError) as error:  # within a keyword that the schema's dialect does not know
+            raise ConfigError(
+                "a keyword of another dialect has a value of the wrong type; correct the schema"
+            ) from error
         if not fault:
+            if is_empty(grammar):
+                raise ConfigError("no answer can match the schema: a part of it is only defined by itself; define it")
             return grammar
-        first = first or fault
-        if count and "nsatisfiable" in fault:
+        reasons.append(fault)
+        if "nsatisfiable" in fault:
             break
-    raise ConfigError(f"the schema cannot be held: {first}; simplify it")
+    raise ConfigError(f"the schema cannot be held: {reasons[0]}; simplify it")
 
 
-class _Held:
-    """Writes the schema that llguidance gets.
+def _held(schema: Any, *, closes: bool, loose: bool) -> Any:
+    """Return the schema that llguidance gets.
 
     Args:
-        schema: the whole schema.
-        without: the relaxations.
+        schema: a schema, or a list of them.
+        closes: whether an object that names its properties has no others.
+        loose: whether what llguidance may not know is left to the check.
     """
-
-    def __init__(self, schema: Any, without: Collection[str]) -> None:
-        self._without = without
-        self._closes = "closing" not in without and not _has_merged_references(schema)
-
-    def part(self, schema: Any, *, free: bool) -> Any:
-        """Return a subschema; `free` if no other one applies to the same value."""
-        if not isinstance(schema, dict):
-            return {} if schema is True else schema
-        if len(schema.get("properties", ())) > _MOST_PROPERTIES:
-            raise ConfigError(f"an object of the schema names more than {_MOST_PROPERTIES} properties; split it")
-        held = {name: self._value(name, value, schema, free=free) for name, value in schema.items()}
-        if free and self._closes and _is_closed(schema):
-            held["additionalProperties"] = False
-        for keyword in ("maxLength", "maxItems", "maxProperties"):
-            if isinstance(held.get(keyword), int) and held[keyword] > _LONGEST:
-                del held[keyword]
-        if held.get("format") in _TIMES:
-            held.setdefault("pattern", _FRACTION)
-        _limit_numbers(held)
-        return self._relaxed(held)
-
-    def _value(self, keyword: str, value: Any, schema: _Part, *, free: bool) -> Any:
-        if keyword in _NAMED_PARTS and isinstance(value, dict):
-            return {name: self.part(one, free=True) for name, one in value.items()}
-        if keyword == "x-guidance":
-            return value if value == SPACED else {}
-        if keyword in ("anyOf", "oneOf", "allOf") and isinstance(value, list):
-            free = free and schema.keys() & _RULES == {keyword} and (keyword != "allOf" or len(value) == 1)
-            return [self.part(one, free=free) for one in value]
-        if keyword in _PARTS:
-            several = isinstance(value, list)
-            return [self.part(one, free=True) for one in value] if several else self.part(value, free=True)
-        return value if keyword in _DATA or not isinstance(value, dict) else self.part(value, free=False)
-
-    def _relaxed(self, held: dict[str, Any]) -> dict[str, Any]:
-        if "pattern" in self._without and not _is_expressible(held.get("pattern")):
-            del held["pattern"]
-        if "patternProperties" in self._without and held.pop("patternProperties", None):
-            held.pop("additionalProperties", None)
-        if "number" in self._without:
-            held = {name: value for name, value in held.items() if name not in _LIMITS}
-        if "siblings" in self._without and "$ref" in held:
-            held = {name: value for name, value in held.items() if name in ("$ref", "$defs", "definitions")}
-        return held
+    part = partial(_held, closes=closes, loose=loose)
+    if isinstance(schema, list):
+        return [part(one) for one in schema]
+    if not isinstance(schema, dict):
+        return {} if schema is True else schema
+    if len(schema.get("properties", ())) > _MOST_PROPERTIES:
+        raise ConfigError(f"an object of the schema names more than {_MOST_PROPERTIES} properties; split it")
+    held = {name: part(value) if name in _PARTS else value for name, value in schema.items()}
+    for keyword in schema.keys() & _NAMED:
+        held[keyword] = {name: part(one) for name, one in schema[keyword].items()}
+    if closes and _is_closed(schema):
+        held["additionalProperties"] = False
+    return _bounded(_loosened(held) if loose else held, schema)
 
 
-_LIMITS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+def _loosened(held: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema without what llguidance may not know."""
+    unsure = _LOOSE | {"additionalProperties"} if "patternProperties" in held else _LOOSE
+    return {name: value for name, value in held.items() if name not in unsure}
 
 
-def _is_closed(schema: _Part) -> bool:
+def _bounded(held: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema whose numbers end, and whose regular expression llguidance knows.
+
+    Args:
+        held: what is held of it so far.
+        schema: the schema as it was given.
+    """
+    if _UNKNOWN.search(held.get("pattern", "")):
+        del held["pattern"]
+    if held.get("format") in ("time", "date-time"):
+        held.setdefault("pattern", _FRACTION)
+    stated = [abs(value) for name in _LIMITS if isinstance(value := schema.get(name), (int, float))]
+    if max(stated, default=0) <= _LARGEST and not schema.keys() & {"enum", "const"}:
+        kinds = schema.get("type")
+        for kind in kinds if isinstance(kinds, list) else [kinds]:
+            held = {**_NUMBERS.get(kind, {}), **held}
+    return held
+
+
+def _is_closed(schema: Mapping[str, Any]) -> bool:
     """Return whether an object that names properties has no others, though the schema does not say so."""
     if "properties" not in schema or not schema.keys() & _RULES <= {"properties", "required"}:
         return False
-    required = schema.get("required", [])
-    return isinstance(required, list) and set(required) <= set(schema["properties"])
+    return set(schema.get("required", ())) <= set(schema["properties"])
 
 
-def _limit_numbers(held: dict[str, Any]) -> None:
-    """Add limits to numbers that have none."""
-    kinds = held.get("type")
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    if "enum" in held or "const" in held or not {"number", "integer"} & set(map(str, kinds)):
-        return
-    stated = [value for name in _LIMITS if isinstance(value := held.get(name), (int, float))]
-    largest = max(_LARGEST, *(10 * abs(value) for value in stated), 0)
-    if "minimum" not in held and "exclusiveMinimum" not in held:
-        held["minimum"] = -largest
-    if "maximum" not in held and "exclusiveMaximum" not in held:
-        held["maximum"] = largest
-    if "number" in kinds:
-        held.setdefault("multipleOf", _SMALLEST_STEP)
-
-
-def _has_merged_references(schema: Any) -> bool:
-    """Return whether a reference stands beside rules, or in an allOf: its target then describes an object in part."""
-    stack: list[tuple[Any, bool]] = [(schema, True)]
-    while stack:
-        part, alone = stack.pop()
-        if isinstance(part, list):
-            stack += [(one, alone) for one in part]
-        elif isinstance(part, dict):
-            rules = part.keys() & _RULES
-            if "$ref" in rules and not (alone and len(rules) == 1):
-                return True
-            for keyword, value in part.items():
-                if keyword not in _DATA:
-                    several = keyword == "allOf" and len(value) > 1
-                    beside = keyword in ("anyOf", "oneOf", "allOf") and len(rules) > 1
-                    stack.append((value, not several and not beside))
-    return False
-
-
-@lru_cache(maxsize=256)
-def _is_expressible(pattern: str | None) -> bool:
-    """Return whether llguidance knows everything in a regular expression; there may be none."""
-    if pattern is None:
-        return True
-    with importing():
-        from llguidance import LLMatcher
-
-    schema = {"type": "string", "pattern": pattern}
-    grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
-    return not grammar_fault(grammar)
+def _is_combined(part: Any) -> bool:
+    """Return whether several schemas describe one value somewhere: each then describes an object in part."""
+    if isinstance(part, list):
+        return any(map(_is_combined, part))
+    if not isinstance(part, dict):
+        return False
+    rules = part.keys() & _RULES
+    several = isinstance(part.get("allOf"), list) and len(part["allOf"]) > 1
+    return several or bool(rules & _COMBINATIONS and len(rules) > 1) or any(map(_is_combined, part.values()))
 
 
 def unbounded_part(text: str) -> str:

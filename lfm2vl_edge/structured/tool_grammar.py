@@ -18,7 +18,7 @@ from lfm2vl_edge.config import SPACED, TOOL_CALL_END, TOOL_CALL_START
 from lfm2vl_edge.errors import ConfigError, clip
 from lfm2vl_edge.prompt.call_text import is_parameter_name
 from lfm2vl_edge.prompt.calls import InvalidToolCall, Tool, ToolCall
-from lfm2vl_edge.structured.schema import read_schema, validator_of
+from lfm2vl_edge.structured.schema import faults, read_schema, validator_of
 
 _MOST_CALLS: Final = 16
 """Calls of one turn."""
@@ -162,12 +162,7 @@ def _fault(call: ToolCall, tool: Tool) -> str | None:
         validator = _validator(json.dumps(tool.schema, ensure_ascii=False))
     except ConfigError:
         return None
-    try:
-        for error in validator.iter_errors(call.arguments):
-            return clip(str(error.message))
-    except ValueError as error:  # an expression that takes too many steps
-        return clip(str(error))
-    return None
+    return next(faults(validator, call.arguments), None)
 
 
 @lru_cache(maxsize=64)

@@ -228,9 +228,17 @@ def test_tokens_of_every_type_have_their_bytes() -> None:
     ]
 
 
-def test_a_file_that_was_replaced_is_noticed(tmp_path: Path) -> None:
+def test_the_vocabulary_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its metadata was read when the model was opened; nothing is read again, so a replaced file does no harm."""
     with Model.open("tiny", cache=False) as own:
+        monkeypatch.setattr("lfm2vl_edge.engine.llama.read_metadata", None)
         engine_of(own)._stamp = (0, 0, 0)
+        assert own.ask([], "go", regex="a") == "a"
+
+
+def test_a_file_that_was_replaced_is_noticed() -> None:
+    with Model.open("tiny", cache=False) as own:
+        engine_of(own)._metadata, engine_of(own)._stamp = None, (0, 0, 0)
         with pytest.raises(EngineError, match="was replaced since it was opened; open the model again"):
             own.ask([], "go", regex="a")
 

@@ -178,6 +178,11 @@ def test_an_answer_that_breaks_the_schema_is_not_returned(tmp_path: Path) -> Non
         ({"$ref": "#/$defs/none"}, "none"),
         ({"$schema": "https://example.org/x"}, "refers to another document, https://example.org/x"),
         (False, "no answer can match"),
+        (
+            {"$schema": "http://json-schema.org/draft-07/schema#", "$defs": {"a": {"properties": 5}}},
+            "keyword of another dialect has a value of the wrong type",
+        ),
+        ({"additionalItems": {"pattern": 5}}, "keyword of another dialect has a value of the wrong type"),
         ({"$ref": "#"}, "only defined by itself"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}}, "only defined by itself"),
         ({"type": "integer", "minimum": 2, "maximum": 1}, "minimum .* is greater than maximum"),

@@ -153,7 +153,7 @@ def test_a_rule_that_no_grammar_expresses_is_checked() -> None:
     good, bad = (ToolCall(name="f", arguments={"a": value}) for value in ([1, 2], [1, 1]))
     valid, invalid = check_calls([good, bad], tools)
     assert valid == [good]
-    assert [one.reason.startswith("f: [1,1] has non-unique") for one in invalid] == [True]
+    assert [one.reason.startswith("f: $.a [1,1] has non-unique") for one in invalid] == [True]
     assert '"a": [1, 1]' in invalid[0].text
 
 
