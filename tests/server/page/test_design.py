@@ -232,26 +232,24 @@ def test_a_page_that_is_closed_in_the_middle(visitor: Visitor, url: str) -> None
     visit.turn(0, "done")
 
 
-def test_images_that_a_browser_has_no_space_for_are_kept_smaller(visit: Visit) -> None:
-    visit.page.evaluate("localStorage.setItem('of another page', 'x'.repeat(4_600_000))")
-    noise = Image.frombytes("RGB", (500, 500), os.urandom(3 * 500**2))
-    visit.choose(png(noise))
-    visit.ask("Describe this image.")
-    visit.page.wait_for_selector("#problem:not([hidden])")
-    assert "smaller copies" in visit.page.inner_text("#problem")
-    visit.page.reload()
-    visit.wait("ready")
-    image = visit.page.locator(".turn img")
-    assert "500 by 500" in (image.get_attribute("alt") or "")
-    assert visit.ask("How many objects are there?").locator(".problem").is_hidden()
+def reload_when_full(visit: Visit, n_characters: int) -> str:
+    """Ask about an image of a megabyte with so much of the browser's space taken, reload, and return what it says."""
     visit.page.click("#clear")
-    visit.page.evaluate("localStorage.setItem('of another page', 'x'.repeat(5_200_000))")
-    visit.choose(png(noise))
+    visit.page.evaluate("count => localStorage.setItem('of another page', 'x'.repeat(count))", n_characters)
+    visit.choose(png(Image.frombytes("RGB", (500, 500), os.urandom(3 * 500**2))))
     visit.ask("Describe this image.")
     visit.page.wait_for_selector("#problem:not([hidden])")
-    assert "without them" in visit.page.inner_text("#problem")
+    text = visit.page.inner_text("#problem")
     visit.page.reload()
     visit.wait("ready")
+    return text
+
+
+def test_images_that_a_browser_has_no_space_for(visit: Visit) -> None:
+    assert "smaller copies" in reload_when_full(visit, 4_600_000)
+    assert "500 by 500" in (visit.page.get_attribute(".turn img", "alt") or "")
+    assert visit.ask("How many objects are there?").locator(".problem").is_hidden()
+    assert "without them" in reload_when_full(visit, 5_200_000)
     assert visit.page.inner_text(".turn .missing") == "image.png (not kept)"
     assert visit.ask("Hello").locator(".problem").is_hidden()
 
