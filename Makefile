@@ -8,7 +8,9 @@ SOURCE := lfm2vl_edge convert models tests benchmarks .ci/engine.py
 
 # torchvision fits only one build of torch, of several gigabytes: it has a virtual environment of its own.
 IMAGES_VENV  := .venv-parity-images
-ENVIRONMENTS := $(VENV) $(IMAGES_VENV)
+# schemathesis refuses the version of jsonschema-rs that this project needs.
+SCHEMA_VENV  := .venv-schemathesis
+ENVIRONMENTS := $(VENV) $(IMAGES_VENV) $(SCHEMA_VENV)
 
 # The public modules, without the modules below them.
 DOCUMENTED := lfm2vl_edge '!lfm2vl_edge\.' lfm2vl_edge.evaluate '!lfm2vl_edge\.evaluate\.' \
@@ -24,7 +26,7 @@ AXE         := $(AXE_FOLDER)/node_modules/axe-core/axe.min.js
 TCMALLOC := $(firstword $(wildcard /usr/lib/*/libtcmalloc_minimal.so.4))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format docs fuzz page-tests ray-tests parity parity-images parity-checkpoints train scores clean
+.PHONY: help run test check format docs fuzz schemathesis page-tests ray-tests parity parity-images parity-checkpoints train scores clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +56,9 @@ docs: $(VENV)/.docs ## make the API reference from the docstrings, in build/docs
 
 fuzz: $(VENV)/.test ## judge 28,000 damaged and hostile inputs: ten minutes; before a release
 	$(BIN)/python -m tests.fuzz
+
+schemathesis: $(VENV)/.test $(SCHEMA_VENV)/.ready ## send `serve` 1,800 requests made from its OpenAPI document: three minutes
+	$(BIN)/python -m tests.server.schemathesis $(SCHEMA_VENV)/bin/schemathesis --max-examples 20
 
 page-tests: $(VENV)/.page $(AXE) ## drive the page of `serve` in Chromium, which must be installed
 	AXE=$(AXE) $(BIN)/pytest -m page -n 0 tests/server/page
@@ -121,6 +126,10 @@ $(VENV)/.docs: $(VENV)/.ready
 $(IMAGES_VENV)/.ready: pyproject.toml $(IMAGES_VENV)/.engine
 	$(IMAGES_VENV)/bin/pip install 'torch==2.14.1' 'torchvision==0.29.1' 'transformers>=5.24,<6'
 	$(IMAGES_VENV)/bin/pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(SCHEMA_VENV)/.ready: | $(SCHEMA_VENV)/bin/python
+	$(SCHEMA_VENV)/bin/pip install --quiet 'schemathesis>=4.30,<5'
 	@touch $@
 
 $(VENV)/.page: $(VENV)/.test

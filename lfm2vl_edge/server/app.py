@@ -23,6 +23,7 @@ from lfm2vl_edge.server.boxes import boxes, boxes_question
 from lfm2vl_edge.server.chat import chat
 from lfm2vl_edge.server.choose import choose
 from lfm2vl_edge.server.guard import check_host, check_key, check_origin
+from lfm2vl_edge.server.openapi import openapi
 from lfm2vl_edge.server.page import page_paths, page_routes
 from lfm2vl_edge.server.plan import plan
 from lfm2vl_edge.server.refusals import Refusal, refusal_of
@@ -44,6 +45,7 @@ _ENDPOINTS: Final[tuple[tuple[str, Callable[..., Any], str], ...]] = (
     ("/props", about.props, "GET"),
     ("/health", about.health, "GET"),
     ("/metrics", about.metrics, "GET"),
+    ("/openapi.json", openapi, "GET"),
 )
 """Each with and without `/v1` before it, as clients add it or not."""
 

@@ -6,6 +6,7 @@ A field that is not known is ignored, unless it would change the answer: then it
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ _PLAIN: Final = ("temperature", "top_p", "min_p", "presence_penalty", "frequency
 """Fields that are options of an answer under the same name."""
 _PENALTIES: Final = ("repetition_penalty", "repeat_penalty")
 """Names of the same option: vLLM's and llama.cpp's."""
-_FORMS: Final[Mapping[str, str]] = {
+FORMS: Final[Mapping[str, str]] = {
     "json_schema": "schema",
     "guided_json": "schema",
     "grammar": "grammar",
@@ -25,9 +26,9 @@ _FORMS: Final[Mapping[str, str]] = {
     "guided_regex": "regex",
 }
 """Fields of llama.cpp and vLLM -> option."""
-_STRUCTURED: Final = {name: f"guided_{name}" for name in ("json", "regex", "grammar", "choice")}
+STRUCTURED: Final = {name: f"guided_{name}" for name in ("json", "regex", "grammar", "choice")}
 """What vLLM's `structured_outputs` may have -> the older field of the same meaning."""
-_CHANGING: Final[Mapping[str, tuple[Any, ...]]] = {
+CHANGING: Final[Mapping[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("ignore_eos", "echo", "use_beam_search", "continue_final_message"), (False,)),
     **dict.fromkeys(("logit_bias", "bad_words", "stop_token_ids", "functions"), ({}, [])),
     **dict.fromkeys(("function_call", "suffix", "audio", "web_search_options", "chat_template"), ("",)),
@@ -38,10 +39,10 @@ _CHANGING: Final[Mapping[str, tuple[Any, ...]]] = {
     "add_generation_prompt": (True,),
 }
 """Fields of other servers that would change the answer -> values with which they do not."""
-_MOST_STOPS: Final = 16
+MOST_STOPS: Final = 16
 _MOST_STOP_CHARACTERS: Final = 1000
 """Of all stop strings together: each token is compared with all of them."""
-_MOST_TOOLS: Final = 128
+MOST_TOOLS: Final = 128
 """As of OpenAI."""
 
 
@@ -70,8 +71,8 @@ def answer_options(body: Mapping[str, Any], defaults: Mapping[str, Any], n_ctx: 
 
 def _constraint(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that vLLM's and llama.cpp's fields of structured answers mean."""
-    given = {**body, **_structured(typed(dict, body, "structured_outputs") or {})}
-    options = {option: given[name] for name, option in _FORMS.items() if given.get(name) is not None}
+    given = ChainMap(_structured(typed(dict, body, "structured_outputs") or {}), body)  # type: ignore[arg-type]
+    options = {option: given[name] for name, option in FORMS.items() if given.get(name) is not None}
     if isinstance(options.get("schema"), str):
         options["schema"] = _parsed(options["schema"])
     choices = typed(list, given, "guided_choice")
@@ -87,12 +88,12 @@ def _constraint(body: Mapping[str, Any]) -> dict[str, Any]:
 def _structured(given: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in given.items():
-        if name in _STRUCTURED:
-            fields[_STRUCTURED[name]] = value
+        if name in STRUCTURED:
+            fields[STRUCTURED[name]] = value
         elif name == "json_object" and value:
             fields["guided_json"] = {"type": "object"}
         elif value:
-            known = ", ".join((*_STRUCTURED, "json_object"))
+            known = ", ".join((*STRUCTURED, "json_object"))
             message = f"structured_outputs has {shorten(name)}; supported are {known}"
             raise Refusal(400, message, param="structured_outputs")
     return fields
@@ -136,7 +137,7 @@ def refuse_changing(body: Mapping[str, Any]) -> None:
     Raises:
         Refusal: there is one.
     """
-    for name, neutral in _CHANGING.items():
+    for name, neutral in CHANGING.items():
         value = body.get(name)
         if value is not None and value not in neutral:
             raise Refusal(400, f"{name} is not supported, and would change the answer; leave it out", param=name)
@@ -174,8 +175,8 @@ def tool_options(body: Mapping[str, Any]) -> dict[str, Any]:
         Refusal: they have another form.
     """
     tools = typed(list, body, "tools") or []
-    if len(tools) > _MOST_TOOLS:
-        raise Refusal(400, f"there are {len(tools)} tools; at most {_MOST_TOOLS} are allowed", param="tools")
+    if len(tools) > MOST_TOOLS:
+        raise Refusal(400, f"there are {len(tools)} tools; at most {MOST_TOOLS} are allowed", param="tools")
     if any(not isinstance(tool, dict) or tool.get("type", "function") != "function" for tool in tools):
         raise Refusal(400, "a tool is of another type than function; leave it out", param="tools")
     choice = body.get("tool_choice")
@@ -238,12 +239,12 @@ def _stop(given: Any) -> list[str]:
     stops = [given] if isinstance(given, str) else given
     if (
         not isinstance(stops, list)
-        or len(stops) > _MOST_STOPS
+        or len(stops) > MOST_STOPS
         or sum(len(str(stop)) for stop in stops) > (_MOST_STOP_CHARACTERS)
     ):
         raise Refusal(
             400,
-            f"stop is {shorten(given)}; it must be a string or a list of at most {_MOST_STOPS}, with "
+            f"stop is {shorten(given)}; it must be a string or a list of at most {MOST_STOPS}, with "
             f"{_MOST_STOP_CHARACTERS} characters in all",
             "invalid_value",
             "stop",

@@ -30,7 +30,7 @@ from lfm2vl_edge.prompt.messages import AnyImage, ImagePart, Message, ParsedMess
 from lfm2vl_edge.server.refusals import Refusal
 from lfm2vl_edge.server.urls import AllowedUrls
 
-_DETAILS: Final[Mapping[str, str | None]] = {
+DETAILS: Final[Mapping[str, str | None]] = {
     "low": "fast",
     "high": "full",
     "auto": None,
@@ -39,7 +39,7 @@ _DETAILS: Final[Mapping[str, str | None]] = {
     "full": "full",
 }
 """OpenAI's levels of detail, and ours -> ours; None is the server's default. (Our `high` has no name here.)"""
-_SETTINGS: Final = (
+SETTINGS: Final = (
     "do_image_splitting",
     "min_image_tokens",
     "max_image_tokens",
@@ -97,10 +97,10 @@ class ImageChoice:
 
 
 def _level(detail: object) -> str | None:
-    if not isinstance(detail, str) or detail not in _DETAILS:
-        known = ", ".join(_DETAILS)
+    if not isinstance(detail, str) or detail not in DETAILS:
+        known = ", ".join(DETAILS)
         raise Refusal(400, f"detail is {shorten(detail)}; it must be one of {known}", "invalid_value", "detail")
-    return _DETAILS[detail]
+    return DETAILS[detail]
 
 
 def choice_of(body: Mapping[str, Any], config: ImageConfig, budget: ImageBudget, n_ctx: int) -> ImageChoice:
@@ -120,9 +120,9 @@ def choice_of(body: Mapping[str, Any], config: ImageConfig, budget: ImageBudget,
     if not isinstance(changes, dict):
         raise ConfigError(f"mm_processor_kwargs is {shorten(changes)}; it must be an object of image settings")
     for name in changes:
-        if name not in _SETTINGS:
+        if name not in SETTINGS:
             raise ConfigError(
-                f"the image setting {shorten(name)} cannot be changed by a request; known: {', '.join(_SETTINGS)}"
+                f"the image setting {shorten(name)} cannot be changed by a request; known: {', '.join(SETTINGS)}"
             )
     chosen = config.with_changes(changes) if changes else config
     most_tokens = max(config.max_image_tokens, config.tile_tokens)
