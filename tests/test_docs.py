@@ -48,7 +48,7 @@ PAIRS: Final = ("models/450m", "models/f16", "models/q4")
 CHECKPOINTS: Final = ("path/to/LFM2-VL-450M", "LFM2-VL-450M", "LiquidAI/LFM2.5-VL-450M")
 """A local folder wins over a repository of the hub, so a checkpoint of the hub can be a placeholder too."""
 SCHEMA: Final = {"type": "integer"}
-_ONLY_PARSED: Final = ("serve", "pull", "rm", "bench", "tune", "doctor")
+_ONLY_PARSED: Final = ("serve", "watch", "pull", "rm", "bench", "tune", "doctor")
 """They need a network, do not end, or measure the machine. Tests of their own run them."""
 _ONLY_PARSED_OPTIONS: Final = ("--n-gpu-layers", "--device", "--budget-seconds", "--check", "--promote", "--fit")
 """They need a GPU, a measured profile, or many seconds."""
