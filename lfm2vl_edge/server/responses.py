@@ -81,8 +81,10 @@ def _add_item(messages: list[dict[str, Any]], item: Any) -> None:
     elif kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
-        if messages and messages[-1]["role"] == "assistant":
-            messages[-1] = {**messages[-1], "tool_calls": [*messages[-1].get("tool_calls", ()), call]}
+        last: dict[str, Any] = messages[-1] if messages else {}
+        earlier = last.get("tool_calls") or []
+        if last.get("role") == "assistant" and isinstance(earlier, list):
+            messages[-1] = {**last, "tool_calls": [*earlier, call]}
         else:
             messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
     elif kind == "function_call_output":

@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 
-from tests.fuzz import images, kills, network, pairs, stored, texts
+from tests.fuzz import images, kills, network, pairs, server, stored, texts
 from tests.fuzz.runner import BUILD, HEADING, Campaign, Tally, run
 
-CAMPAIGNS = {one.name: one for module in (images, pairs, stored, texts, network, kills) for one in module.CAMPAIGNS}
+CAMPAIGNS = {
+    one.name: one for module in (images, pairs, stored, texts, network, server, kills) for one in module.CAMPAIGNS
+}
 SEED = 17
 _SHOWN = 20
 """Wrong inputs of a campaign that are listed."""

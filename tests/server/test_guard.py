@@ -149,7 +149,7 @@ def test_types_of_bodies(here: Here, headers: dict[str, str], status: int) -> No
 
 
 def test_paths_and_methods(here: Here) -> None:
-    for path in ("/", "/v1", "/v1/completions", "/v1/chat/completions/", "/../etc/passwd", "/v1/models/../props"):
+    for path in ("/v1", "/v1/completions", "/v1/chat/completions/", "/../etc/passwd", "/v1/models/../props"):
         response = here.send("GET", path)
         assert response.status == 404, path
         assert response.error

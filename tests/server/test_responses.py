@@ -121,6 +121,8 @@ def test_tool_calls(with_tools: Here, stream: bool) -> None:
         ({"input": [5]}, "an item of the input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "an item of the input"),
         ({"input": [{"type": "function_call", "name": 5}]}, "tool_calls"),
+        ({"input": [{"content": "x"}, {"type": "function_call", "name": "f", "arguments": "{}"}]}, "role"),
+        ({"input": [{"role": "assistant", "tool_calls": 5}, {"type": "function_call", "name": "f"}]}, "tool_calls"),
         ({"input": [{"type": "message", "role": "user", "content": [{"type": "input_file"}]}]}, "a part"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "/etc/x.png"}]}]}, "image"),
         ({"instructions": 5}, "instructions"),
