@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lfm2vl_edge.batch.worker import kind_of
 from lfm2vl_edge.config import is_finite, is_integer, require
-from lfm2vl_edge.errors import EdgeError, EngineError, ImageError, shorten
+from lfm2vl_edge.errors import EdgeError, EngineError, ImageError, clip, shorten
 from lfm2vl_edge.image.load import Pixels
 from lfm2vl_edge.watch.frames import Counts, Frame
 from lfm2vl_edge.watch.gate import Change, Gate, sharpness
@@ -172,7 +172,7 @@ class Watcher:
         try:
             pixels = frame.shot.open().pixels()
         except ImageError as error:
-            self._fault("truncated", f"{frame.shot.name or 'a frame'} cannot be decoded: {error}")
+            self._fault("truncated", f"{clip(frame.shot.name) or 'a frame'} cannot be decoded: {error}")
             return
         change = self._gate.examine(pixels)
         if change.is_grey and self._reader.source.is_camera:
