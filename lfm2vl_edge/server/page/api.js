@@ -3,6 +3,7 @@
 
 const KEY = "lfm2vl-edge:key";
 const LARGE_BYTES = 500_000;
+const AGAIN_MS = 200;
 
 /** An error of a request: a status of HTTP, 0 if the server does not answer, and a text for people. */
 export class Problem extends Error {
@@ -67,8 +68,18 @@ export async function isAlive() {
 /** Return the object that the server has at a path. */
 export const get = async (path) => (await request(path)).json();
 
-/** Return the server's answer to an object. */
-export const post = async (path, body, signal) => (await request(path, body, signal)).json();
+/**
+ * Return the server's answer to an object, for requests that change nothing: without a response, as from a connection
+ * that was closed while it was idle, it is sent once more.
+ */
+export async function post(path, body, signal) {
+  const again = async (error) => {
+    if (error.status !== 0) throw error;
+    await new Promise((resolve) => { setTimeout(resolve, AGAIN_MS); });
+    return request(path, body, signal);
+  };
+  return (await request(path, body, signal).catch(again)).json();
+}
 
 /**
  * Yield the chunks of a streamed chat completion.

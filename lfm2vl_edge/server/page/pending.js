@@ -72,6 +72,7 @@ export class Pending {
       entries.forEach((entry, index) => showPlan(entry, plans[index]));
       tell(byId("plan"), plans.length ? inAll(plans) : "");
     } catch (error) {
+      if (entries !== this.entries || detail !== this.detail()) return;
       tell(byId("plan"), "");
       this.onProblem(error, "the plan");
     }

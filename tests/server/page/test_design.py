@@ -239,7 +239,7 @@ def reload_when_full(visit: Visit, n_characters: int) -> str:
     visit.choose(png(Image.frombytes("RGB", (500, 500), os.urandom(3 * 500**2))))
     visit.ask("Describe this image.")
     visit.page.wait_for_selector("#problem:not([hidden])")
-    text = visit.page.inner_text("#problem")
+    text = str(visit.page.inner_text("#problem"))
     visit.page.reload()
     visit.wait("ready")
     return text

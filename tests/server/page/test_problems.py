@@ -48,6 +48,15 @@ def test_a_server_that_ends_in_the_middle_of_an_answer(visitor: Visitor) -> None
     visit.wait("gone")
 
 
+def test_a_plan_without_a_response_is_requested_again(visitor: Visitor, url: str) -> None:
+    visit = visitor(url)
+    visit.page.route("**/v1/plan", lambda route: route.abort(), times=1)
+    visit.go()
+    visit.choose(SCENE)
+    assert visit.page.is_hidden("#problem")
+    assert visit.page.inner_text("#state") == "ready"
+
+
 def test_a_server_that_still_loads_its_model(visitor: Visitor, url: str) -> None:
     visit = visitor(url)
     error = {"error": {"message": "the model is still being loaded", "code": "loading"}}
