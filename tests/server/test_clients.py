@@ -12,7 +12,9 @@ import jsonschema
 import pytest
 from typer.testing import CliRunner
 
+from lfm2vl_edge import Model
 from lfm2vl_edge.cli import app
+from lfm2vl_edge.evaluate import evaluate, read_rows, summarise
 from tests.server.conftest import DATA, Here, data_url, encoded, question
 
 CAPTION = "What is in the picture?"  # quote
@@ -129,6 +131,34 @@ def test_answers_are_those_of_eval(here: Here, tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert dict(zip((row["id"] for row in rows), pool.map(ask, rows), strict=True)) == expected
+
+
+def test_a_multiple_choice_set_of_a_harness(here: Here, tmp_path: Path) -> None:
+    """VLMEvalKit and lmms-eval send question and options, and look for an option in the answer.
+
+    Without letters before the options, which the demonstration model does not know.
+    """
+    rows = [json.loads(line) for line in (DATA / "data.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["group"] in ("background", "yes/no", "color", "shape")]
+    for row in rows:
+        known = sorted({other["answer"] for other in rows if other["group"] == row["group"]})
+        row |= {"options": known, "image": str(DATA / row["image"])}
+    (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with Model.open("tiny", n_threads=1, cache=False) as model:
+        found = summarise(evaluate(model, read_rows(tmp_path / "choices.jsonl"))).total
+
+    def is_right(row: dict[str, Any], limit: str) -> bool:
+        image = {"type": "image_url", "image_url": {"url": data_url(Path(row["image"])), "detail": "high"}}
+        messages = [{"role": "user", "content": [image, {"type": "text", "text": row["question"]}]}]
+        answer = here.chat({"model": "scenes", "messages": messages, "n": 1, "temperature": 0, limit: 16}).text
+        inferred = [option for option in row["options"] if re.search(rf"\b{option}\b", answer)]
+        return inferred == [row["answer"]]
+
+    with ThreadPoolExecutor(4) as pool:
+        for limit in ("max_tokens", "max_completion_tokens"):
+            right = list(pool.map(is_right, rows, [limit] * len(rows)))
+            assert sum(right) / len(rows) == pytest.approx(found.exact)
+            assert sum(right) > len(rows) / 2
 
 
 def test_langchain_and_n8n(here: Here) -> None:
