@@ -134,12 +134,12 @@ def test_answers_are_those_of_eval(here: Here, tmp_path: Path) -> None:
 
 
 def test_a_multiple_choice_set_of_a_harness(here: Here, tmp_path: Path) -> None:
-    """VLMEvalKit and lmms-eval send question and options, and look for an option in the answer.
+    """VLMEvalKit and lmms-eval send question and options, and search the answer for an option.
 
     Without letters before the options, which the demonstration model does not know.
     """
     rows = [json.loads(line) for line in (DATA / "data.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["group"] in ("background", "yes/no", "color", "shape")]
+    rows = [row for row in rows if row["group"] in ("background", "yes/no", "color", "shape")]  # quote
     for row in rows:
         known = sorted({other["answer"] for other in rows if other["group"] == row["group"]})
         row |= {"options": known, "image": str(DATA / row["image"])}
