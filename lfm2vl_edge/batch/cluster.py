@@ -48,7 +48,7 @@ class ClusterOptions:
     """Where a batch runs.
 
     Attributes:
-        address: `local` starts Ray on this machine for the batch; `auto` or `ray://HOST:10001` joins a cluster.
+        ray: `local` starts Ray on this machine for the batch; `auto` or `ray://HOST:10001` joins a cluster.
         workers: actors, each with a model.
         cpus_per_worker: processors of each, which are its threads too; None: those of this machine, divided.
         gpus_per_worker: GPUs of each; may be a fraction.
@@ -59,7 +59,7 @@ class ClusterOptions:
         ConfigError: a number is out of range.
     """
 
-    address: str = LOCAL
+    ray: str = LOCAL
     workers: int = 1
     cpus_per_worker: int | None = None
     gpus_per_worker: float = 0.0
@@ -201,19 +201,19 @@ def _forecast(decided: Opening | None, sources: Sequence[Source], pending: bytes
     return Forecast(planner, sources, pending, cluster.workers)
 
 
-def _check_reached(address: str) -> None:
+def _check_reached(url: str) -> None:
     """Connect to a cluster: Ray itself tries for minutes.
 
     Raises:
-        EdgeError: nothing answers at an address of the form HOST:PORT or ray://HOST:PORT.
+        EdgeError: nothing answers at HOST:PORT or ray://HOST:PORT.
     """
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    host, colon, port = url.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal():
         return
     try:
         socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise EdgeError(f"Ray is not reached at {clip(address)}: {error}; check --ray") from None
+        raise EdgeError(f"Ray is not reached at {clip(url)}: {error}; check --ray") from None
 
 
 @contextmanager
@@ -222,16 +222,16 @@ def _started(ray: Any, cluster: ClusterOptions) -> Iterator[None]:
     if ray.is_initialized():  # by the caller
         yield
         return
-    how: dict[str, Any] = {"address": cluster.address, "log_to_driver": False, "logging_level": "error"}
-    _check_reached(cluster.address)
-    if cluster.address == LOCAL:
+    how: dict[str, Any] = {"address": cluster.ray, "log_to_driver": False, "logging_level": "error"}  # quote
+    _check_reached(cluster.ray)
+    if cluster.ray == LOCAL:
         cpus = max(len(available_cpus()), cluster.workers * cluster.cpus)
         how |= {"num_cpus": cpus, "include_dashboard": False}
     try:
         ray.init(**how)
     except (ConnectionError, RuntimeError, ValueError) as error:
         why = clip(" ".join(str(error).split()))
-        raise EdgeError(f"Ray is not reached at {clip(cluster.address)}: {why}; check --ray") from None
+        raise EdgeError(f"Ray is not reached at {clip(cluster.ray)}: {why}; check --ray") from None
     try:
         yield
     finally:

@@ -116,7 +116,7 @@ class RayOptions:
         str | None,
         _ray(
             "--ray",
-            metavar="local|ADDRESS",
+            metavar="local|URL",
             help="Run on Ray: started on this machine (local), or a cluster: auto, or ray://HOST:10001. "
             "OUT is then a folder.",
         ),
@@ -196,7 +196,7 @@ def _on_ray(
     from lfm2vl_edge.batch.cluster import ClusterOptions, run_on_ray
 
     cluster = ClusterOptions(
-        address=ray.ray or "",
+        ray=ray.ray or "",
         workers=ray.workers,
         cpus_per_worker=ray.cpus_per_worker,
         gpus_per_worker=ray.gpus_per_worker,

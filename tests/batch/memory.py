@@ -14,6 +14,8 @@ from lfm2vl_edge import Model
 from lfm2vl_edge.batch import BatchOptions, Progress, run_batch
 from tests.batch.kills import write_images
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # other programs may use the processors
+
 EARLY = 500
 """Rows after which the memory is that of a batch in full work."""
 
@@ -26,16 +28,17 @@ def resident() -> int:
 def measure(folder: Path, rows: int) -> tuple[int, int]:
     """Return the resident memory after the first rows, and at the end, bytes."""
     write_images(folder / "images", rows, side=64)
-    early = [0]
+    early, printed = [0], [0]
 
     def report(progress: Progress) -> None:
         if progress.done >= EARLY and not early[0]:
             early[0] = resident()
-        if progress.done % 1000 == 0:
+        if progress.done >= printed[0] + EARLY:
+            printed[0] = progress.done
             print(progress.done, f"{resident() / 1e6:.1f} MB", f"{progress.seconds:.0f} s", flush=True)
 
-    with Model.open("tiny") as model:
-        options = BatchOptions(answer={"max_tokens": 2})
+    with Model.open("tiny", n_threads=1) as model:
+        options = BatchOptions(answer={"max_tokens": 1})
         run_batch(model, [folder / "images"], folder / "out.jsonl", options, progress=report)
         return early[0], resident()
 

@@ -130,7 +130,7 @@ def test_a_store_of_objects_gets_whole_files(images: Path, tmp_path: Path, monke
     assert run_on_ray(sources, "s3://bucket/out.jsonl", options(), where).rows == 0
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
-def test_a_cluster_that_is_not_there_is_named(address: str) -> None:
-    with pytest.raises(EdgeError, match=f"Ray is not reached at {address}: .*; check --ray"):
-        cluster._check_reached(address)
+@pytest.mark.parametrize("url", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_a_cluster_that_is_not_there_is_named(url: str) -> None:
+    with pytest.raises(EdgeError, match=f"Ray is not reached at {url}: .*; check --ray"):
+        cluster._check_reached(url)
