@@ -134,6 +134,16 @@ def test_masks_and_zones() -> None:
         Gate(GateSettings(masks=(Area.of("0,0,320,240", "--mask"),))).examine(scene())
 
 
+def test_a_masked_clock_does_not_renew_its_tile() -> None:
+    gate = Gate(GateSettings(masks=(Area.of("0,0,160,48", "--mask"),)))
+    first = given(gate, scene((8, 0), MIDDLE))
+    pixels = scene((80, 0), MIDDLE)
+    pixels[400:450, 800:850] = 255
+    second = given(gate, pixels)
+    renewed = [index for index, (new, old) in enumerate(zip(second.tiles, first.tiles, strict=True)) if new is not old]
+    assert renewed == [7, 8]
+
+
 @pytest.mark.parametrize("text", ["", "1,2,3", "1,2,3,4,5", "a,b,c,d", "-1,0,5,5", "0,0,0,5", "0,0,5,0", "1e3,0,1,1"])
 def test_bad_areas(text: str) -> None:
     with pytest.raises(ConfigError, match="--mask"):
