@@ -178,7 +178,9 @@ class EventOptions:
     keep: Annotated[int, _events("--keep", min=0, metavar="N", help="Keep the newest N of them; 0: all.")] = 0
     mqtt: Annotated[
         str | None,
-        _events("--mqtt", metavar="URL", help="mqtt://[USER@]HOST[:PORT][/PREFIX], mqtts:// for TLS."),
+        _events(
+            "--mqtt", metavar="URL", help="mqtt://USER@HOST:PORT/PREFIX, mqtts:// for TLS; only the host is needed."
+        ),
     ] = None
     mqtt_password_file: Annotated[
         str | None, _events("--mqtt-password-file", metavar="FILE", help="Password of the user in the MQTT URL.")

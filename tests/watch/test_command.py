@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lfm2vl_edge.cli import app
+from lfm2vl_edge.cli import COMMANDS, app
 from tests.watch.conftest import scene, wait_for
 from tests.watch.test_sources import jpeg, video
 
@@ -132,6 +132,22 @@ def test_what_is_refused_before_the_model_is_opened(arguments: list[str], messag
     assert message in line
     assert "secret" not in line.replace("--webhook-secret-file", "")
     assert len(line) < 400
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_shows_its_help_whole(name: str) -> None:
+    """rich takes what is between brackets for markup, and may fail on it."""
+    from typer.main import get_command
+
+    from lfm2vl_edge.cli import build
+
+    result = CliRunner().invoke(build([name]), ["--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.exception
+    command = get_command(build([name]))
+    for option in command.params:
+        assert all(name[:20] in result.stdout for name in option.opts if name.startswith("--")), option.opts
+        shown = " ".join(result.stdout.replace("│", " ").split())
+        assert " ".join((getattr(option, "help", None) or "").split())[:40] in shown, option.opts
 
 
 @pytest.mark.parametrize(
