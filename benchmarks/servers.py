@@ -159,7 +159,7 @@ def both(pair: Pair, threads: int, clients: int, folder: Path) -> Iterator[dict[
 
 
 def in_turns(name: str, sides: dict[str, Client], work: Callable[[Client], float], runs: int, unit: str) -> None:
-    """Print a figure of both servers, measured in turns, and the ratio of ours to theirs."""
+    """Print a value of both servers, measured in turns, and the ratio of ours to theirs."""
     found: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(runs):
         for side, client in sides.items():

@@ -131,6 +131,8 @@ def here(tmp_path: Path, float_pair: Path, monkeypatch: pytest.MonkeyPatch) -> P
     (folder / "examples").symlink_to(ROOT / "examples")
     for name in IMAGES:
         shutil.copy(ROOT / "examples" / "shapes.png", folder / name)
+    (folder / "scans").mkdir()
+    shutil.copy(ROOT / "examples" / "shapes.png", folder / "scans")
     for name in PAIRS:
         (folder / name).mkdir(parents=True)
         source = float_pair if name.endswith("f16") else resolve_model("tiny").pair.model.parent

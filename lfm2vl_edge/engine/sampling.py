@@ -123,7 +123,7 @@ class Sampler:
 
 
 class Shortlist:
-    """The tokens that can be sampled: llama.cpp's samplers look at these instead of the whole vocabulary.
+    """The tokens that can be sampled: llama.cpp's samplers read these instead of the whole vocabulary.
 
     Without it they hash and copy 65,536 tokens for each one of an answer, 1 ms. The samplers drop every token that is
     not in it, so what they sample is the same.

@@ -1,4 +1,4 @@
-"""The tokens that llama.cpp's samplers look at: what they select is what they select of the whole vocabulary."""
+"""The tokens that llama.cpp's samplers read: what they select is what they select of the whole vocabulary."""
 
 from __future__ import annotations
 
