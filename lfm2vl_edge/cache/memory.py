@@ -32,8 +32,12 @@ TILE_BYTES: Final = 64_000_000
 """Default budget of the embeddings in memory: a view has about 1 MB (450M)."""
 
 
+_MOST_ARRAYS: Final = 256
+"""More than the budgets hold of the published models; of a small one, tens of thousands would fit."""
+
+
 class LruCache:
-    """Arrays by key within a budget of bytes; the least recently used ones are dropped first."""
+    """Arrays by key within a budget of bytes, 256 at most; the least recently used ones are dropped first."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -55,7 +59,7 @@ class LruCache:
             return
         self._kept[key] = array
         self.n_bytes += array.nbytes
-        while self.n_bytes > self.budget:
+        while self.n_bytes > self.budget or len(self) > _MOST_ARRAYS:
             self.drop(next(iter(self._kept)))
 
     def drop(self, key: Key) -> None:

@@ -510,3 +510,14 @@ def test_what_is_not_installed_is_named(images: Path, tmp_path: Path) -> None:
     assert "pip install 'lfm2vl-edge[batch]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert json.dumps(sorted(path.name for path in tmp_path.iterdir())) == "[]"
+
+
+def test_caches_of_a_long_batch_do_not_grow_with_small_views() -> None:
+    from lfm2vl_edge.cache.memory import LruCache
+
+    cache = LruCache(1 << 20)
+    for number in range(1000):
+        cache.put(number.to_bytes(4, "big"), np.zeros(1, np.uint8))
+    assert (len(cache), cache.n_bytes) == (256, 256)
+    assert cache.get((999).to_bytes(4, "big")) is not None
+    assert cache.get((1).to_bytes(4, "big")) is None
