@@ -50,8 +50,16 @@ CHECKPOINTS: Final = ("path/to/LFM2-VL-450M", "LFM2-VL-450M", "LiquidAI/LFM2.5-V
 SCHEMA: Final = {"type": "integer"}
 _ONLY_PARSED: Final = ("serve", "watch", "pull", "rm", "bench", "tune", "doctor")
 """They need a network, do not end, or measure the machine. Tests of their own run them."""
-_ONLY_PARSED_OPTIONS: Final = ("--n-gpu-layers", "--device", "--budget-seconds", "--check", "--promote", "--fit")
-"""They need a GPU, a measured profile, or many seconds."""
+_ONLY_PARSED_OPTIONS: Final = (
+    "--n-gpu-layers",
+    "--device",
+    "--budget-seconds",
+    "--check",
+    "--promote",
+    "--fit",
+    "--ray",
+)
+"""They need a GPU, a measured profile, a cluster, or many seconds."""
 _SLOW: Final = ("convert", "quantize", "calibrate", "verify")
 """They take seconds: they are run on the page about them and in transcripts, and parsed elsewhere."""
 _FOREIGN: Final = ("--build", "--baseline-mmproj", "--install", "--temp", "--strict", "--only")

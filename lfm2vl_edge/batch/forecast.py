@@ -137,8 +137,10 @@ class Forecast:
         self._done[index] = 1
         self._n_done += 1
         now = self._elapsed()
-        if self._n_done == 1 or now - self._first[0] < _BURST_SECONDS:  # several may come together
-            self._first = (now if self._n_done == 1 else self._first[0]), self._n_done
+        if self._n_done == 1 or self._thread.is_alive():
+            self._first = now, self._n_done
+        elif now - self._first[0] < _BURST_SECONDS:  # several may come together
+            self._first = self._first[0], self._n_done
         if outcome.error_kind is None and outcome.stats:
             self._n_measured += 1
             encode = sum(one.encode_seconds for one in outcome.stats)
@@ -169,7 +171,8 @@ class Forecast:
     def _slowness(self, cost: float) -> float:
         """Return how much longer rows take than their cost, of which `cost` is the mean of those that were answered.
 
-        Time counts from the first answer on: until then models are opened, and several rows are half done.
+        Time counts from the first answer after planning: before, models are opened, rows are half done, and planning
+        takes processors.
         """
         started, first = self._first
         count, seconds = self._n_done - first, self._elapsed() - started
