@@ -220,7 +220,8 @@ def _grammar(schema: Any) -> str:
     Raises:
         ConfigError: llguidance cannot hold it at all.
     """
-    from llguidance import LLMatcher
+    with importing():
+        from llguidance import LLMatcher
 
     if schema is False:
         raise ConfigError("the schema is false: no answer can match")

@@ -43,6 +43,11 @@ WORK: dict[str, list[Sequence[str]]] = {
     ],
     "point": [("point", IMAGE, "-m", MODEL, "--json"), ("point", MISSING)],
     "extract": [("extract", IMAGE, "-m", MODEL, "-s", "schema"), ("extract", IMAGE, "-s", MISSING)],
+    "batch": [
+        ("batch", IMAGE, "-m", MODEL, "-n", "2", "-p", f"what{HOSTILE}", "-o", f"out{HOSTILE}.jsonl", "--restart"),
+        ("batch", MISSING, "-m", MODEL, "-p", "what", "-o", "out.jsonl"),
+    ],
+    "watch": [("watch", MISSING, "-m", MODEL, "-p", f"what{HOSTILE}")],
     "serve": [
         ("serve", "-m", MISSING, "--port", "0", "--alias", HOSTILE),
         ("serve", "--image-root", MISSING),
@@ -79,6 +84,7 @@ REQUIRED = {
     "extract": ("x", "--schema", "y"),
     "convert": ("x", "-o", "y"),
     "calibrate": ("x", "-o", "y"),
+    "batch": ("x", "-o", "y"),
     **dict.fromkeys(("chat", "serve", "tune", "bench"), ()),
 }
 """What else some commands need."""
