@@ -186,9 +186,14 @@ def _decoded(container: Any, stream: Any, settings: SourceSettings) -> Iterator[
 
 
 def _taken(frames: Iterator[av.VideoFrame], settings: SourceSettings, stop: Event, *, is_live: bool) -> Iterator[Shot]:
-    """Yield the frames that are due; the others are not converted to RGB."""
-    next_time, first = 0.0, None
+    """Yield the frames that are due; the others are not converted to RGB.
+
+    Raises:
+        ValueError: a file has no frame at all, as FFmpeg finds of an empty one now and then.
+    """
+    next_time, first, found = 0.0, None, False
     for frame in frames:
+        found = True
         if stop.is_set():
             return
         position = None if is_live or frame.time is None else float(frame.time)
@@ -200,6 +205,8 @@ def _taken(frames: Iterator[av.VideoFrame], settings: SourceSettings, stop: Even
             continue
         next_time = max(next_time, now - settings.every) + settings.every
         yield Shot(open=partial(_opened, frame, settings.max_pixels), position=position)
+    if not found and not is_live:
+        raise ValueError("it has no frames")
 
 
 def _opened(frame: av.VideoFrame, max_pixels: int) -> OpenedImage:
