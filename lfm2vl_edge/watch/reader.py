@@ -100,8 +100,8 @@ class Reader:
 
     @property
     def has_frames(self) -> bool:
-        """Whether a frame can be taken now."""
-        return bool(self._frames)
+        """Whether there is something to take: a frame, or the error that ended the source."""
+        return bool(self._frames) or self._error is not None
 
     def close(self, seconds: float = 15.0) -> None:
         """End the thread; a source that is inside a call of the system may take so long."""
