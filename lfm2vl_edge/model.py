@@ -251,8 +251,8 @@ class Model:
             ConfigError: there is no format of that name.
             EdgeError: see `stream`.
         """
-        how = {"what": what, "prompt": prompt, "free": free, "boxes": boxes}
-        found: list[Box] = self._find("read_boxes", images, options, **how)
+        how: dict[str, Any] = {"what": what, "prompt": prompt, "free": free, "boxes": boxes}
+        found: list[Box] = self._find(images, options, **how)
         return found
 
     def point(
@@ -266,14 +266,14 @@ class Model:
         **options: Unpack[AskOptions],
     ) -> list[Point]:
         """Return the centers of the boxes that `detect` finds, and points of a free answer; arguments as there."""
-        how = {"what": what, "prompt": prompt, "free": free, "boxes": boxes}
-        found: list[Point] = self._find("read_points", images, options, **how)
+        how: dict[str, Any] = {"what": what, "prompt": prompt, "free": free, "boxes": boxes}
+        found: list[Point] = self._find(images, options, points=True, **how)
         return found
 
-    def _find(self, reader: str, images: Any, options: AskOptions, *, boxes: Any, **how: Any) -> Any:
+    def _find(self, images: Any, options: AskOptions, *, boxes: Any, points: bool = False, **how: Any) -> Any:
         with importing():
             from lfm2vl_edge.models.box_formats import box_format
-            from lfm2vl_edge.structured import boxes as readers
+            from lfm2vl_edge.structured.boxes import read_boxes, read_points
             from lfm2vl_edge.structured.detect import Search, find
 
         def ask(messages: Sequence[Message], constraint: AskOptions) -> tuple[str, bool]:
@@ -283,7 +283,8 @@ class Model:
 
         search = Search(boxes=self.config.boxes if boxes is None else box_format(boxes), **how)
         several = images if isinstance(images, (list, tuple)) else [images]
-        return find([self.preprocess(image) for image in several], search, ask, getattr(readers, reader))
+        read: Any = read_points if points else read_boxes
+        return find([self.preprocess(image) for image in several], search, ask, read)
 
     def choose(
         self, images: AnyImage | Sequence[AnyImage], prompt: str, options: Sequence[str], **how: Unpack[ChoiceOptions]
