@@ -13,6 +13,7 @@ from lfm2vl_edge.config import GREEDY, Options, is_integer
 from lfm2vl_edge.errors import ConfigError, DataError, shorten
 from lfm2vl_edge.image.load import MAX_PIXELS
 from lfm2vl_edge.opening import check_count
+from lfm2vl_edge.scheduler.scheduler import MOST_PARALLEL
 
 if TYPE_CHECKING:
     from lfm2vl_edge.model import Model
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 ALL: Final = "all"
 """Stands for errors of every kind."""
-_MOST_PARALLEL: Final = 64
 _SHOWN: Final = 40
 """Longest value that is stored as it is; of a longer one, the start and a digest."""
 
@@ -64,7 +64,7 @@ class BatchOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "answer", {**GREEDY, **self.answer})
         options = Options.of(**self.answer)
-        check_count("parallel", self.parallel, most=_MOST_PARALLEL)
+        check_count("parallel", self.parallel, most=MOST_PARALLEL)
         check_count("max_pixels", self.max_pixels)
         if self.choose:
             check_options(list(self.choose))

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lfm2vl_edge.batch.inputs import Source
     from lfm2vl_edge.batch.run import OnProgress
 
+_FORECAST_ROWS: Final = 20
+"""Fewer have no 5 % after which a forecast could be judged."""
 _SHARD: Final = re.compile(r"(\d{1,6})/(\d{1,6})")
 
 
@@ -271,7 +273,7 @@ def _lines(done: Progress) -> Iterator[str]:
     yield f"tokens     {prompts}; {done.completion_tokens} of answers"
     if done.truncated:
         yield f"truncated  {done.truncated} answers; --max-tokens allows more"
-    if done.forecast_error is not None:
+    if done.forecast_error is not None and done.rows >= _FORECAST_ROWS:
         share = abs(done.forecast_error)
         yield f"forecast   after 5 % of the rows: {share:.0%} too {'long' if done.forecast_error > 0 else 'short'}"
     errors: Counter[str] = done.errors
