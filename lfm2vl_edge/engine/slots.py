@@ -7,8 +7,8 @@ shortened, because the convolutions of LFM2 keep no history: it is cleared, or r
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +59,7 @@ class Slots:
         self._open_context, self._in_use, self._abort = open_context, in_use, abort
         self.slots = tuple(Slot(self, number, encode) for number in range(count))
         self._rows: dict[int, int] = {}  # sequence -> place of its logits in the last call
+        self._riders: dict[Slot, Sequence[int]] = {}
         self._context: Any = None
         self.n_ctx = 0
         """Tokens that fit now."""
@@ -78,6 +79,27 @@ class Slots:
             for slot, state, length in states:
                 slot.restore(state, length)
 
+    @contextmanager
+    def riding(self, runs: Mapping[Slot, Sequence[int]]) -> Iterator[None]:
+        """Append a run of tokens to each of several sequences, with what the block appends to another one.
+
+        The first tokens of the block go with them in one native call, which reads the weights once; if the block decodes
+        no tokens, they go alone at its end. So their logits are there after the block.
+
+        Args:
+            runs: at least one token for each sequence.
+
+        Raises:
+            ContextFull, EngineError: as for `decode`, at the end of the block.
+        """
+        self._riders = dict(runs)
+        try:
+            yield
+        finally:
+            left, self._riders = self._riders, {}
+        if left:
+            self.decode(left)
+
     def decode(self, runs: Mapping[Slot, Sequence[int]], *, more: bool = False) -> None:
         """Append a run of tokens to each of several sequences, in one native call.
 
@@ -89,13 +111,17 @@ class Slots:
             ContextFull: the context has no room left; nothing was appended.
             EngineError: a native call failed, or was cancelled.
         """
-        owners = [slot.number for slot, run in runs.items() for _ in run]
-        positions = [slot.length + index for slot, run in runs.items() for index in range(len(run))]
-        ends = np.cumsum([len(run) for run in runs.values()]) - 1
-        rows = {} if more else dict(zip((slot.number for slot in runs), ends.tolist(), strict=True))
-        ids = [token for run in runs.values() for token in run]
+        every = {**runs, **self._riders}
+        owners = [slot.number for slot, run in every.items() for _ in run]
+        positions = [slot.length + index for slot, run in every.items() for index in range(len(run))]
+        ends = np.cumsum([len(run) for run in every.values()]) - 1
+        rows = dict(zip((slot.number for slot in every), ends.tolist(), strict=True))
+        if more:
+            rows = {slot.number: rows[slot.number] for slot in self._riders}
+        ids = [token for run in every.values() for token in run]
         self._decode(owners, positions, rows, token=(llama.llama_token * len(ids))(*ids))
-        for slot, run in runs.items():
+        self._riders = {}
+        for slot, run in every.items():
             slot.length += len(run)
 
     def decode_embeddings(self, slot: Slot, embeddings: Floats, *, more: bool = False) -> None:

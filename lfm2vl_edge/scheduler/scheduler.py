@@ -223,15 +223,7 @@ class Scheduler:
             while self._wait():
                 self._end_cancelled()
                 self._admit()
-                # One step of one prompt, so that a running answer waits no longer than for one view, ...
-                self._is_choice_next = bool(self._choosing) and not (self._filling and self._is_choice_next)
-                if self._is_choice_next:
-                    self._choose()
-                elif self._filling:
-                    self._fill(self._next_to_fill())
-                # ... and one token of every running answer, in one native call.
-                if self._running:
-                    self._step()
+                self._step()
         except Exception as error:  # noqa: BLE001  # nobody may wait for ever
             why = f"the scheduler failed: {type(error).__name__}: {clip(str(error))}; open the model again"
             _LOG.exception("the scheduler failed")
@@ -325,16 +317,30 @@ class Scheduler:
             self._choosing.popleft()
 
     def _step(self) -> None:
-        """Decode what was sampled, sample the next token of every answer, and send it."""
+        """Compute one token of every running answer and one step of one prompt, in one native call if that can be.
+
+        One step, so that a running answer waits no longer than for one view.
+        """
+        running = dict(self._running)
         try:
-            self._slots.decode({job.slot: [one.token for one in job.run] for job in self._running})
+            with self._slots.riding({job.slot: [one.token for one in job.run] for job in running}):
+                self._advance()
         except EdgeError as error:
-            for job in tuple(self._running):
+            for job in running:
                 self._end(job, error)
-        for job, sampler in tuple(self._running.items()):
+            return
+        for job, sampler in running.items():
             with self._errors_of(job):
                 job.run = self._slots.sample(job.slot, sampler)
                 self._take(job)
+
+    def _advance(self) -> None:
+        """Do one step of a choice or of a prompt, in turns."""
+        self._is_choice_next = bool(self._choosing) and not (self._filling and self._is_choice_next)
+        if self._is_choice_next:
+            self._choose()
+        elif self._filling:
+            self._fill(self._next_to_fill())
 
     def _take(self, job: _Job) -> None:
         """Turn sampled tokens into chunks, and end the answer if it ends with one of them."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lfm2vl_edge import AnswerTruncated, AskOptions, ConfigError, EngineError, Model
+from lfm2vl_edge.engine.slots import Slots
 from lfm2vl_edge.errors import ContextFull, QueueFull
 from lfm2vl_edge.prompt.messages import user_message
 from lfm2vl_edge.scheduler import Scheduler, Stream
@@ -204,3 +206,21 @@ def test_a_stream_that_was_read_stays_at_its_end(scheduler: Scheduler) -> None:
     assert list(stream) == []
     assert stream.is_ended
     stream.close()
+
+
+def test_a_prompt_is_decoded_together_with_the_next_token_of_running_answers(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = model.ask([], QUESTIONS[2], **OPTIONS)
+    calls: list[Counter[int]] = []
+    decode = Slots._decode
+
+    def counted(slots: Slots, owners: Sequence[int], *rest: Any, **content: Any) -> None:
+        calls.append(Counter(owners))
+        decode(slots, owners, *rest, **content)
+
+    monkeypatch.setattr(Slots, "_decode", counted)
+    with Scheduler(model, parallel=2) as scheduler, ask(scheduler, QUESTIONS[0], None, temperature=1.0) as first:
+        next(first)
+        assert text_of(ask(scheduler, QUESTIONS[2], None)) == alone
+    assert [call for call in calls if len(call) == 2 and min(call.values()) == 1 < max(call.values())]
