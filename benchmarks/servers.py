@@ -3,8 +3,8 @@
     python -m benchmarks.servers -m MODEL --clients 4 --runs 3
 
 Both servers run, idle but for the one whose turn it is; each row alternates them and prints the medians and the ratio
-of each pair. llama-server has as many slots as there are clients, and a context of 4,096 tokens for each. Nothing else
-should run on the machine.
+of each pair. llama-server has as many slots as there are clients, and a context of 4,096 tokens for each. The last
+rows compare one client of our server with the library in this process. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import typer
@@ -31,11 +31,13 @@ from benchmarks.baseline.build import build_tools, installed_version
 from benchmarks.baseline.server import free_port, running
 from benchmarks.baseline.tools import CONTEXT, SERVE, Baseline, tools_in
 from benchmarks.serving import Requests, noise
+from lfm2vl_edge import Model
 from lfm2vl_edge.errors import EngineError
 from lfm2vl_edge.host import cache_folder
 from lfm2vl_edge.models.names import Pair, resolve_model
 
-SAMPLING = {"temperature": 1.0, "seed": 1}
+Side: TypeAlias = "Client | Library"
+SAMPLING: dict[str, Any] = {"temperature": 1.0, "seed": 1}
 TEN_FIELDS: dict[str, Any] = {
     "shop_name": {"type": "string", "pattern": "^[a-z]{12}$"},
     "street_address": {"type": "string", "pattern": "^[a-z]{16}$"},
@@ -113,6 +115,24 @@ class Client:
         return Answer(end - start, (first or end) - start, usage["completion_tokens"], timings["predicted_ms"] / 1000)
 
 
+@dataclass(frozen=True, slots=True)
+class Library:
+    """Answers the same requests without a server."""
+
+    model: Model
+
+    def ask(self, messages: Sequence[Any], **fields: Any) -> Answer:
+        """Return what an answer took; whether it is streamed makes no difference."""
+        options = {key: value for key, value in fields.items() if not key.startswith("stream")}
+        start, first = time.perf_counter(), None
+        stats: Any = None
+        for chunk in self.model.chat(messages, **{"max_tokens": 64, **SAMPLING, **options}):
+            first = first or (time.perf_counter() if chunk.text else None)
+            stats = chunk.stats or stats
+        end = time.perf_counter()
+        return Answer(end - start, (first or end) - start, stats.completion_tokens, stats.decode_seconds)
+
+
 def _streamed(response: http.client.HTTPResponse) -> tuple[float | None, dict[str, Any]]:
     """Return when the first text came, and the fields of all events together."""
     first: float | None = None
@@ -158,8 +178,8 @@ def both(pair: Pair, threads: int, clients: int, folder: Path) -> Iterator[dict[
         yield {"lfm2vl-edge": Client(ports[0]), "llama-server": Client(ports[1])}
 
 
-def in_turns(name: str, sides: dict[str, Client], work: Callable[[Client], float], runs: int, unit: str) -> None:
-    """Print a value of both servers, measured in turns, and the ratio of ours to theirs."""
+def in_turns(name: str, sides: Mapping[str, Side], work: Callable[[Side], float], runs: int, unit: str) -> None:
+    """Print a value of both sides, measured in turns, and the ratio of the first to the second."""
     found: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(runs):
         for side, client in sides.items():
@@ -170,10 +190,10 @@ def in_turns(name: str, sides: dict[str, Client], work: Callable[[Client], float
     print(f"{name:36} {values} {unit}; ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def many(requests: Requests, clients: int, *, per_minute: bool) -> Callable[[Client], float]:
+def many(requests: Requests, clients: int, *, per_minute: bool) -> Callable[[Side], float]:
     """Return a measurement of clients that ask at the same time: requests per minute, or tokens per second."""
 
-    def work(client: Client) -> float:
+    def work(client: Side) -> float:
         bodies = [[as_json(message) for message in messages] for messages in requests.round(clients)]
         start = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
@@ -184,7 +204,14 @@ def many(requests: Requests, clients: int, *, per_minute: bool) -> Callable[[Cli
     return work
 
 
-def second_question(client: Client) -> float:
+def one_client(client: Side) -> float:
+    """Return the tokens/s of decoding of one client alone, streamed."""
+    message = {"role": "user", "content": f"Tell it, please ({time.time_ns()})."}
+    answer = client.ask([message], stream=True, stream_options={"include_usage": True})
+    return answer.tokens / answer.decode
+
+
+def second_question(client: Side) -> float:
     """Return the seconds until the first text of a second question about an image."""
     seed = time.time_ns() % 1_000_000
     image = {"type": "image", "image": noise(512, 512, seed)}
@@ -193,11 +220,11 @@ def second_question(client: Client) -> float:
     return client.ask([ask[1]], max_tokens=8, stream=True, stream_options={"include_usage": True}).first
 
 
-def held(schema: dict[str, Any]) -> Callable[[Client], float]:
+def held(schema: dict[str, Any]) -> Callable[[Side], float]:
     """Return a measurement of an answer that a schema holds: the server's seconds of decoding."""
     form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
 
-    def work(client: Client) -> float:
+    def work(client: Side) -> float:
         message = {"role": "user", "content": f"Read it, please ({time.time_ns()})."}
         return client.ask([message], max_tokens=600, temperature=0.0, response_format=form).decode
 
@@ -225,6 +252,10 @@ def main(
         shared = Requests(size, shared=True)
         in_turns("one shared 512x512", sides, many(shared, clients, per_minute=True), runs, "requests/min")
         in_turns("first text of a second question", sides, second_question, runs, "s")
+        with Model.open(model, n_threads=threads) as opened:
+            alone: dict[str, Side] = {"lfm2vl-edge": sides["lfm2vl-edge"], "library": Library(opened)}
+            in_turns("one client, decoding", alone, one_client, 3 * runs, "tokens/s")
+            in_turns("first text of a second question", alone, second_question, 3 * runs, "s")
 
 
 if __name__ == "__main__":

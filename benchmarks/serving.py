@@ -3,16 +3,19 @@
     python -m benchmarks.serving -m MODEL --clients 4 --runs 3
 
 Each row alternates the two sides in one run and prints the medians and their ratio. "One at a time" answers the same
-requests with `Model.ask`, one after the other. Nothing else should run on the machine.
+requests with `Model.ask`, one after the other. The last row is the longest time between two tokens of an answer while
+the nine views of a 1920x1080 image arrive. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Annotated, Any
 
 import numpy as np
@@ -89,6 +92,24 @@ def compare(model: Model, name: str, requests: Requests, clients: int, runs: int
     print(f"{name:28} ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
+def longest_pause(model: Model, seed: int) -> tuple[float, float]:
+    """Return the longest time between two tokens while a 1920x1080 image is encoded, and that of a view, seconds."""
+    with Scheduler(model, parallel=2) as scheduler:
+        times: list[float] = []
+        running = scheduler.submit([user_message([], "Tell a story.")], temperature=1.0, max_tokens=2000, logprobs=0)
+        reader = threading.Thread(target=lambda: times.extend(time.perf_counter() for _ in running))
+        reader.start()
+        time.sleep(1)
+        start = time.perf_counter()
+        image = scheduler.submit([user_message(noise(1080, 1920, seed), "What is it?")], max_tokens=1)
+        stats: Any = list(image)[-1].stats
+        end = time.perf_counter()
+        running.close()
+        reader.join()
+    inside = [time_ for time_ in times if start <= time_ <= end]
+    return max(after - before for before, after in pairwise(inside)), stats.encode_seconds / stats.encoded_views
+
+
 @app.command()
 def main(
     model: Annotated[str, typer.Option("--model", "-m", help="Name, language GGUF or folder.")],
@@ -101,6 +122,9 @@ def main(
         compare(opened, "text alone", Requests(None), clients, runs)
         compare(opened, "each its own 512x512", Requests((512, 512)), clients, runs)
         compare(opened, "one shared 512x512", Requests((512, 512), shared=True), clients, runs)
+        for run in range(runs):
+            pause, view = longest_pause(opened, run)
+            print(f"longest pause {pause:.2f} s, a view {view:.2f} s; ratio {pause / view:.2f}")
 
 
 if __name__ == "__main__":

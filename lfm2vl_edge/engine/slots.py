@@ -83,8 +83,8 @@ class Slots:
     def riding(self, runs: Mapping[Slot, Sequence[int]]) -> Iterator[None]:
         """Append a run of tokens to each of several sequences, with what the block appends to another one.
 
-        The first tokens of the block go with them in one native call, which reads the weights once; if the block decodes
-        no tokens, they go alone at its end. So their logits are there after the block.
+        The first tokens of the block go with them in one native call, which reads the weights once; if the block
+        decodes no tokens, they go alone at its end. So their logits are there after the block.
 
         Args:
             runs: at least one token for each sequence.
