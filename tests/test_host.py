@@ -10,9 +10,10 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from lfm2vl_edge.host import write_whole
+from lfm2vl_edge.host import use_huge_pages, write_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -62,7 +63,7 @@ def test_redirected_stdout_is_not_replaced(name: str, tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from lfm2vl_edge.host import write_whole
+from lfm2vl_edge.host import use_huge_pages, write_whole
 print("first", flush=True)
 write_whole(Path({name!r}), [b"second\\n"])
 print("third")
@@ -93,3 +94,24 @@ def test_leftovers_of_ended_processes_are_removed(tmp_path: Path) -> None:
             os.utime(path, (time.time() - 3600,) * 2)
     write_whole(tmp_path / "file", [b"whole"])
     assert sorted(names(tmp_path)) == sorted(["file", young.name, running.name, other.name])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux")
+def test_large_buffers_are_moved_into_huge_pages_and_keep_their_content(tmp_path: Path) -> None:
+    content = np.arange(16_000_000, dtype=np.uint32)
+    unused = np.zeros(16_000_000, np.uint32)
+    before = content.sum(), resident_bytes()
+    moved = use_huge_pages()
+    assert moved <= content.nbytes + 2**28
+    assert content.sum() == before[0]
+    assert not unused[:8].any()
+    assert resident_bytes() <= before[1] + 2**21
+    never = tmp_path / "enabled"
+    never.write_text("always madvise [never]\n")
+    assert use_huge_pages(allowed=never) == 0
+    assert use_huge_pages(mappings=tmp_path / "missing") == 0
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -18,6 +18,7 @@ from lfm2vl_edge.config import Options
 from lfm2vl_edge.engine import Constraint, Engine, Sampled
 from lfm2vl_edge.errors import EdgeError, EngineError, QueueFull, clip
 from lfm2vl_edge.generate import Answer, Chunk, prefill_steps
+from lfm2vl_edge.host import use_huge_pages
 from lfm2vl_edge.image.tiles import Tile
 from lfm2vl_edge.opening import check_count
 from lfm2vl_edge.prompt.prepare import n_tokens
@@ -129,6 +130,7 @@ class Scheduler:
             stack.enter_context(model.exclusive())
             self._slots: Slots = self._engine.open_slots(parallel, _FIRST_CONTEXT)
             stack.callback(self._slots.close)
+            use_huge_pages()
             self._release = stack.pop_all().close
         self._thread = threading.Thread(target=self._work, daemon=True, name="scheduler")
         self._thread.start()
