@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -95,19 +94,19 @@ def compare(model: Model, name: str, requests: Requests, clients: int, runs: int
 def longest_pause(model: Model, seed: int) -> tuple[float, float]:
     """Return the longest time between two tokens while a 1920x1080 image is encoded, and that of a view, seconds."""
     with Scheduler(model, parallel=2) as scheduler:
-        times: list[float] = []
-        running = scheduler.submit([user_message([], "Tell a story.")], temperature=1.0, max_tokens=2000, logprobs=0)
-        reader = threading.Thread(target=lambda: times.extend(time.perf_counter() for _ in running))
-        reader.start()
-        time.sleep(1)
-        start = time.perf_counter()
+        running = scheduler.submit([user_message([], "Tell a story.")], temperature=1.0, max_tokens=2000)
+        next(running)
         image = scheduler.submit([user_message(noise(1080, 1920, seed), "What is it?")], max_tokens=1)
-        stats: Any = list(image)[-1].stats
-        end = time.perf_counter()
+        times, counted = [time.perf_counter()], 0
+        while not image.is_ended:
+            time.sleep(0.005)
+            known: Any = running.stats()
+            if known.completion_tokens > counted:
+                counted = known.completion_tokens
+                times.append(time.perf_counter())
         running.close()
-        reader.join()
-    inside = [time_ for time_ in times if start <= time_ <= end]
-    return max(after - before for before, after in pairwise(inside)), stats.encode_seconds / stats.encoded_views
+        stats: Any = list(image)[-1].stats
+    return max(after - before for before, after in pairwise(times)), stats.encode_seconds / stats.encoded_views
 
 
 @app.command()
