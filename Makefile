@@ -10,7 +10,9 @@ SOURCE := lfm2vl_edge convert models tests benchmarks .ci/engine.py
 IMAGES_VENV  := .venv-parity-images
 # schemathesis refuses the version of jsonschema-rs that this project needs.
 SCHEMA_VENV  := .venv-schemathesis
-ENVIRONMENTS := $(VENV) $(IMAGES_VENV) $(SCHEMA_VENV)
+# llama.cpp for Vulkan beside the one for the processor.
+VULKAN_VENV  := .venv-vulkan
+ENVIRONMENTS := $(VENV) $(IMAGES_VENV) $(SCHEMA_VENV) $(VULKAN_VENV)
 
 # The public modules, without the modules below them.
 DOCUMENTED := lfm2vl_edge '!lfm2vl_edge\.' lfm2vl_edge.evaluate '!lfm2vl_edge\.evaluate\.' \
@@ -26,7 +28,7 @@ AXE         := $(AXE_FOLDER)/node_modules/axe-core/axe.min.js
 TCMALLOC := $(firstword $(wildcard /usr/lib/*/libtcmalloc_minimal.so.4))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format docs fuzz schemathesis page-tests ray-tests parity parity-images parity-checkpoints train scores clean
+.PHONY: help run test check format docs fuzz schemathesis page-tests ray-tests vulkan parity parity-images parity-checkpoints arm train scores clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +68,9 @@ page-tests: $(VENV)/.page $(AXE) ## drive the page of `serve` in Chromium, which
 ray-tests: $(VENV)/.ray ## run batches on a local cluster of Ray, and kill one of its workers
 	$(BIN)/pytest -m ray -n 0 tests/batch
 
+vulkan: $(VULKAN_VENV)/.ready ## build llama.cpp for Vulkan, and compare it with the processor: see docs/vulkan.md
+	$(VULKAN_VENV)/bin/pytest -m vulkan -n 0 tests/vulkan
+
 parity: $(VENV)/.parity ## compare with transformers and torch, on new random checkpoints
 	$(BIN)/pytest -m parity -n 0
 
@@ -75,6 +80,9 @@ parity-images: $(IMAGES_VENV)/.ready ## compare 200 whole images with transforme
 
 parity-checkpoints: $(IMAGES_VENV)/.ready ## compare 66 layouts of checkpoints with what transformers loads: installs 5.5 GB
 	$(IMAGES_VENV)/bin/python -m tests.parity.checkpoints
+
+arm: $(VENV)/.test ## run on emulated boards: cross-compiles for 64-bit ARM, up to an hour; see docs/raspberry-pi.md
+	$(BIN)/python -m tests.arm
 
 train: $(VENV)/.train ## train the demonstration model, or resume its training: hours; see models/tiny/README.md
 	OMP_PROC_BIND=true GOMP_SPINCOUNT=300000 LD_PRELOAD=$(TCMALLOC) $(BIN)/python -m models.tiny.train
@@ -99,7 +107,7 @@ $(ENVIRONMENTS:%=%/bin/python): %/bin/python:
 	$(PYTHON) -m venv $*
 
 # .ci/engine.py shows how far the compiler is, and leaves out the parts of llama.cpp that are not used.
-$(ENVIRONMENTS:%=%/.engine): %/.engine: | %/bin/python
+$(patsubst %,%/.engine,$(filter-out $(VULKAN_VENV),$(ENVIRONMENTS))): %/.engine: | %/bin/python
 	@$*/bin/python -c 'import llama_cpp' 2>/dev/null || \
 		command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 		{ echo 'missing: a C++ compiler, to build llama.cpp; on Debian and Raspberry Pi OS: apt install build-essential;' \
@@ -126,6 +134,21 @@ $(VENV)/.docs: $(VENV)/.ready
 $(IMAGES_VENV)/.ready: pyproject.toml $(IMAGES_VENV)/.engine
 	$(IMAGES_VENV)/bin/pip install 'torch==2.14.1' 'torchvision==0.29.1' 'transformers>=5.24,<6'
 	$(IMAGES_VENV)/bin/pip install --quiet --editable '.[test]'
+	@touch $@
+
+# Without pip's cache: what it keeps is a llama.cpp for the processor.
+$(VULKAN_VENV)/.engine: | $(VULKAN_VENV)/bin/python
+	@command -v c++ >/dev/null && command -v glslc >/dev/null && \
+		{ test -n "$$VULKAN_SDK" || test -e /usr/include/vulkan/vulkan.h -a -d /usr/include/spirv; } || \
+		{ echo 'missing: what builds programs for Vulkan; on Debian and Raspberry Pi OS: apt install build-essential' \
+		'glslc libvulkan-dev spirv-headers mesa-vulkan-drivers' >&2; exit 1; }
+	@echo 'its shaders double the time that llama.cpp takes to compile'
+	@CMAKE_ARGS="-DGGML_VULKAN=on $$CMAKE_ARGS" $(VULKAN_VENV)/bin/python .ci/engine.py --no-cache-dir \
+		'llama-cpp-python>=0.3.36'
+	@touch $@
+
+$(VULKAN_VENV)/.ready: pyproject.toml $(VULKAN_VENV)/.engine
+	$(VULKAN_VENV)/bin/pip install --quiet --editable '.[test]'
 	@touch $@
 
 $(SCHEMA_VENV)/.ready: | $(SCHEMA_VENV)/bin/python

@@ -128,7 +128,7 @@ def choose_steps(
     watch = Stopwatch()
     with watch.phase("preprocess"):
         parsed = parse_messages(messages)
-        images = preprocess_images(images_in(parsed), config, runtime.budget)
+        images = preprocess_images(images_in(parsed), config, runtime.budget, runtime.caches.keys)
         prompt = tokenize(engine, config, render(parsed, images, config, (), template_options))
         paths = _paths(engine, config, options)
     n_prompt = len(prompt.token_ids)

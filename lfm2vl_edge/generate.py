@@ -206,7 +206,7 @@ class Answer:
         # Messages become a prompt: each image is loaded, planned and preprocessed, the template decides the order.
         with self.watch.phase("preprocess"):
             parsed = parse_messages(messages)
-            images = preprocess_images(images_in(parsed), config, runtime.budget)
+            images = preprocess_images(images_in(parsed), config, runtime.budget, runtime.caches.keys)
             segments = render(parsed, images, config, tools, options.template_options)
             self.prompt = tokenize(engine, config, segments)
         self._n_images = len(images)

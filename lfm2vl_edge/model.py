@@ -342,7 +342,8 @@ class Model:
             ConfigError: an option is unknown or out of range, or no plan is within the budget.
             ImageError: the input is not a valid image.
         """
-        return preprocess_image(image, self.config.image, self.budget.with_options(budget), self.config.n_ctx_train)
+        chosen, keys = self.budget.with_options(budget), self.runtime.caches.keys
+        return preprocess_image(image, self.config.image, chosen, self.config.n_ctx_train, keys)
 
     def encode_image(self, image: AnyImage, **budget: Unpack[BudgetOptions]) -> EncodedImage:
         """Return an image that is encoded and decoded once: every question about it then costs only the question.
@@ -360,8 +361,7 @@ class Model:
         with self.exclusive():
             pieces = self._up_to(preprocessed)
             key = chain(pieces)[-1]
-            state = states.get(key)
-            if state is None:
+            if (state := states.get(key)) is None:
                 prefill(self.engine, pieces, self.runtime.caches, Stopwatch())
                 known = states.get(key)
                 state = self.engine.snapshot() if known is None else known

@@ -6,6 +6,7 @@ engine, for those who only plan.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ ModelName: TypeAlias = "str | os.PathLike[str] | Pair | ResolvedModel | None"
 """A language GGUF, its folder, the name of a downloaded model, the two files, or None for the default model."""
 
 
+_LOG: Final = logging.getLogger(__name__)
 _MAX_THREADS: Final = 512
 """ggml.h's GGML_MAX_N_THREADS; larger numbers would wrap in 32 bits, or start as many threads."""
 _MAX_INT32: Final = 2**31 - 1
@@ -237,12 +239,25 @@ def open_model(
         EngineError: llama.cpp refuses a file, or has no such GPU.
     """
     start = time.perf_counter()
-    options = options or OpenOptions()
+    options = _with_gpu(options or OpenOptions())
     files, profile = _find(name, options)
     with _reading(files, options, language) as file:
         opening = _decide(files, profile, options, file)
         engine = load(opening, options, file)
     return OpenedModel(engine=engine, opening=opening, seconds=time.perf_counter() - start)
+
+
+def _with_gpu(options: OpenOptions) -> OpenOptions:
+    """Return the same options, or with no GPU layers and a warning: for a llama.cpp whose GPU is not here."""
+    if options.n_gpu_layers == 0 or options.device is not None:
+        return options
+    with importing():
+        from lfm2vl_edge.engine.ffi import missing_gpu
+
+    if not (missing := missing_gpu()):
+        return options
+    _LOG.warning("%s: the processor computes", missing)
+    return replace(options, n_gpu_layers=0)
 
 
 def _reading(

@@ -37,10 +37,12 @@ VIEW: Final = ".view"
 """Suffix of embeddings of a view: float32 `[n_tokens, n_embd]`."""
 STATE: Final = ".state"
 """Suffix of a state of the engine's sequence: uint8 `[1, n_bytes]`."""
+KEYS: Final = ".keys"
+"""Suffix of the keys of the views of an image file: uint8 `[n, 64]`."""
 _ABANDONED_SECONDS: Final = 3600
 """A partial file of this age belongs to a process that was killed."""
-_ENTRY: Final = re.compile(r"[0-9a-f]{64}\.(view|state)")
-_PARTIAL: Final = re.compile(r"\.[0-9a-f]{64}(\.view|\.state)?\.\d+-[0-9a-f]{8}" + re.escape(PARTIAL))
+_ENTRY: Final = re.compile(r"[0-9a-f]{64}\.(view|state|keys)")
+_PARTIAL: Final = re.compile(r"\.[0-9a-f]{64}(\.view|\.state|\.keys)?\.\d+-[0-9a-f]{8}" + re.escape(PARTIAL))
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _LOG: Final = logging.getLogger(__name__)
 _MAGIC: Final = b"LFM2VLST"
@@ -195,7 +197,7 @@ class DiskCache:
         Args:
             folder: where.
             origin: returns the digest of everything but the key that decides an entry.
-            suffix: of the entries' files: `VIEW` or `STATE`.
+            suffix: of the entries' files: `VIEW`, `STATE` or `KEYS`.
         """
         self._folder = folder
         self._origin = origin
@@ -227,6 +229,11 @@ class DiskCache:
         with suppress(OSError):  # removed or read-only: then its use is not noted
             os.utime(path)
         return array
+
+    def has(self, key: bytes) -> bool:
+        """Return whether there is an entry, valid or not, without reading it; a failure of the disk is a no."""
+        path = self._path(key)
+        return path is not None and os.path.exists(path)  # noqa: PTH110  # Path.exists raises some errors
 
     def drop(self, key: bytes) -> None:
         """Remove an entry that turned out not to be valid, with a warning, if there is one."""

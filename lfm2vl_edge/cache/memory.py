@@ -1,7 +1,7 @@
-"""What was computed once and need not be computed again: embeddings of views, and states of the sequence.
+"""What was computed once and need not be computed again: keys and embeddings of views, and states of the sequence.
 
-Both are kept by content, so an answer has the same bits with and without them. Nothing here knows how an embedding or
-a state is computed. The caches of a model belong to it and are freed with it.
+All are kept by content, so an answer has the same bits with and without them. Nothing here knows how they are
+computed. The caches of a model belong to it and are freed with it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
-from lfm2vl_edge.cache.disk import CACHE_BYTES, STATE, CacheFolder, DiskCache, digests_folder
+from lfm2vl_edge.cache.disk import CACHE_BYTES, KEYS, STATE, CacheFolder, DiskCache, digests_folder
 from lfm2vl_edge.cache.fingerprint import OpenedFiles, encoder_digest, state_digest
 from lfm2vl_edge.engine import Engine, Floats, State
+from lfm2vl_edge.host import ProcessLock
 from lfm2vl_edge.image.tiles import Tile
 
 Key: TypeAlias = bytes
@@ -30,6 +31,11 @@ STATE_BYTES: Final = 256_000_000
 """Default budget of the states in memory: about eight of a conversation about an image of ten tiles (450M)."""
 TILE_BYTES: Final = 64_000_000
 """Default budget of the embeddings in memory: a view has about 1 MB (450M)."""
+_KEYS_BYTES: Final = 1_000_000
+"""Budget of the keys of views in memory."""
+_MOST_ROWS: Final = 512
+"""Most keys of one image: of its 128 views at most, with a few settings."""
+_DIGEST_BYTES: Final = 32
 
 
 _MOST_ARRAYS: Final = 256
@@ -146,6 +152,64 @@ class EmbeddingCache:
         return embeddings
 
 
+class KeyCache:
+    """Keys of the views of encoded images by the content of these, in memory and, if there is one, in a disk cache.
+
+    An entry is uint8 `[n, 64]`: for each view the SHA-256 of the settings, and its key. Several threads may use it.
+    """
+
+    def __init__(self, disk: DiskCache | None = None) -> None:
+        self._recent = LruCache(_KEYS_BYTES)
+        self._disk = disk
+        self._lock = ProcessLock()
+
+    @classmethod
+    def on_disk(cls, folder: CacheFolder) -> KeyCache:
+        """Return a cache in a folder, which all models share: what an image looks like does not depend on them."""
+        return cls(DiskCache(folder, lambda: "images", KEYS))
+
+    def has(self, content: Key) -> bool:
+        """Return whether a disk cache has an entry of an image, with whatever settings."""
+        return self._disk is not None and self._disk.has(content)
+
+    def get(self, content: Key, settings: str) -> list[Key] | None:
+        """Return the keys of an image's views; see `KnownViews`."""
+        rows = self._rows(content)
+        chosen = rows[(rows[:, :_DIGEST_BYTES] == _digest(settings)).all(axis=1), _DIGEST_BYTES:]
+        return [row.tobytes() for row in chosen] or None
+
+    def put(self, content: Key, settings: str, keys: Sequence[Key]) -> None:
+        """Keep the keys of an image's views beside those of other settings."""
+        digest, rows = _digest(settings), self._rows(content)
+        others = rows[(rows[:, :_DIGEST_BYTES] != digest).any(axis=1)]
+        own = [np.concatenate([digest, np.frombuffer(key, np.uint8)]) for key in keys]
+        rows = np.stack([*own, *others])[:_MOST_ROWS]
+        self._keep(content, rows)
+        if self._disk is not None:
+            self._disk.put(content, rows)
+
+    def _rows(self, content: Key) -> npt.NDArray[np.uint8]:
+        """Return what is known of an image with any settings, uint8 `[n, 64]`."""
+        with self._lock:
+            rows = self._recent.get(content)
+        if rows is None and self._disk is not None:
+            rows = self._disk.get(content)
+            if rows is not None and (rows.dtype != np.uint8 or rows.shape[1] != 2 * _DIGEST_BYTES):
+                self._disk.drop(content)
+                rows = None
+            if rows is not None:
+                self._keep(content, rows)
+        return np.empty((0, 2 * _DIGEST_BYTES), np.uint8) if rows is None else rows
+
+    def _keep(self, content: Key, rows: npt.NDArray[np.uint8]) -> None:
+        with self._lock:
+            self._recent.put(content, rows)
+
+
+def _digest(text: str) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caches:
     """What an opened model keeps between answers."""
@@ -154,6 +218,8 @@ class Caches:
     """States of the sequence, by the pieces that led to them."""
     embeddings: EmbeddingCache = field(default_factory=EmbeddingCache)
     """Embeddings of views, by their pixels."""
+    keys: KeyCache = field(default_factory=KeyCache)
+    """Keys of views, by the encoded image that they are of."""
 
 
 def open_caches(
@@ -178,7 +244,7 @@ def open_caches(
     views = DiskCache(shared, lambda: encoder_digest(files, engine.info, memo))
     states = DiskCache(shared, lambda: state_digest(files, engine.info, memo), STATE)
     embeddings = EmbeddingCache(disk=views, n_embd=engine.info.n_embd)
-    return Caches(states=StateCache(state_bytes, states), embeddings=embeddings)
+    return Caches(states=StateCache(state_bytes, states), embeddings=embeddings, keys=KeyCache.on_disk(shared))
 
 
 def chain(pieces: Sequence[Piece]) -> list[Key]:

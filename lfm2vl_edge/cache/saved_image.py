@@ -110,7 +110,7 @@ def _image(
     is_state = state.ndim == 1 and state.size > 0 and state.dtype == np.uint8
     if [array.shape for array in pixels] != expected or not is_state or any(a.dtype != np.uint8 for a in pixels):
         raise StateError(f"{path} has sizes that contradict each other; save the image again")
-    tiles = tuple(Tile(view=view, pixels=array) for view, array in zip(tile_plan.views, pixels, strict=True))
+    tiles = tuple(Tile.of(view, array) for view, array in zip(tile_plan.views, pixels, strict=True))
     return PreprocessedImage(plan=tile_plan, tiles=tiles, settings=settings)
 
 

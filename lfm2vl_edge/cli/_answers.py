@@ -18,7 +18,7 @@ from lfm2vl_edge.errors import EdgeError
 if TYPE_CHECKING:
     from lfm2vl_edge.choose import Choice
     from lfm2vl_edge.generate import Chunk, Turn
-    from lfm2vl_edge.image.load import Pixels
+    from lfm2vl_edge.image.load import OpenedImage
     from lfm2vl_edge.model import Model
 
 Image = Annotated[str, typer.Argument(metavar="IMAGE", help="An image; - is stdin.")]
@@ -103,13 +103,13 @@ def answering(
     answer: opt.SamplingOptions,
     verbose: int,
     cache: bool | None,
-) -> Iterator[tuple[Model, Pixels]]:
-    """Give an opened model and the upright pixels of an image, uint8 `[height, width, 3]`; errors end the command.
+) -> Iterator[tuple[Model, OpenedImage]]:
+    """Give an opened model and an image; errors end the command.
 
     After the block, statistics of the answer go to stderr if `verbose`.
     """
-    with answering_about([image], model, images, answer, verbose, cache) as (opened, pixels):
-        yield opened, pixels[0]
+    with answering_about([image], model, images, answer, verbose, cache) as (opened, loaded):
+        yield opened, loaded[0]
 
 
 @contextmanager
@@ -120,18 +120,18 @@ def answering_about(
     answer: opt.SamplingOptions,
     verbose: int,
     cache: bool | None,
-) -> Iterator[tuple[Model, list[Pixels]]]:
-    """Give an opened model and the upright pixels of several images; see `answering`."""
+) -> Iterator[tuple[Model, list[OpenedImage]]]:
+    """Give an opened model and several images; see `answering`."""
     with (
         reporting(),
         at_once() as interrupt,
         opening(model, images, verbose, remember=False, cache=cache) as when_open,
     ):
-        pixels = [load_argument(name, images.max_pixels) for name in names]
+        loaded = [load_argument(name, images.max_pixels, cache) for name in names]
         opened = when_open()
         interrupt.cancel = opened.cancel
         note_unused_variables(answer.values(), opened)
-        yield opened, pixels
+        yield opened, loaded
         if verbose and opened.last is not None:
             write_line("\n".join(statistics(opened.last, opened)))
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -20,7 +21,7 @@ from lfm2vl_edge.errors import DownloadError, ModelNotPulled
 from lfm2vl_edge.host import CACHE_VARIABLE, cache_folder, start_worker
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.image.load import ImageInput, OpenedImage, Pixels
+    from lfm2vl_edge.image.load import ImageInput, OpenedImage
     from lfm2vl_edge.model import Model
     from lfm2vl_edge.models.download import Download
     from lfm2vl_edge.models.manifest import ManifestEntry
@@ -128,14 +129,36 @@ def _model_of(files: Future[OpenedModel], remember: bool, cache: bool | None) ->
     from lfm2vl_edge.cache.memory import STATE_BYTES
     from lfm2vl_edge.model import model_of  # while the files are still being read
 
-    is_cached = bool(os.environ.get(CACHE_VARIABLE)) if cache is None else cache
-    folder = cache_folder() if is_cached else None
-    return model_of(files.result(), folder, STATE_BYTES if remember or is_cached else 0)
+    folder = _disk_cache(cache)
+    return model_of(files.result(), folder, STATE_BYTES if remember or folder else 0)
 
 
-def load_argument(argument: str, max_pixels: int) -> Pixels:
-    """Return the pixels of an image: a path, an http(s) URL, a data URL, or - for stdin."""
-    return open_argument(argument, max_pixels).pixels()
+def _disk_cache(cache: bool | None) -> Path | None:
+    is_used = bool(os.environ.get(CACHE_VARIABLE)) if cache is None else cache
+    return cache_folder() if is_used else None
+
+
+def load_argument(argument: str, max_pixels: int, cache: bool | None) -> OpenedImage:
+    """Return an image, decoded: a path, an http(s) URL, a data URL, or - for stdin; `cache` as for `opening`."""
+    return _decoded(open_argument(argument, max_pixels), cache)
+
+
+def decode_early(opened: OpenedImage, cache: bool | None) -> OpenedImage:
+    """Return an image, decoded unless it is so large that its plan shall be checked first."""
+    return opened if opened.height * opened.width > _EARLY_PIXELS else _decoded(opened, cache)
+
+
+def _decoded(opened: OpenedImage, cache: bool | None) -> OpenedImage:
+    """Return an image with its pixels in memory, unless the disk cache has an entry of it, with whatever settings."""
+    folder = _disk_cache(cache)
+    if folder is not None and opened.content is not None:
+        from lfm2vl_edge.cache.disk import CACHE_BYTES, CacheFolder
+        from lfm2vl_edge.cache.memory import KeyCache
+
+        if KeyCache.on_disk(CacheFolder(folder, CACHE_BYTES)).has(opened.content()):
+            return opened
+    pixels = opened.pixels()
+    return replace(opened, pixels=lambda: pixels)
 
 
 def open_argument(argument: str, max_pixels: int) -> OpenedImage:
@@ -144,11 +167,6 @@ def open_argument(argument: str, max_pixels: int) -> OpenedImage:
 
     source: ImageInput = read_stdin() if argument == STDIN else argument
     return open_image(source, max_pixels=max_pixels)
-
-
-def decode_early(opened: OpenedImage) -> OpenedImage | Pixels:
-    """Return the pixels of an image unless it is so large that its plan shall be checked first."""
-    return opened if opened.height * opened.width > _EARLY_PIXELS else opened.pixels()
 
 
 def pull_visibly(

@@ -18,8 +18,8 @@ def caption(
     verbose: opt.Verbose = 0,
 ) -> None:
     """Describe an image: lfm2vl-edge caption photo.jpg."""
-    with answering(image, model, images, answer, verbose, cache) as (opened, pixels):
-        text = opened.caption(pixels, **answer.values())
+    with answering(image, model, images, answer, verbose, cache) as (opened, loaded):
+        text = opened.caption(loaded, **answer.values())
         shown = {"caption": text, "model": opened.config.name}
         if as_json:
             write_out(to_json(shown))

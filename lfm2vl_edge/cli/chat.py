@@ -10,6 +10,7 @@ import sys
 from codecs import lookup
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 from urllib.parse import unquote
@@ -27,7 +28,7 @@ from lfm2vl_edge.image.web import display_url, is_url
 if TYPE_CHECKING:
     from lfm2vl_edge.chat import Chat
     from lfm2vl_edge.generate import Chunk, Turn
-    from lfm2vl_edge.image.load import Pixels
+    from lfm2vl_edge.image.load import OpenedImage
     from lfm2vl_edge.image.tiles import PreprocessedImage
     from lfm2vl_edge.prompt.messages import Message
 
@@ -69,10 +70,10 @@ def chat(
     with reporting(), ExitStack() as stack:
         if answer.json_schema == opt.STDIN:
             raise EdgeError("stdin is the conversation here, not a schema; give --json-schema a file")
-        options = answer.values()
+        options, load = answer.values(), partial(_load, max_pixels=image.max_pixels, cache=cache)
         with at_once():
             when_open = stack.enter_context(opening(model, image, verbose, remember=True, cache=cache))
-            loaded = [(name, _load(name, image.max_pixels)) for name in images or ()]
+            loaded = [(name, load(name)) for name in images or ()]
             opened = when_open()
             note_unused_variables(options, opened)
         from lfm2vl_edge.chat import Chat
@@ -80,19 +81,19 @@ def chat(
         is_typed = _is_typed()
         read = stack.enter_context(reading_lines(data_folder() / _HISTORY))
         conversation = Chat(opened, system=system, **options)
-        session = Session(conversation, max_pixels=image.max_pixels, has_notes=is_typed and not quiet, verbose=verbose)
+        session = Session(conversation, load=load, has_notes=is_typed and not quiet, verbose=verbose)
         session.note(f"{opened.config.name}; /help lists the commands, Ctrl-D leaves")
-        for name, pixels in loaded:
-            session.add_image(name, pixels)
+        for name, one in loaded:
+            session.add_image(name, one)
         has_failed = _take_lines(session, read, is_typed=is_typed)
     if has_failed and not is_typed:
         raise typer.Exit(EXIT_FAILED)
 
 
-def _load(name: str, max_pixels: int) -> Pixels:
+def _load(name: str, max_pixels: int, cache: bool | None) -> OpenedImage:
     if name == opt.STDIN:
         raise EdgeError("stdin is the conversation here, not an image; give a path or an http(s) URL")
-    return load_argument(name, max_pixels)
+    return load_argument(name, max_pixels, cache)
 
 
 def _take_lines(session: Session, read: Callable[[], str], *, is_typed: bool) -> bool:
@@ -114,9 +115,9 @@ def _take_lines(session: Session, read: Callable[[], str], *, is_typed: bool) ->
 class Session:
     """A conversation on the command line: what a line does, and what its commands need to know."""
 
-    def __init__(self, chat: Chat, *, max_pixels: int, has_notes: bool, verbose: int) -> None:
+    def __init__(self, chat: Chat, *, load: Callable[[str], OpenedImage], has_notes: bool, verbose: int) -> None:
         self._chat = chat
-        self._max_pixels = max_pixels
+        self._load = load
         self._has_notes = has_notes
         self._verbose = verbose
         self._last: Turn | None = None
@@ -145,9 +146,9 @@ class Session:
         if self._has_notes:
             write_line(text)
 
-    def add_image(self, name: str, pixels: Pixels) -> None:
+    def add_image(self, name: str, opened: OpenedImage) -> None:
         """Add an image to the next question."""
-        image = self._chat.add_image(pixels)
+        image = self._chat.add_image(opened)
         name = display_url(name) if is_url(name) else name
         self._names[image] = name
         size, tokens = f"{image.plan.width}x{image.plan.height}", image.plan.n_image_tokens
@@ -172,8 +173,8 @@ class Session:
 
     def _add_images(self, names: Sequence[str]) -> None:
         """Add all images, or none if one cannot be loaded."""
-        for name, pixels in [(name, _load(name, self._max_pixels)) for name in names]:
-            self.add_image(name, pixels)
+        for name, opened in [(name, self._load(name)) for name in names]:
+            self.add_image(name, opened)
 
     def _system(self, rest: str) -> None:
         self._chat.system = _as_text(rest) or None

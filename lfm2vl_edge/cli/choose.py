@@ -81,7 +81,7 @@ def choose(
         opt.refuse_stdin_twice(names)
         variables = opt.variables(template_option)
         with opening(model, image, verbose, remember=False, cache=cache) as when_open:
-            images = [load_argument(name, image.max_pixels) for name in names]
+            images = [load_argument(name, image.max_pixels, cache) for name in names]
             opened = when_open()
             interrupt.cancel = opened.cancel
             note_unused_variables({"template_options": variables}, opened)

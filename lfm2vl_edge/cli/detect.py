@@ -16,7 +16,7 @@ from lfm2vl_edge.errors import EdgeError, printable
 from lfm2vl_edge.host import is_special
 
 if TYPE_CHECKING:
-    from lfm2vl_edge.image.load import Pixels
+    from lfm2vl_edge.image.load import OpenedImage
 
 
 def _format(value: str) -> Any:
@@ -69,16 +69,16 @@ def detect(
     with reporting():
         names, what = split_what(arguments, prompt)
         drawings = _drawings(draw, len(names), force)
-    with answering_about(names, model, images, answer, verbose, cache) as (opened, pixels):
-        found = opened.detect(pixels, what, prompt=prompt, free=free, boxes=boxes, **answer.values())
+    with answering_about(names, model, images, answer, verbose, cache) as (opened, loaded):
+        found = opened.detect(loaded, what, prompt=prompt, free=free, boxes=boxes, **answer.values())
         if drawings:
             from lfm2vl_edge.image.draw import draw_boxes, save_png
 
             for index, path in enumerate(drawings):
-                save_png(draw_boxes(pixels[index], [box for box in found if box.image == index]), path)
+                save_png(draw_boxes(loaded[index].pixels(), [box for box in found if box.image == index]), path)
         if as_json:
             shown = [{key: value for key, value in asdict(box).items() if value != ""} for box in found]
-            write_out(to_json({"boxes": shown, **sizes_of(pixels), "model": opened.config.name}))
+            write_out(to_json({"boxes": shown, **sizes_of(loaded), "model": opened.config.name}))
             return
         for box in found:
             corners = f"{box.left}\t{box.top}\t{box.right}\t{box.bottom}\t{printable(box.label)}"
@@ -116,7 +116,7 @@ def _drawings(path: Path | None, n_images: int, force: bool) -> list[Path]:
     return paths
 
 
-def sizes_of(pixels: Sequence[Pixels]) -> dict[str, Any]:
+def sizes_of(images: Sequence[OpenedImage]) -> dict[str, Any]:
     """Return height and width of an image, or of several in a list, pixels."""
-    sizes = [{"height": one.shape[0], "width": one.shape[1]} for one in pixels]
+    sizes = [{"height": one.height, "width": one.width} for one in images]
     return sizes[0] if len(sizes) == 1 else {"images": sizes}

@@ -68,7 +68,7 @@ def _topics(facts: Facts) -> Iterator[tuple[str, list[str]]]:
 def _engine(engine: EngineFacts) -> list[str]:
     if engine.error is not None:
         return [f"does not load: {engine.error}"]
-    gpus = ", ".join(engine.gpus) or ("none found" if engine.uses_gpu else "built for none")
+    gpus = ", ".join(engine.gpu_names) or ("none found" if engine.gpu_kinds else "built for none")
     return [
         f"{engine.build or 'llama.cpp, version unknown'}, on {', '.join(engine.backends)}; GPU: {gpus}",
         f"uses {', '.join(engine.features) or 'no features that it reports'}",

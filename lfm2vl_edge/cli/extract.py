@@ -31,6 +31,6 @@ def extract(
     with reporting():
         opt.refuse_stdin_twice([image, schema])
         described = opt.read_schema_file(schema)
-    with answering(image, model, images, answer, verbose, cache) as (opened, pixels):
-        found = opened.extract(pixels, described, prompt, **answer.values())
+    with answering(image, model, images, answer, verbose, cache) as (opened, loaded):
+        found = opened.extract(loaded, described, prompt, **answer.values())
         write_out(to_json(found))

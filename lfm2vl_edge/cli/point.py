@@ -31,10 +31,10 @@ def point(
     """
     with reporting():
         names, what = split_what(arguments, prompt)
-    with answering_about(names, model, images, answer, verbose, cache) as (opened, pixels):
-        points = opened.point(pixels, what, prompt=prompt, free=free, boxes=boxes, **answer.values())
+    with answering_about(names, model, images, answer, verbose, cache) as (opened, loaded):
+        points = opened.point(loaded, what, prompt=prompt, free=free, boxes=boxes, **answer.values())
         if as_json:
-            shown = {"points": [asdict(one) for one in points], **sizes_of(pixels), "model": opened.config.name}
+            shown = {"points": [asdict(one) for one in points], **sizes_of(loaded), "model": opened.config.name}
             write_out(to_json(shown))
             return
         for one in points:

@@ -69,7 +69,7 @@ def run(
         opt.refuse_stdin_twice([*names, answer.json_schema, tool.tools])
         options = answer.values() | tool.values()
         with opening(model, image, verbose, remember=len(questions) > 1, cache=cache) as when_open:
-            loaded = [decode_early(open_argument(name, image.max_pixels)) for name in names]
+            loaded = [decode_early(open_argument(name, image.max_pixels), cache) for name in names]
             opened = when_open()
             interrupt.cancel = opened.cancel
             note_unused_variables(options, opened)

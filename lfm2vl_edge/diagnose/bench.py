@@ -21,6 +21,7 @@ from typing import Any, Final, TypeAlias
 from PIL import Image
 
 from lfm2vl_edge.config import DEFAULT_PROMPT, GREEDY, SamplingOptions
+from lfm2vl_edge.engine.ffi import find_gpu
 from lfm2vl_edge.errors import EngineError
 from lfm2vl_edge.generate import Turn
 from lfm2vl_edge.host import CACHE_VARIABLE
@@ -191,8 +192,9 @@ def bench(
         report: called with a line before each run.
 
     Raises:
-        EngineError: a native call or a process failed.
+        EngineError: a native call or a process failed, or llama.cpp has no such GPU.
     """
+    find_gpu(options.n_gpu_layers, options.device)  # else the processor would be measured in its place
     measured: list[Values] = []
     with tempfile.TemporaryDirectory(prefix="lfm2vl-bench-") as folder:
         images = write_images(Path(folder), SIZES)

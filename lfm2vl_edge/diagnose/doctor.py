@@ -130,6 +130,9 @@ def _engine(engine: EngineFacts) -> Iterator[Finding]:
     if engine.encoder_failure is not None:
         problem = f"images are encoded by libmtmd, which is slower: {engine.encoder_failure}"
         yield _note(topic="engine", problem=problem, remedy=REINSTALL)
+    if engine.gpu_kinds and not engine.gpus:
+        problem = f"llama.cpp was built for {' and '.join(engine.gpu_kinds)}, and finds no GPU for it here"
+        yield _note(topic="engine", problem=problem, remedy="install the GPU's driver, and see docs/vulkan.md")
 
 
 def _versions(versions: Mapping[str, str | None]) -> Iterator[Finding]:

@@ -300,6 +300,8 @@ def examine_pair(name: str, source: Source, pair: Pair, incomplete: Sequence[Pat
 _SECONDS: Final = 120
 """Time limit for loading llama.cpp; a Raspberry Pi with a slow card takes 5 s."""
 _ENABLED: Final = re.compile(r"(\w+) = 1\b")
+_LISTS: Final = ("features", "backends", "gpus", "gpu_names", "gpu_kinds")
+"""Fields of `EngineFacts` that are lists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,8 +318,12 @@ class EngineFacts:
     """What it can compute on: CPU, and such as CUDA, Vulkan or Metal if it was built for them."""
     gpus: tuple[str, ...] = ()
     """GPUs that it finds, as `--device` takes them."""
+    gpu_names: tuple[str, ...] = ()
+    """The same with their models, such as Vulkan0 (AMD Radeon 780M)."""
+    gpu_kinds: tuple[str, ...] = ()
+    """What GPUs it was built for, such as cuda or vulkan, whether there is one here or not."""
     uses_gpu: bool = False
-    """Whether it was built to put layers on a GPU."""
+    """Whether it can put layers on a GPU here."""
     encoder_failure: str | None = None
     """Why images are encoded by libmtmd, which is slower; None if they are not."""
 
@@ -350,7 +356,7 @@ def parse_engine(code: int, output: bytes, log: bytes) -> EngineFacts:
         return EngineFacts(error=_failure(code, log.decode("utf-8", "replace")))
     try:
         found: dict[str, Any] = json.loads(output.splitlines()[-1])
-        lists: dict[str, Any] = {name: tuple(map(str, found.pop(name))) for name in ("features", "backends", "gpus")}
+        lists: dict[str, Any] = {name: tuple(map(str, found.pop(name))) for name in _LISTS}
         return EngineFacts(**lists, **found)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         return EngineFacts(error=f"its process printed something that cannot be read ({clip(str(error))})")
@@ -369,7 +375,7 @@ def _failure(code: int, log: str) -> str:
 def print_engine() -> None:
     """Print the facts about llama.cpp as JSON; `read_engine` runs this in another process."""
     from lfm2vl_edge.engine.encoder.ggml import graph_failure
-    from lfm2vl_edge.engine.ffi import backends, build, gpus, llama
+    from lfm2vl_edge.engine.ffi import backends, build, gpu_kinds, gpu_names, gpus, llama
 
     llama.llama_backend_init()
     facts = EngineFacts(
@@ -377,6 +383,8 @@ def print_engine() -> None:
         features=tuple(_ENABLED.findall(llama.llama_print_system_info().decode("utf-8", "replace"))),
         backends=tuple(backends()),
         gpus=tuple(gpus()),
+        gpu_names=tuple(gpu_names().values()),
+        gpu_kinds=tuple(gpu_kinds()),
         uses_gpu=bool(llama.llama_supports_gpu_offload()),
         encoder_failure=graph_failure(),
     )

@@ -14,6 +14,7 @@ from typing import Final
 
 from lfm2vl_edge.config import GREEDY, ImageConfig, Options, Sampling
 from lfm2vl_edge.engine import Engine, Floats
+from lfm2vl_edge.engine.ffi import find_gpu
 from lfm2vl_edge.errors import ConfigError
 from lfm2vl_edge.host import available_cpus, thread_counts
 from lfm2vl_edge.image.load import Pixels
@@ -96,9 +97,10 @@ def tune(
     Raises:
         ModelNotFound: a file is missing.
         ConfigError: the files do not fit together, or there are fewer processors than threads.
-        EngineError: a native call failed.
+        EngineError: a native call failed, or llama.cpp has no such GPU.
     """
     check_count("runs", timer.runs)
+    find_gpu(options.n_gpu_layers, options.device)  # else the processor would be measured in its place
     if options.n_threads and options.n_threads > len(available_cpus()):
         raise ConfigError(f"n_threads is {options.n_threads}; this process may use {len(available_cpus())} processors")
     model = find_model(path)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from numpy.ctypeslib import as_array
 
 from lfm2vl_edge.engine.library import LOG, bindings
-from lfm2vl_edge.errors import EngineError, StateError, shorten
+from lfm2vl_edge.errors import EngineError, StateError, clip, shorten
 
 llama: Final = bindings("llama_cpp")
 """llama_cpp's bindings of llama.h."""
@@ -32,6 +32,8 @@ _GGML: Final = re.compile(r"libggml[.\d]*\.(so|dylib)[.\d]*")
 """Has ggml's registry of devices, for which llama-cpp-python has no functions."""
 _GPU_TYPES: Final = frozenset((1, 2))
 """ggml-backend.h's GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU, which shares the processor's memory."""
+_GPU_LIBRARY: Final = re.compile(r"libggml-(cann|cuda|hip|metal|musa|opencl|sycl|vulkan|webgpu)\..*")
+"""Is there if llama.cpp was built for such GPUs, whether this machine has one or not."""
 _PID: Final = os.getpid()
 _NATIVE: Final = re.compile(r"\.(so|dylib)(\.|$)")
 
@@ -167,18 +169,33 @@ def find_gpu(n_layers: int, name: str | None) -> int | None:
     """
     if n_layers == 0:
         return None
-    if not llama.llama_supports_gpu_offload():
+    if not llama.llama_supports_gpu_offload() and not gpu_kinds():
         raise EngineError(
             "the installed llama-cpp-python uses no GPU; leave out the GPU layers, or build it for one: "
             "CMAKE_ARGS=-DGGML_CUDA=on (or -DGGML_VULKAN=on, -DGGML_METAL=on) "
-            "pip install --force-reinstall --no-binary :all: --no-deps llama-cpp-python"
+            "pip install --force-reinstall --no-cache-dir --no-binary :all: --no-deps llama-cpp-python"
         )
-    if name is None:
+    if name is not None:
+        known = gpus()
+        if name not in known:
+            raise EngineError(f"no GPU {shorten(name)}; this machine has {', '.join(gpu_names().values()) or 'none'}")
+        return known[name]
+    if missing := missing_gpu():
+        raise EngineError(f"{missing}; leave out the GPU layers, or install its driver")
+    return None
+
+
+def missing_gpu() -> str | None:
+    """Return that the installed llama.cpp was built for a GPU which is not here, as a phrase; None if it is here."""
+    kinds = gpu_kinds()
+    if not kinds or llama.llama_supports_gpu_offload():
         return None
-    known = gpus()
-    if name not in known:
-        raise EngineError(f"no GPU {shorten(name)}; this machine has {', '.join(known) or 'none'}")
-    return known[name]
+    return f"llama.cpp was built for {' and '.join(kinds)}, and finds no GPU for it here"
+
+
+def gpu_kinds() -> list[str]:
+    """Return what GPUs the installed llama.cpp was built for, such as cuda or vulkan."""
+    return sorted({found[1] for path in libraries() if (found := _GPU_LIBRARY.fullmatch(path.name))})
 
 
 def gpus() -> dict[str, int]:
@@ -190,6 +207,13 @@ def gpus() -> dict[str, int]:
         for handle in handles
         if library.ggml_backend_dev_type(handle) in _GPU_TYPES
     }
+
+
+def gpu_names() -> dict[str, str]:
+    """Return the GPUs for people: name -> name and model, such as Vulkan0 (AMD Radeon 780M)."""
+    library = _ggml()
+    models = {name: library.ggml_backend_dev_description(handle) or b"" for name, handle in gpus().items()}
+    return {name: f"{name} ({clip(model.decode('utf-8', 'replace'))})" for name, model in models.items()}
 
 
 def backends() -> list[str]:
@@ -221,6 +245,8 @@ def _ggml() -> Any:
     library.ggml_backend_dev_get.restype = ctypes.c_void_p
     library.ggml_backend_dev_name.argtypes = [ctypes.c_void_p]
     library.ggml_backend_dev_name.restype = ctypes.c_char_p
+    library.ggml_backend_dev_description.argtypes = [ctypes.c_void_p]
+    library.ggml_backend_dev_description.restype = ctypes.c_char_p
     library.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
     library.ggml_backend_reg_count.restype = ctypes.c_size_t
     library.ggml_backend_reg_get.argtypes = [ctypes.c_size_t]

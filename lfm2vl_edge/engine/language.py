@@ -49,12 +49,14 @@ class LanguageFile:
 
     def __init__(self, path: Path, n_gpu_layers: int, device: str | None, *, verbose: bool = False) -> None:
         libllama().llama_backend_init()
-        self.path, self._n_gpu_layers = path, n_gpu_layers
+        self.path = path
         self.stamp = stamp(path)
         """The file's size and times before it is read."""
         self.metadata: Mapping[str, Any] | None = None
         """What `read_checked` returned of this file, if it was called."""
-        self.gpu = _find_gpu(n_gpu_layers, device)
+        self.n_gpu_layers = usable_layers(n_gpu_layers, device)
+        """Layers that a GPU takes; 0 if there is no GPU for them here, and none was named."""
+        self.gpu = _find_gpu(self.n_gpu_layers, device)
         """ggml's handle of the GPU that takes layers, if one was named."""
         self._model: int | None = None
         self._worker = threading.Thread(target=self._read, args=(verbose,), daemon=True)
@@ -97,9 +99,19 @@ class LanguageFile:
         name = os.fsencode(self.path)
         with nullcontext() if verbose else LOG.silence():
             if libllama().llama_supports_gpu_offload():
-                return _load_with_gpu(name, self._n_gpu_layers, self.gpu)
+                return _load_with_gpu(name, self.n_gpu_layers, self.gpu)
             model: int | None = libllama().llama_model_load_from_file(name, libllama().llama_model_default_params())
             return model
+
+
+def usable_layers(n_gpu_layers: int, device: str | None) -> int:
+    """Return the layers that a GPU takes: 0 if llama.cpp was built for GPUs, finds none here, and none was named."""
+    if n_gpu_layers == 0 or device is not None:
+        return n_gpu_layers
+    with importing():
+        from lfm2vl_edge.engine.ffi import missing_gpu
+
+    return 0 if missing_gpu() else n_gpu_layers
 
 
 def _find_gpu(n_gpu_layers: int, device: str | None) -> int | None:
@@ -112,14 +124,18 @@ def _find_gpu(n_gpu_layers: int, device: str | None) -> int | None:
 
 
 def _load_with_gpu(name: bytes, n_gpu_layers: int, gpu: int | None) -> int | None:
-    """Return the model from a llama.cpp that would use a GPU by default, or None if it refuses the file."""
+    """Return the model from a llama.cpp that would use a GPU by default, or None if it refuses the file.
+
+    Without layers for a GPU the list of devices is empty: llama.cpp would otherwise multiply the long batches of
+    layers that are on the processor on the GPU, and keep memory there for them.
+    """
     with importing():
         from lfm2vl_edge.engine.ffi import llama
 
     params = llama.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers
     devices = (ctypes.c_void_p * 2)(gpu, None)
-    if gpu:
+    if gpu or n_gpu_layers == 0:
         params.devices = ctypes.addressof(devices)  # ends with NULL; read only while loading
     model: int | None = llama.llama_model_load_from_file(name, params)
     return model

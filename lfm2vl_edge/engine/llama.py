@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -26,6 +26,7 @@ from lfm2vl_edge.engine.ffi import (
     check,
     compute,
     floats,
+    gpu_names,
     libraries,
     llama,
     require,
@@ -123,10 +124,12 @@ class LlamaEngine:
         self._is_closed = False
         if isinstance(model, Path):
             model = LanguageFile(model, settings.n_gpu_layers, settings.device)
+        self._settings = settings = replace(settings, n_gpu_layers=model.n_gpu_layers)
         self._path, self._stamp = model.path, model.stamp
         self._metadata = {key: model.metadata[key] for key in VOCABULARY} if model.metadata else None
         self._gpu = model.gpu
         try:
+            self._device = _device_key(settings)
             if self._uses_graph:
                 self._encoder_for(0)  # maps and checks the file while the language file is read
             self._model = model.take()
@@ -366,10 +369,6 @@ class LlamaEngine:
         return _EXACT_ATTENTION if self._settings.exact else FLASH_ATTENTION
 
     @property
-    def _device(self) -> str:
-        return f" device={self._settings.device}" if self._settings.device else ""
-
-    @property
     def _uses_gpu(self) -> bool:
         return self._settings.n_gpu_layers != 0
 
@@ -474,6 +473,15 @@ class LlamaEngine:
         if code == NO_MEMORY_SLOT:
             raise ContextFull(f"the context of {self._n_ctx} tokens is full")
         check("llama_decode", code)
+
+
+def _device_key(settings: EngineSettings) -> str:
+    """Return which GPUs may compute, for the settings that decide the bits of a result; their models, too."""
+    if settings.n_gpu_layers == 0:
+        return ""
+    names = gpu_names()
+    chosen = names if settings.device is None else {settings.device: names[settings.device]}
+    return f" device={', '.join(chosen.values())}"
 
 
 def _parts(whole: Any, size: int) -> Iterator[tuple[Any, bool]]:

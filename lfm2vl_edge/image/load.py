@@ -8,6 +8,7 @@ a lock, while it reads. Besides `draw.py`, only this module handles Pillow's ord
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import warnings
@@ -19,6 +20,7 @@ from typing import IO, Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 from PIL import Image, UnidentifiedImageError
 
 from lfm2vl_edge.config import MAX_MEGAPIXELS
@@ -94,11 +96,14 @@ class OpenedImage:
         height: of the upright image, pixels.
         width: of the upright image, pixels.
         pixels: decodes the image and returns uint8 `[height, width, 3]`, contiguous; or raises an ImageError.
+        content: returns the SHA-256 of everything that decides its pixels, without decoding it: its bytes without
+            metadata, its orientation, and the versions of the decoders. None if it is not encoded.
     """
 
     height: int
     width: int
     pixels: Callable[[], Pixels] = field(repr=False)
+    content: Callable[[], bytes] | None = field(default=None, repr=False)
 
 
 def load_image(source: ImageInput, *, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -170,7 +175,22 @@ def _opened(name: str, file: IO[bytes], max_pixels: int) -> OpenedImage:
         _check_size(image.width, image.height, max_pixels, header)
         turn = orientation or _stated_orientation(image)
         height, width = image.size if turn >= 5 else image.size[::-1]
-    return OpenedImage(height, width, lambda: _decode_file(data, header.format, name, turn))
+    return OpenedImage(
+        height,
+        width,
+        lambda: _decode_file(data, header.format, name, turn),
+        lambda: _content(data, header.format, turn, _pillow_versions()),
+    )
+
+
+def _content(data: bytes, *decoding: object) -> bytes:
+    return hashlib.sha256(repr((hashlib.sha256(data).digest(), *decoding)).encode()).digest()
+
+
+def _pillow_versions() -> list[object]:
+    """Return the versions of Pillow and of the libraries that it decodes with."""
+    codecs = import_module("PIL._imaging")
+    return [PIL.__version__, *(getattr(codecs, name) for name in sorted(dir(codecs)) if name.endswith("version"))]
 
 
 def _decode_file(data: bytes, form: str, name: str, orientation: int) -> Pixels:
@@ -260,7 +280,8 @@ def _opened_heif(name: str, data: bytes, max_pixels: int) -> OpenedImage:
         raise _corrupt(f"{name} (HEIC)", error) from error
     header = Header(format="HEIF", height=height, width=width, share=_HEIF_SHARE, kind="a HEIC image")
     _check_size(width, height, max_pixels, header)
-    return OpenedImage(height, width, lambda: _decode_heif(name, data))
+    versions = pillow_heif.__version__, pillow_heif.libheif_version(), PIL.__version__
+    return OpenedImage(height, width, lambda: _decode_heif(name, data), lambda: _content(data, "HEIF", *versions))
 
 
 def _decode_heif(name: str, data: bytes) -> Pixels:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Final
+from functools import cache, lru_cache, partial
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lfm2vl_edge.config import BICUBIC, BILINEAR, ImageConfig, ModelConfig
 from lfm2vl_edge.errors import ContextFull
-from lfm2vl_edge.image.load import ImageInput, Pixels, open_image
+from lfm2vl_edge.image.load import ImageInput, OpenedImage, Pixels, open_image
 from lfm2vl_edge.planning.budget import NO_BUDGET, ImageBudget, settings_for
 from lfm2vl_edge.planning.geometry import TilePlan, View, plan
 
+_VERSION: Final = 1
+"""Raise it with every change here or in `load.py` that gives other pixels: it decides which views are known."""
 _SHARPNESS: Final = -0.5
 """Parameter of the cubic filter in torch and Pillow with antialiasing."""
 _WEIGHT_BITS: Final = 15
@@ -40,22 +42,29 @@ _MAX_BETWEEN: Final = 1 << 25
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tile:
-    """One view with its pixels.
+    """One view with its pixels, which are computed at their first use if their key was known before.
 
     Attributes:
         view: its place in the image, its size and its token count.
-        pixels: uint8 `[view.height, view.width, 3]`, RGB, before normalisation.
         key: SHA-256 of shape and pixels: the same key means the same embeddings.
+        read: returns the pixels.
     """
 
     view: View
-    pixels: Pixels = field(repr=False)
-    key: bytes = field(init=False, repr=False)
+    key: bytes = field(repr=False)
+    read: Callable[[], Pixels] = field(repr=False)
 
-    def __post_init__(self) -> None:
-        digest = hashlib.sha256(repr(self.pixels.shape).encode())
-        digest.update(np.ascontiguousarray(self.pixels).data)
-        object.__setattr__(self, "key", digest.digest())
+    @classmethod
+    def of(cls, view: View, pixels: Pixels) -> Tile:
+        """Return a view whose pixels are in memory: uint8 `[view.height, view.width, 3]`."""
+        digest = hashlib.sha256(repr(pixels.shape).encode())
+        digest.update(np.ascontiguousarray(pixels).data)
+        return cls(view=view, key=digest.digest(), read=lambda: pixels)
+
+    @property
+    def pixels(self) -> Pixels:
+        """uint8 `[view.height, view.width, 3]`, RGB, before normalisation."""
+        return self.read()
 
     @property
     def n_tokens(self) -> int:
@@ -78,11 +87,27 @@ class PreprocessedImage:
     settings: ImageConfig = field(repr=False)
 
 
+class KnownViews(Protocol):
+    """The keys of the views of encoded images that were preprocessed before."""
+
+    def get(self, content: bytes, settings: str) -> Sequence[bytes] | None:
+        """Return the keys of the views of an image, in prompt order; None if they are not known.
+
+        Args:
+            content: what `OpenedImage.content` returns.
+            settings: everything else that decides the pixels of the views.
+        """
+
+    def put(self, content: bytes, settings: str, keys: Sequence[bytes]) -> None:
+        """Keep the keys of the views of an image."""
+
+
 def preprocess_image(
     image: ImageInput | PreprocessedImage,
     config: ImageConfig,
     budget: ImageBudget = NO_BUDGET,
     n_ctx: int | None = None,
+    known: KnownViews | None = None,
 ) -> PreprocessedImage:
     """Return an image loaded, planned and preprocessed; one that was preprocessed already is returned as it is.
 
@@ -91,6 +116,7 @@ def preprocess_image(
         config: the model's image settings.
         budget: what the image may take.
         n_ctx: tokens that it may take in a context; an image that takes more is refused from its header.
+        known: an encoded image whose views are known is decoded only if their pixels are used.
 
     Raises:
         ImageError: the input is not a valid image.
@@ -107,17 +133,37 @@ def preprocess_image(
             f"an image of {opened.width}x{opened.height} pixels takes {tile_plan.n_prompt_tokens} tokens; the model's "
             f"context has room for {max(0, n_ctx)}: use fewer or smaller images, --detail or --budget-tokens"
         )
-    tiles = tuple(preprocess(opened.pixels(), tile_plan, settings))
+    tiles = tuple(_tiles(opened, tile_plan, settings, known))
     return PreprocessedImage(plan=tile_plan, tiles=tiles, settings=settings)
 
 
+def _tiles(opened: OpenedImage, tile_plan: TilePlan, config: ImageConfig, known: KnownViews | None) -> list[Tile]:
+    """Return the planned views; the image is decoded now unless their keys are known."""
+    if known is None or opened.content is None:
+        return preprocess(opened.pixels(), tile_plan, config)
+    content, settings = opened.content(), f"{_VERSION} {config}"
+    keys = known.get(content, settings)
+    if keys is None or len(keys) != len(tile_plan.views):
+        tiles = preprocess(opened.pixels(), tile_plan, config)
+        known.put(content, settings, [tile.key for tile in tiles])
+        return tiles
+    later = cache(lambda: list(_views(opened.pixels(), tile_plan, config)))
+    return [
+        Tile(view=view, key=key, read=partial(lambda index: later()[index], index))
+        for index, (view, key) in enumerate(zip(tile_plan.views, keys, strict=True))
+    ]
+
+
 def preprocess_images(
-    images: Sequence[ImageInput | PreprocessedImage], config: ModelConfig, budget: ImageBudget = NO_BUDGET
+    images: Sequence[ImageInput | PreprocessedImage],
+    config: ModelConfig,
+    budget: ImageBudget = NO_BUDGET,
+    known: KnownViews | None = None,
 ) -> list[PreprocessedImage]:
     """Return the images of one prompt, each as `preprocess_image`; together they must fit into the model's context."""
     left, done = config.n_ctx_train, []
     for image in images:
-        done.append(preprocess_image(image, config.image, budget, left))
+        done.append(preprocess_image(image, config.image, budget, left, known))
         left -= done[-1].plan.n_prompt_tokens
     return done
 
@@ -130,19 +176,19 @@ def preprocess(pixels: Pixels, tile_plan: TilePlan, config: ImageConfig) -> list
         tile_plan: what `plan` returned for this size and `config`.
         config: gives the resizing filter and the tile's side.
     """
-    if not tile_plan.is_tiled:
-        (view,) = tile_plan.views
-        return [Tile(view=view, pixels=resize(pixels, view.height, view.width, config.resample))]
+    return [Tile.of(*one) for one in zip(tile_plan.views, _views(pixels, tile_plan, config), strict=True)]
+
+
+def _views(pixels: Pixels, tile_plan: TilePlan, config: ImageConfig) -> Iterator[Pixels]:
     side = config.tile_size
-    grid = resize(pixels, tile_plan.rows * side, tile_plan.cols * side, config.resample)
-    return [Tile(view=view, pixels=_view_pixels(view, pixels, grid, config)) for view in tile_plan.views]
-
-
-def _view_pixels(view: View, pixels: Pixels, grid: Pixels, config: ImageConfig) -> Pixels:
-    if view.kind == "thumbnail":
-        return resize(pixels, view.height, view.width, config.resample)
-    top, left = view.row * view.height, view.col * view.width
-    return np.ascontiguousarray(grid[top : top + view.height, left : left + view.width])
+    if tile_plan.is_tiled:
+        grid = resize(pixels, tile_plan.rows * side, tile_plan.cols * side, config.resample)
+    for view in tile_plan.views:
+        if view.kind == "tile":
+            top, left = view.row * side, view.col * side
+            yield np.ascontiguousarray(grid[top : top + side, left : left + side])
+        else:
+            yield resize(pixels, view.height, view.width, config.resample)
 
 
 def resize(pixels: Pixels, height: int, width: int, resample: int) -> Pixels:

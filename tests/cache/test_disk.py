@@ -20,6 +20,7 @@ import pytest
 from lfm2vl_edge import Model, StateError
 from lfm2vl_edge.cache.disk import (
     STATE,
+    VIEW,
     CacheFolder,
     DiskCache,
     clear,
@@ -74,7 +75,7 @@ def test_another_opening_encodes_nothing_and_gives_the_same_bits(
 ) -> None:
     assert encoded(folder_of_pair, tmp_path, expected) == 4
     assert encoded(folder_of_pair, tmp_path, expected) == 0
-    damaged = entries(entries_folder(tmp_path))[0].path
+    damaged = next(entry.path for entry in entries(entries_folder(tmp_path)) if entry.path.suffix == VIEW)
     damaged.write_bytes(damaged.read_bytes()[:-40] + bytes(40))
     assert encoded(folder_of_pair, tmp_path, expected) == 1
     assert encoded(folder_of_pair, tmp_path, expected) == 0

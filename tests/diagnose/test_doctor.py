@@ -170,6 +170,12 @@ def model(**changes: Any) -> Facts:
             "encoded by libmtmd, which is slower: a wrong product",
             "pip install",
         ),
+        (
+            replace(FACTS, engine=replace(ENGINE, gpu_kinds=("cuda", "vulkan"))),
+            "note",
+            "built for cuda and vulkan, and finds no GPU for it here",
+            "driver",
+        ),
         (machine(temperature=85.0), "note", "85 degrees Celsius", "cool it"),
         (machine(throttled=0x1), "note", "the voltage is too low, now", "power supply"),
         (machine(throttled=0x50000), "note", "the voltage is too low, or was", "power supply"),
@@ -356,13 +362,30 @@ def test_the_command_shows_facts_and_remedies(home: Path, files: tuple[Path, Pat
     assert broken.stdout.splitlines()[place + 1].strip().startswith("-> lfm2vl-edge pull owner/pair:F16, or ")
 
 
+@pytest.mark.parametrize(
+    ("kinds", "names", "shown"),
+    [
+        ((), (), "built for none"),
+        (("vulkan",), (), "none found"),
+        (("vulkan",), ("Vulkan0 (Voodoo2)", "Vulkan1 (Riva)"), "Vulkan0 (Voodoo2), Vulkan1 (Riva)"),
+    ],
+)
+def test_the_command_names_gpus_and_their_models(
+    home: Path, monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...], names: tuple[str, ...], shown: str
+) -> None:
+    engine = replace(ENGINE, gpu_kinds=kinds, gpu_names=names, gpus=tuple(name.split()[0] for name in names))
+    monkeypatch.setattr(doctor_module, "read_engine", lambda: engine)
+    assert f"on CPU; GPU: {shown}\n" in run().stdout
+
+
 def test_json_is_one_object_with_stable_keys(home: Path, files: tuple[Path, Path]) -> None:
     remember(*files)
     result = run("--json")
     shown = json.loads(result.stdout)
     assert list(shown) == ["ok", "findings", "versions", "engine", "machine", "folders", "models", "models_error"]
     assert shown["ok"] is (result.exit_code == 0)
-    assert list(shown["engine"]) == ["error", "build", "features", "backends", "gpus", "uses_gpu", "encoder_failure"]
+    assert list(shown["engine"]) == list(EngineFacts.__slots__)
+    assert {"error", "build", "features", "backends", "gpus", "uses_gpu", "encoder_failure"} < set(shown["engine"])
     assert list(shown["machine"]) == list(Machine.__slots__)
     assert list(shown["models"][0]) == ["name", "source", "files", "error", "memory_bytes", "profile"]
     assert [one["purpose"] for one in shown["folders"]] == ["cache", "data", "models"]

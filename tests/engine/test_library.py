@@ -183,15 +183,15 @@ def test_a_postponed_llama_cpp_is_complete_at_first_use() -> None:
 
 
 def test_a_llama_cpp_with_a_gpu_gets_the_number_of_its_layers(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: list[int] = []
+    counts: list[tuple[int, int | None]] = []
     load = llama.llama_model_load_from_file
 
     def recorded(name: bytes, params: Any) -> Any:
-        counts.append(params.n_gpu_layers)
+        counts.append((params.n_gpu_layers, ctypes.cast(params.devices, ctypes.POINTER(ctypes.c_void_p))[0]))
         return load(name, params)
 
     monkeypatch.setattr(libllama(), "llama_supports_gpu_offload", lambda: True)
     monkeypatch.setattr(llama, "llama_model_load_from_file", recorded)
     with closing(LanguageFile(find_model(pair("a", "F16")), 0, None)) as language:
         libllama().llama_model_free(language.take())
-    assert counts == [0]  # its own default would be all
+    assert counts == [(0, None)]  # its own default would be all, and long batches on a GPU also without layers there

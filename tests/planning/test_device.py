@@ -10,9 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lfm2vl_edge import AskOptions, ConfigError, EngineError, Model, ModelNotFound, StateError
+from lfm2vl_edge.diagnose.bench import bench
+from lfm2vl_edge.diagnose.tune import Timer, tune
+from lfm2vl_edge.engine import ffi
 from lfm2vl_edge.engine.ffi import find_gpu, gpus
 from lfm2vl_edge.host import (
     available_cpus,
@@ -249,6 +253,29 @@ def test_a_missing_gpu_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch
         find_gpu(3, "Voodoo2")
     assert find_gpu(3, None) is None
     assert all(find_gpu(-1, name) == handle for name, handle in gpus().items())
+
+
+def test_a_missing_gpu_that_was_not_named_leaves_the_work_to_the_processor(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Model.open(folder) as model:
+        expected, settings = model.embed_image(IMAGES / "photo.png"), model.fingerprint().settings
+    built = [*ffi.libraries(), Path("libggml-vulkan.so.0.9.8"), Path("libggml-cuda.so"), Path("libggml-rpc.so")]
+    monkeypatch.setattr(ffi, "libraries", lambda: built)
+    monkeypatch.setattr(ffi.llama, "llama_supports_gpu_offload", lambda: False)
+    assert ffi.gpu_kinds() == ["cuda", "vulkan"]
+    with Model.open(folder, n_gpu_layers=-1) as model:
+        assert np.array_equal(model.embed_image(IMAGES / "photo.png"), expected)
+        assert model.fingerprint().settings == settings
+    reason = "llama.cpp was built for cuda and vulkan, and finds no GPU for it here"
+    assert caplog.messages == [f"{reason}: the processor computes"]
+    with pytest.raises(EngineError, match="^no GPU 'CUDA0'; this machine has none$"):
+        Model.open(folder, n_gpu_layers=-1, device="CUDA0")
+    options = OpenOptions(n_gpu_layers=-1)
+    with pytest.raises(EngineError, match=reason):
+        tune(folder, options, Timer())
+    with pytest.raises(EngineError, match=reason):
+        bench(decide(folder, options), options, 1)
 
 
 def test_image_budgets_work_in_python(folder: Path) -> None:
