@@ -1,0 +1,112 @@
+"""Run the package on emulated boards and write the outcome: `python -m tests.arm [--keep] [--work FOLDER]`.
+
+With --keep, what is built in the folder already is used again. The exit code is 1 if a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from tests.arm.build import build, missing
+from tests.arm.compare import Check, answer_here, check_all, make_pairs
+from tests.arm.counts import count_products, table
+from tests.arm.guest import Guest
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Build, check and report; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.arm")
+    parser.add_argument("--keep", action="store_true", help="use what is built already")
+    parser.add_argument("--work", type=Path, default=default_folder(), help="folder of everything")
+    chosen = parser.parse_args(arguments)
+    if packages := missing():
+        sys.stderr.write(f"missing: {', '.join(packages)}; on Debian: apt install {' '.join(packages)}\n")
+        return 1
+    if not chosen.keep:
+        shutil.rmtree(chosen.work, ignore_errors=True)
+    start = time.monotonic()
+    _print("building llama.cpp, Debian's Python and the packages for arm64")
+    guests = build(chosen.work)
+    built = time.monotonic()
+    pairs = chosen.work / "pairs"
+    make_pairs(guests[0], pairs)
+    expected = answer_here(guests[0], pairs)
+    outcome = {guest.board.title: _checked(guest, check_all(guest, pairs, expected)) for guest in guests}
+    checked = time.monotonic()
+    _print("counting instructions")
+    counts = {guest.board.title: count_products(guest, chosen.work) for guest in guests}
+    text = report(guests, outcome, [built - start, checked - built, time.monotonic() - checked])
+    text += f"\nInstructions of each multiplication:\n\n{table(counts)}"
+    (chosen.work / "outcome.md").write_text(text, encoding="utf-8")
+    _print(f"\n{text}\nalso in {chosen.work / 'outcome.md'}")
+    return int(any(not one.ok for checks in outcome.values() for one in checks))
+
+
+def default_folder() -> Path:
+    """Return the folder of everything: outside of the project, about 1.5 GB."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "lfm2vl-edge/arm"
+
+
+def report(guests: Sequence[Guest], outcome: dict[str, list[Check]], seconds: Sequence[float]) -> str:
+    """Return the outcome as Markdown.
+
+    Args:
+        guests: the boards.
+        outcome: title of a board -> its checks.
+        seconds: time to build, to check, and to count instructions.
+    """
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    date = datetime.datetime.now(tz=datetime.timezone.utc).date()
+    compiler, emulator = (_first_line(name, "--version") for name in ("aarch64-linux-gnu-g++", "qemu-aarch64"))
+    cores = f"{len(os.sched_getaffinity(0))} {platform.machine()} cores"
+    built, checked, counted = (round(one / 60) for one in seconds)
+    minutes = round((used.ru_utime + used.ru_stime) / 60)
+    lines = [
+        f"{date}: llama-cpp-python {version('llama-cpp-python')}, {compiler}, {emulator}, {cores}.",
+        f"Built in {built} minutes, checked in {checked}, counted in {counted}; {minutes} minutes of processor time.",
+    ]
+    for guest in guests:
+        board, checks = guest.board, outcome[guest.board.title]
+        lines += [
+            "",
+            f"{board.title} ({board.cpu}, `-march={board.arch}`):",
+            "",
+            "| check | ok | found |",
+            "|---|---|---|",
+        ]
+        lines += [f"| {one.name} | {'yes' if one.ok else 'NO'} | {one.detail} |" for one in checks]
+    return "\n".join(lines) + "\n"
+
+
+def _checked(guest: Guest, checks: Iterable[Check]) -> list[Check]:
+    """Print each check when it ends, and return all."""
+    done = []
+    for one in checks:
+        _print(f"{guest.board.name}: {'ok  ' if one.ok else 'FAIL'} {one.name}: {one.detail}")
+        done.append(one)
+    return done
+
+
+def _first_line(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("\n")[0]
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

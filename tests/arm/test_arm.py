@@ -1,0 +1,161 @@
+"""`make arm` up to the emulator: what it refuses, reads, compares and reports."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lfm2vl_edge.diagnose.facts import read_machine
+from tests.arm import build
+from tests.arm.__main__ import default_folder, report
+from tests.arm.answers import Answers, combinations
+from tests.arm.compare import Check, differences, other_bytes
+from tests.arm.counts import Count, table
+from tests.arm.guest import BOARDS, ROOT, Guest, features_of
+
+
+def guest(folder: Path) -> Guest:
+    """A board whose emulator is a shell script that reports the features of a Cortex-A76."""
+    (folder / "tree/usr/bin").mkdir(parents=True)
+    (folder / "tree/usr/bin/python3.11").touch()
+    return Guest(
+        board=BOARDS[1],
+        tree=folder / "tree",
+        site=folder / "site",
+        engine=folder / "engine",
+        launcher=folder / "bin/p",
+    )
+
+
+def test_missing_packages_are_named_and_nothing_is_touched(tmp_path: Path) -> None:
+    kept = tmp_path / "arm/kept"
+    kept.parent.mkdir()
+    kept.touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.arm", "--work", str(kept.parent)],
+        cwd=ROOT,
+        env={**os.environ, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    packages = list(build.PROGRAMS.values())
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"missing: {', '.join(packages)}; on Debian: apt install {' '.join(packages)}\n"
+    assert kept.exists()
+
+
+def test_only_what_is_missing_is_named() -> None:
+    assert build.missing(lambda name: None if name.startswith("qemu") else name) == ["qemu-user"]
+    assert build.missing(lambda name: name) == []
+
+
+def test_another_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.freedesktop_os_release", lambda: {"ID": "arch", "PRETTY_NAME": "Arch Linux"})
+    with pytest.raises(SystemExit, match=r"this is Arch Linux; `make arm` needs Debian"):
+        build.unpack_debian(tmp_path)
+
+
+def test_the_output_of_a_failed_program_is_shown(tmp_path: Path) -> None:
+    code = "print('\\n'.join(map(str, range(50)))); raise SystemExit(3)"
+    with pytest.raises(SystemExit, match=r"(?s)^30\n.*49\n.*failed with exit code 3; its output is in .*x\.log"):
+        build.run(sys.executable, "-c", code, log=tmp_path / "x.log")
+
+
+def test_requirements_are_those_of_the_wheel_in_the_versions_installed_here(tmp_path: Path) -> None:
+    wheel = tmp_path / "lfm2vl_edge-1.0-py3-none-any.whl"
+    needed = ("numpy>=1.26", 'pydantic>=2; extra == "server"', 'rich>=13; platform_machine == "aarch64"')
+    with zipfile.ZipFile(wheel, "w") as archive:
+        lines = "".join(f"Requires-Dist: {one}\n" for one in needed)
+        archive.writestr("lfm2vl_edge-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: lfm2vl-edge\n{lines}")
+    found = build.requirements(wheel)
+    assert {"numpy", "rich", "pygments", "pytest", "hypothesis"} <= found.keys()
+    assert found["numpy"] == version("numpy")
+    assert not {"pydantic", "llama-cpp-python"} & found.keys()
+
+
+def test_features_are_those_that_doctor_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bits = 1 << 0 | 1 << 1 | 1 << 10 | 1 << 20
+    assert features_of(bits) == ["fp", "asimd", "asimdhp", "asimddp"]
+    assert features_of(0) == []
+    board = guest(tmp_path)
+    done = subprocess.CompletedProcess([], 0, stdout=f"{bits}\n", stderr="")
+    monkeypatch.setattr(Guest, "python", lambda *_: done)
+    board.prepare()
+    machine = read_machine(board.tree)
+    assert machine.cpu is not None
+    assert machine.cpu.startswith("qemu cortex-a76 ")
+    assert set(machine.features or ()) == {"NEON", "FP16_VA", "DOTPROD"}
+    assert "-cpu cortex-a76" in board.launcher.read_text()
+    assert os.access(board.launcher, os.X_OK)
+
+
+def test_every_type_is_used_once_on_each_side() -> None:
+    found = list(combinations())
+    assert len(found) == len(set(found)) == 19
+    assert all("F32" in pair for pair in found)
+
+
+def answers(text: str, shift: float) -> Answers:
+    logits = np.array([[0.0, 1.0, 2.0]], np.float32)
+    return Answers(
+        texts={"F32/F32": ["left", text]},
+        repacked={"F32": 0.0},
+        logits={"F32/F32": logits + np.array([shift, 0, 0], np.float32)},
+        embeddings={"F32/F32": np.full((2, 2), 1 + shift, np.float32)},
+    )
+
+
+def test_differences_are_counted() -> None:
+    (same,) = differences(answers("top", 0.0), answers("top", 0.0))
+    assert (same.equal_texts, same.texts, same.embeddings, same.divergence) == (2, 2, 0.0, 0.0)
+    (other,) = differences(answers("top", 0.0), answers("bottom", 0.5))
+    assert (other.equal_texts, other.texts) == (1, 2)
+    assert other.embeddings == pytest.approx(0.5)
+    p = np.exp([0.0, 1, 2]) / np.exp([0.0, 1, 2]).sum()
+    q = np.exp([0.5, 1, 2]) / np.exp([0.5, 1, 2]).sum()
+    assert other.divergence == pytest.approx(float((p * np.log(p / q)).sum()), rel=1e-5)
+
+
+def test_answers_of_other_types_are_refused() -> None:
+    one, other = answers("top", 0.0), answers("top", 0.0)
+    other.texts["F16/F32"] = ["left", "top"]
+    with pytest.raises(ValueError, match="other types: F16/F32"):
+        differences(one, other)
+
+
+def test_bytes_are_compared_one_by_one(tmp_path: Path) -> None:
+    for name, data in (("a", b"12345678"), ("b", b"12345679"), ("c", b"1234567")):
+        (tmp_path / name).write_bytes(data)
+    a, b, c = (tmp_path / name for name in "abc")
+    assert [other_bytes(a, a), other_bytes(a, b), other_bytes(a, c)] == [0.0, 0.125, 1.0]
+
+
+def test_the_report_shows_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.arm.__main__._first_line", lambda name, _: f"{name} 1")
+    checks = [Check(name="doctor", ok=True, detail="NEON"), Check(name="run", ok=False, detail="exit code 1")]
+    text = report([guest(tmp_path)], {"Raspberry Pi 5": checks}, [60.0, 120.0, 180.0])
+    assert f"llama-cpp-python {version('llama-cpp-python')}, aarch64-linux-gnu-g++ 1, qemu-aarch64 1" in text
+    assert "Built in 1 minutes, checked in 2, counted in 3; " in text
+    assert "| doctor | yes | NEON |\n| run | NO | exit code 1 |\n" in text
+
+
+def test_counts_are_shown_by_type_and_board() -> None:
+    found = {
+        "Raspberry Pi 4": [Count(type="q8_0", where="repacked", instructions=None)],
+        "Raspberry Pi 5": [Count(type="q8_0", where="repacked", instructions=0.13441)],
+    }
+    assert table(found).splitlines()[2:] == ["| Q8_0, repacked | - | 0.134 |"]
+
+
+def test_the_folder_is_outside_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/me")
+    assert default_folder() == Path("/var/cache/me/lfm2vl-edge/arm")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_folder() == Path.home() / ".cache/lfm2vl-edge/arm"
