@@ -14,6 +14,7 @@ import http.client
 import io
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -220,6 +221,18 @@ def second_question(client: Side) -> float:
     return client.ask([ask[1]], max_tokens=8, stream=True, stream_options={"include_usage": True}).first
 
 
+def beside_another(client: Side) -> float:
+    """Return the seconds of one request about an image while another program uses a processor."""
+    image = {"type": "image", "image": noise(512, 512, time.time_ns() % 1_000_000)}
+    message = as_json({"content": [image, {"type": "text", "text": "What is this?"}]})
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        return client.ask([message]).seconds
+    finally:
+        other.kill()
+        other.wait()
+
+
 def held(schema: dict[str, Any]) -> Callable[[Side], float]:
     """Return a measurement of an answer that a schema holds: the server's seconds of decoding."""
     form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
@@ -252,6 +265,7 @@ def main(
         shared = Requests(size, shared=True)
         in_turns("one shared 512x512", sides, many(shared, clients, per_minute=True), runs, "requests/min")
         in_turns("first text of a second question", sides, second_question, runs, "s")
+        in_turns("512x512 beside another program", sides, beside_another, runs, "s")
         with Model.open(model, n_threads=threads) as opened:
             alone: dict[str, Side] = {"lfm2vl-edge": sides["lfm2vl-edge"], "library": Library(opened)}
             in_turns("one client, decoding", alone, one_client, 3 * runs, "tokens/s")
