@@ -359,7 +359,8 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     A group is one of the dataclasses above, or `Annotated[group, {field: default}]` with other defaults. Numbers that
     are not finite are refused, which typer's own limits do not do.
     """
-    hints = get_type_hints(command, include_extras=True)
+    # Not get_type_hints: for a default of None, that of Python 3.10 hides Annotated inside of Optional.
+    hints = inspect.get_annotations(command, eval_str=True)
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
