@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from lfm2vl_edge.stats import Stats
     from lfm2vl_edge.stream import TokenLogprob
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "cache.fingerprint": "Fingerprint",
