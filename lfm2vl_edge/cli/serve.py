@@ -177,6 +177,8 @@ def _settings(
         EdgeError: an option is not valid, or the extra is not installed.
     """
     try:
+        import uvicorn  # noqa: F401  # the modules below do without it
+
         from lfm2vl_edge.server.images import ImagePolicy
         from lfm2vl_edge.server.service import Settings
         from lfm2vl_edge.server.urls import AllowedUrls

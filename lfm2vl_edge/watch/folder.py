@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from lfm2vl_edge.errors import EdgeError, clip
+from lfm2vl_edge.errors import clip
 from lfm2vl_edge.image.load import open_image
 from lfm2vl_edge.watch.frames import Shot
 from lfm2vl_edge.watch.reader import SourceLost
@@ -35,10 +35,8 @@ def files_in(folder: Path, stop: threading.Event, max_pixels: int) -> Iterator[S
     Raises:
         SourceLost: the folder cannot be watched, or is gone.
     """
-    try:
-        from watchfiles import Change, watch
-    except ImportError:
-        raise EdgeError("folders need watchfiles; install it: pip install 'lfm2vl-edge[watch]'") from None
+    from watchfiles import Change, watch
+
     pending: dict[Path, float] = {}
     taken: dict[Path, tuple[int, int]] = {}
     events = watch(

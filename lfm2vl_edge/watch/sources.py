@@ -10,6 +10,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, Final
@@ -65,6 +66,7 @@ def source_of(text: str, settings: SourceSettings) -> Source:
 
     Raises:
         ConfigError: there is no such source.
+        EdgeError: the package that reads it is not installed.
     """
     if text == STDIN:
         read = partial(_stdin, settings=settings)
@@ -79,14 +81,17 @@ def source_of(text: str, settings: SourceSettings) -> Source:
             "image, or - for JPEGs on stdin"
         ) from None
     if stat.S_ISDIR(mode):
+        _require_package("watchfiles", "folders need watchfiles")
         from lfm2vl_edge.watch.folder import files_in
 
         read = partial(files_in, Path(text), max_pixels=settings.max_pixels)
         return Source(name=clip(text), read=read, is_camera=False, reopens=False, backlog=FOLDER_BACKLOG)
     if stat.S_ISCHR(mode):
+        _require_video()
         read = partial(_video, text, settings, form="v4l2", is_live=True)
         return Source(name=clip(text), read=read)
     require(stat.S_ISREG(mode), f"{shorten(text)} is not a folder, a video or a camera; pipe JPEGs into - instead")
+    _require_video()
     read = partial(_video, text, settings, form=None, is_live=False)
     return Source(name=clip(text), read=read, is_camera=False, reopens=False, backlog=None)
 
@@ -104,8 +109,19 @@ def _source_of_url(url: str, settings: SourceSettings) -> Source:
         )
     if scheme in _IMAGES:
         return Source(name=display_url(url), read=partial(_snapshots, url, settings))
+    _require_video()
     read = partial(_video, url, settings, form=None, is_live=True)
     return Source(name=display_url(url), read=read)
+
+
+def _require_video() -> None:
+    _require_package("av", "videos and cameras need PyAV")
+
+
+def _require_package(name: str, need: str) -> None:
+    """Check that a package is there before a model is opened for it; it is imported when it is used."""
+    if find_spec(name) is None:
+        raise EdgeError(f"{need}; install it: pip install 'lfm2vl-edge[watch]'")
 
 
 def _encoded(data: bytes, max_pixels: int) -> Shot:
@@ -144,10 +160,8 @@ def _stdin(stop: Event, settings: SourceSettings) -> Iterator[Shot]:
 
 def _video(url: str, settings: SourceSettings, stop: Event, *, form: str | None, is_live: bool) -> Iterator[Shot]:
     """Yield the frames of what FFmpeg reads: a file, a stream or a device."""
-    try:
-        import av
-    except ImportError:
-        raise EdgeError("videos and cameras need PyAV; install it: pip install 'lfm2vl-edge[watch]'") from None
+    import av
+
     name = display_url(url) if is_url(url) else clip(url)
     options = ({"rtsp_transport": "tcp"} if url[:4].lower() == "rtsp" else {}) | dict(settings.options)
     timeout = (settings.seconds, settings.seconds) if is_live else None

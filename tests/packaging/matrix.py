@@ -94,7 +94,7 @@ def run(words: Sequence[str | Path], folder: Path = ROOT, **environment: str) ->
 
 
 def pythons(uv: str, minors: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Yield each version of Python that is searched for, with its program, or None if there is none."""
+    """Yield each version of Python that is searched for, with its program, or None."""
     for minor in minors:
         try:
             program = run([uv, "python", "find", "--no-python-downloads", minor]).strip()
@@ -202,7 +202,7 @@ def main() -> None:
             print(table(cells[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
             print(cells[-1].tail, file=sys.stderr, flush=True)
     print(table(cells))
-    print(f"not to be had here: Python {', '.join(missing) or '(none)'}")
+    print(f"not to be had here: Python {', '.join(missing) or '-'}")
     sys.exit(any(cell.outcome != "passed" for cell in cells) or not cells)
 
 
