@@ -165,7 +165,7 @@ class KeyCache:
 
     @classmethod
     def on_disk(cls, folder: CacheFolder) -> KeyCache:
-        """Return a cache in a folder, which all models share: what an image looks like does not depend on them."""
+        """Return a cache in a folder, which all models share: the pixels of an image do not depend on them."""
         return cls(DiskCache(folder, lambda: "images", KEYS))
 
     def has(self, content: Key) -> bool:
