@@ -360,7 +360,7 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     are not finite are refused, which typer's own limits do not do.
     """
     # Not get_type_hints: for a default of None, that of Python 3.10 hides Annotated inside of Optional.
-    hints = inspect.get_annotations(command, eval_str=True)
+    hints: dict[str, Any] = inspect.get_annotations(command, eval_str=True)
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
