@@ -12,7 +12,9 @@ IMAGES_VENV  := .venv-parity-images
 SCHEMA_VENV  := .venv-schemathesis
 # llama.cpp for Vulkan beside the one for the processor.
 VULKAN_VENV  := .venv-vulkan
-ENVIRONMENTS := $(VENV) $(IMAGES_VENV) $(SCHEMA_VENV) $(VULKAN_VENV)
+# Tools that build packages, and install them elsewhere.
+PACKAGE_VENV := .venv-package
+ENVIRONMENTS := $(VENV) $(IMAGES_VENV) $(SCHEMA_VENV) $(VULKAN_VENV) $(PACKAGE_VENV)
 
 # The public modules, without the modules below them.
 DOCUMENTED := lfm2vl_edge '!lfm2vl_edge\.' lfm2vl_edge.evaluate '!lfm2vl_edge\.evaluate\.' \
@@ -28,7 +30,7 @@ AXE         := $(AXE_FOLDER)/node_modules/axe-core/axe.min.js
 TCMALLOC := $(firstword $(wildcard /usr/lib/*/libtcmalloc_minimal.so.4))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format docs fuzz schemathesis page-tests ray-tests vulkan parity parity-images parity-checkpoints arm train scores clean
+.PHONY: help run test check format docs fuzz schemathesis page-tests ray-tests vulkan parity parity-images parity-checkpoints arm package matrix train scores clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,6 +94,13 @@ scores: $(VENV)/.train ## evaluate the demonstration model on 1,000 held-out ima
 	$(BIN)/python -m models.tiny.held_out scratch/tiny/held-out
 	$(BIN)/lfm2vl-edge eval scratch/tiny/held-out/data.jsonl -m tiny
 
+package: $(PACKAGE_VENV)/.ready ## build wheel and source distribution into dist
+	rm -f dist/lfm2vl_edge-*
+	$(PACKAGE_VENV)/bin/python -m build --outdir dist
+
+matrix: $(PACKAGE_VENV)/.ready ## the package on each Python that is here, with oldest and newest dependencies: half an hour
+	$(PACKAGE_VENV)/bin/python -m tests.packaging.matrix --uv $(PACKAGE_VENV)/bin/uv
+
 clean: ## remove everything that was made
 	rm -rf $(ENVIRONMENTS) scratch build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -153,6 +162,10 @@ $(VULKAN_VENV)/.ready: pyproject.toml $(VULKAN_VENV)/.engine
 
 $(SCHEMA_VENV)/.ready: | $(SCHEMA_VENV)/bin/python
 	$(SCHEMA_VENV)/bin/pip install --quiet 'schemathesis>=4.30,<5'
+	@touch $@
+
+$(PACKAGE_VENV)/.ready: | $(PACKAGE_VENV)/bin/python
+	$(PACKAGE_VENV)/bin/pip install --quiet build uv
 	@touch $@
 
 $(VENV)/.page: $(VENV)/.test
