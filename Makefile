@@ -83,7 +83,7 @@ parity-images: $(IMAGES_VENV)/.ready ## compare 200 whole images with transforme
 parity-checkpoints: $(IMAGES_VENV)/.ready ## compare 66 layouts of checkpoints with what transformers loads: installs 5.5 GB
 	$(IMAGES_VENV)/bin/python -m tests.parity.checkpoints
 
-arm: $(VENV)/.test ## run on emulated boards: cross-compiles for 64-bit ARM, up to an hour; see docs/raspberry-pi.md
+arm: $(VENV)/.test ## run kernels and packages on emulated 64-bit ARM boards; see docs/raspberry-pi.md
 	$(BIN)/python -m tests.arm
 
 train: $(VENV)/.train ## train the demonstration model, or resume its training: hours; see models/tiny/README.md
@@ -151,7 +151,7 @@ $(VULKAN_VENV)/.engine: | $(VULKAN_VENV)/bin/python
 		{ test -n "$$VULKAN_SDK" || test -e /usr/include/vulkan/vulkan.h -a -d /usr/include/spirv; } || \
 		{ echo 'missing: what builds programs for Vulkan; on Debian and Raspberry Pi OS: apt install build-essential' \
 		'glslc libvulkan-dev spirv-headers mesa-vulkan-drivers' >&2; exit 1; }
-	@echo 'its shaders double the time that llama.cpp takes to compile'
+	@echo 'with llama.cpp, 1,117 shaders are compiled, which takes long'
 	@CMAKE_ARGS="-DGGML_VULKAN=on $$CMAKE_ARGS" $(VULKAN_VENV)/bin/python .ci/engine.py --no-cache-dir \
 		'llama-cpp-python>=0.3.36'
 	@touch $@

@@ -23,6 +23,19 @@ function(lfm2vl_join_models)
     set_target_properties(mtmd PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 12)
 endfunction()
 
+# Vulkan's headers of Debian 12 lack types that llama.cpp names: see vulkan.hpp. A global property, as the
+# function runs later and elsewhere.
+set_property(GLOBAL PROPERTY LFM2VL_VULKAN_TYPES "${CMAKE_CURRENT_LIST_DIR}/vulkan.hpp")
+function(lfm2vl_add_vulkan_types)
+    if (TARGET ggml-vulkan AND NOT MSVC)
+        get_property(types GLOBAL PROPERTY LFM2VL_VULKAN_TYPES)
+        get_target_property(folder ggml-vulkan SOURCE_DIR)
+        set_source_files_properties(${folder}/ggml-vulkan.cpp
+            TARGET_DIRECTORY ggml-vulkan PROPERTIES COMPILE_OPTIONS "-include;${types}")
+    endif()
+endfunction()
+cmake_language(DEFER DIRECTORY "${CMAKE_SOURCE_DIR}" CALL lfm2vl_add_vulkan_types)
+
 if (EXISTS "${CMAKE_SOURCE_DIR}/llama_cpp/__init__.py")
     file(STRINGS "${CMAKE_SOURCE_DIR}/llama_cpp/__init__.py" version REGEX "^__version__ = \"0\\.3\\.36\"")
     if (version)
