@@ -1,1 +1,1 @@
-"""The package on 64-bit ARM without a board: cross-built, and run by an emulator of the processor (`make arm`)."""
+"""64-bit ARM without a board: cross-built kernels and arm64 packages, run by an emulator (`make arm`)."""

@@ -1,4 +1,4 @@
-"""What the boards run: llama.cpp from a cross compiler, Debian's Python for arm64, wheels, and this package.
+"""What the boards run: llama.cpp's ggml from a cross compiler, Debian's Python for arm64, wheels, and this package.
 
 The versions are those of the environment that runs this: the same llama.cpp, the same packages.
 """
@@ -19,7 +19,7 @@ from typing import Final
 
 from packaging.requirements import Requirement
 
-from tests.arm.guest import BOARDS, ROOT, Board, Guest
+from tests.arm.guest import BOARDS, ROOT, Guest
 
 PROGRAMS: Final = {
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
@@ -79,41 +79,24 @@ def source(work: Path) -> Path:
     return work / name
 
 
-def compile_engines(work: Path, jobs: int) -> None:
-    """Compile llama.cpp: once, but ggml's kernels for each board, as only those depend on the processor.
+def compile_kernels(work: Path, jobs: int) -> None:
+    """Compile ggml with its kernels for each board.
 
     Args:
-        work: the folder of everything; each board gets `engine-NAME/llama_cpp`.
+        work: the folder of everything; the libraries of a board get into `ggml-NAME`.
         jobs: compilers that run at once.
     """
     sources = source(work)
     for board in BOARDS:
-        folder = work / f"build-{board.name}"
-        target = work / f"engine-{board.name}/llama_cpp"
-        if (target / "lib/libggml-cpu.so").exists():
+        folder, target = work / f"build-{board.name}", work / f"ggml-{board.name}"
+        if target.is_dir():
             continue
         log = work / f"build-{board.name}.log"
         run("cmake", "-S", sources, "-B", folder, *_CROSS, f"-DGGML_CPU_ARM_ARCH={board.arch}", log=log)
-        targets = ["llama", "mtmd", "ggml"] if board is BOARDS[0] else ["ggml-cpu"]
-        run("nice", "-n", "10", "ninja", "-C", folder, f"-j{jobs}", *targets, log=log)
-        _assemble(work, board, target)
-
-
-def _assemble(work: Path, board: Board, target: Path) -> None:
-    """Put together the Python files of the installed llama_cpp and a board's libraries."""
-    installed = distribution(ENGINE)
-    package = Path(str(installed.locate_file("llama_cpp")))
-    shutil.rmtree(target.parent, ignore_errors=True)
-    shutil.copytree(package, target, ignore=shutil.ignore_patterns("lib", "__pycache__"))
-    name = f"{ENGINE.replace('-', '_')}-{installed.version}.dist-info"
-    (target.parent / name).mkdir()
-    (target.parent / name / "METADATA").write_text(str(installed.metadata), encoding="utf-8")
-    (target / "lib").mkdir()
-    for folder in (work / f"build-{BOARDS[0].name}", work / f"build-{board.name}"):
-        for library in sorted(folder.rglob("lib*.so*")):
-            copy = target / "lib" / library.name
-            copy.unlink(missing_ok=True)
-            shutil.copy2(library, copy, follow_symlinks=False)
+        run("nice", "-n", "10", "ninja", "-C", folder, f"-j{jobs}", "ggml-cpu", log=log)
+        target.mkdir()
+        for library in sorted((folder / "bin").glob("lib*.so*")):
+            shutil.copy2(library, target / library.name, follow_symlinks=False)
 
 
 def unpack_debian(work: Path) -> Path:
@@ -207,13 +190,13 @@ def build(work: Path) -> list[Guest]:
     work.mkdir(parents=True, exist_ok=True)
     tree = unpack_debian(work)
     site = install_packages(work, tree)
-    compile_engines(work, len(os.sched_getaffinity(0)))
+    compile_kernels(work, len(os.sched_getaffinity(0)))
     return [
         Guest(
             board=board,
             tree=tree,
             site=site,
-            engine=work / f"engine-{board.name}",
+            engine=work / f"ggml-{board.name}",
             launcher=work / f"bin/{board.name}/python",
         )
         for board in BOARDS

@@ -1,4 +1,4 @@
-"""Instructions of a matrix product by type, counted by a plugin of qemu.
+"""Error and instructions of a matrix product by type on a board; a plugin of qemu counts.
 
 A count is not a time: an instruction may take one cycle or several, and memory may be slower than all of them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,7 +23,12 @@ TYPES: Final = (
 """ggml's name of a type, and whether the weights are in ordinary memory or in ggml's buffer for rearranged weights."""
 SHAPE: Final = (768, 3072)
 """Columns and rows of a feed-forward matrix of the 450M model's encoder."""
-VECTORS: Final = 32
+VECTORS: Final = 16
+FLOATS: Final = ("f32", "f16", "bf16")
+MOST_ERROR_FLOAT: Final = 5e-3
+"""bfloat16 rounds the operands to 8 bits, relative to each; half precision to 11."""
+MOST_ERROR: Final = 1e-2
+"""Products of quantized weights round their operands to 8 bits, relative to the largest of 32 or 256 of them."""
 _NO_KERNEL: Final = 3
 """product.c's exit code if there is no kernel for rearranged weights."""
 
@@ -37,6 +43,13 @@ class Count:
     """`mapped` or `repacked`."""
     instructions: float | None
     """For each multiplication and addition of the product; None if there is no such kernel."""
+    error: float | None
+    """Relative to the product of the same weights in double precision; None as well."""
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the error is larger than rounding explains."""
+        return self.error is not None and self.error > (MOST_ERROR_FLOAT if self.type in FLOATS else MOST_ERROR)
 
 
 def count_products(guest: Guest, work: Path) -> list[Count]:
@@ -47,24 +60,25 @@ def count_products(guest: Guest, work: Path) -> list[Count]:
     """
     folder = guest.launcher.parent
     ggml = source(work) / "vendor/llama.cpp/ggml/include"
-    libraries = guest.engine / "llama_cpp/lib"
     plugin, program = folder / "count.so", folder / "product"
     run("cc", "-O2", "-shared", "-fPIC", HERE / "count.c", "-o", plugin, log=folder / "count.log")
-    linked = ("-L", libraries, "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{libraries}", "-fopenmp")
+    linked = ("-L", guest.engine, "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{guest.engine}", "-fopenmp", "-lm")
     compiled = ("-O2", "-I", ggml, HERE / "product.c", "-o", program)
     run("aarch64-linux-gnu-gcc", *compiled, *linked, log=folder / "product.log")
-    return [Count(type=kind, where=where, instructions=_each(guest, kind, where)) for kind, where in TYPES]
+    return [_counted(guest, kind, where) for kind, where in TYPES]
 
 
-def _each(guest: Guest, kind: str, where: str) -> float | None:
-    """Return the instructions of each multiplication: of three products without those of one, as both start alike."""
-    once, thrice = (_count(guest, kind, where, times) for times in (1, 3))
+def _counted(guest: Guest, kind: str, where: str) -> Count:
+    """Count three products without the instructions of one, as both start alike."""
+    once, thrice = (_product(guest, kind, where, times) for times in (1, 3))
     if once is None or thrice is None:
-        return None
-    return (thrice - once) / 2 / (SHAPE[0] * SHAPE[1] * VECTORS)
+        return Count(type=kind, where=where, instructions=None, error=None)
+    each = (thrice[0] - once[0]) / 2 / (SHAPE[0] * SHAPE[1] * VECTORS)
+    return Count(type=kind, where=where, instructions=each, error=once[1])
 
 
-def _count(guest: Guest, kind: str, where: str, times: int) -> int | None:
+def _product(guest: Guest, kind: str, where: str, times: int) -> tuple[int, float] | None:
+    """Return the instructions of a whole process and its error, or None if there is no such kernel."""
     folder = guest.launcher.parent
     emulator = ("qemu-aarch64", "-cpu", guest.board.cpu, "-L", guest.tree, "-plugin", folder / "count.so")
     product = (folder / "product", kind, where, *SHAPE, VECTORS, times)
@@ -74,14 +88,14 @@ def _count(guest: Guest, kind: str, where: str, times: int) -> int | None:
     found = re.search(r"^(\d+) instructions$", done.stderr, re.MULTILINE)
     if done.returncode or found is None:
         raise SystemExit(f"{done.stderr}the product of {kind} ({where}) failed with exit code {done.returncode}")
-    return int(found[1])
+    return int(found[1]), float(done.stdout)
 
 
-def table(counts: dict[str, list[Count]]) -> str:
+def table(counts: Mapping[str, Sequence[Count]]) -> str:
     """Return counts as a Markdown table: title of a board -> its counts, all of the same types."""
     boards = list(counts)
-    lines = [f"| weights | {' | '.join(boards)} |", f"|---|{'---|' * len(boards)}"]
+    lines = [f"| weights | {' | '.join(f'{board} | error' for board in boards)} |", f"|---|{'---|---|' * len(boards)}"]
     for row in zip(*counts.values(), strict=True):
-        cells = ("-" if one.instructions is None else f"{one.instructions:.3f}" for one in row)
+        cells = ("- | -" if one.error is None else f"{one.instructions:.3f} | {one.error:.1e}" for one in row)
         lines.append(f"| {row[0].type.upper()}, {row[0].where} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

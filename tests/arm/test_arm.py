@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from benchmarks.shapes import SHAPES
 from lfm2vl_edge.diagnose.facts import read_machine
+from lfm2vl_edge.models.registry import known_models
+from lfm2vl_edge.planning.costs import cost_shape, guess
 from tests.arm import build
 from tests.arm.__main__ import default_folder, report
-from tests.arm.answers import Answers, combinations
-from tests.arm.compare import Check, differences, other_bytes
 from tests.arm.counts import Count, table
 from tests.arm.guest import BOARDS, ROOT, Guest, features_of
 
@@ -96,62 +97,28 @@ def test_features_are_those_that_doctor_reads(tmp_path: Path, monkeypatch: pytes
     assert os.access(board.launcher, os.X_OK)
 
 
-def test_every_type_is_used_once_on_each_side() -> None:
-    found = list(combinations())
-    assert len(found) == len(set(found)) == 19
-    assert all("F32" in pair for pair in found)
-
-
-def answers(text: str, shift: float) -> Answers:
-    logits = np.array([[0.0, 1.0, 2.0]], np.float32)
-    return Answers(
-        texts={"F32/F32": ["left", text]},
-        repacked={"F32": 0.0},
-        logits={"F32/F32": logits + np.array([shift, 0, 0], np.float32)},
-        embeddings={"F32/F32": np.full((2, 2), 1 + shift, np.float32)},
-    )
-
-
-def test_differences_are_counted() -> None:
-    (same,) = differences(answers("top", 0.0), answers("top", 0.0))
-    assert (same.equal_texts, same.texts, same.embeddings, same.divergence) == (2, 2, 0.0, 0.0)
-    (other,) = differences(answers("top", 0.0), answers("bottom", 0.5))
-    assert (other.equal_texts, other.texts) == (1, 2)
-    assert other.embeddings == pytest.approx(0.5)
-    p = np.exp([0.0, 1, 2]) / np.exp([0.0, 1, 2]).sum()
-    q = np.exp([0.5, 1, 2]) / np.exp([0.5, 1, 2]).sum()
-    assert other.divergence == pytest.approx(float((p * np.log(p / q)).sum()), rel=1e-5)
-
-
-def test_answers_of_other_types_are_refused() -> None:
-    one, other = answers("top", 0.0), answers("top", 0.0)
-    other.texts["F16/F32"] = ["left", "top"]
-    with pytest.raises(ValueError, match="other types: F16/F32"):
-        differences(one, other)
-
-
-def test_bytes_are_compared_one_by_one(tmp_path: Path) -> None:
-    for name, data in (("a", b"12345678"), ("b", b"12345679"), ("c", b"1234567")):
-        (tmp_path / name).write_bytes(data)
-    a, b, c = (tmp_path / name for name in "abc")
-    assert [other_bytes(a, a), other_bytes(a, b), other_bytes(a, c)] == [0.0, 0.125, 1.0]
-
-
-def test_the_report_shows_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_states_versions_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.arm.__main__._first_line", lambda name, _: f"{name} 1")
-    checks = [Check(name="doctor", ok=True, detail="NEON"), Check(name="run", ok=False, detail="exit code 1")]
-    text = report([guest(tmp_path)], {"Raspberry Pi 5": checks}, [60.0, 120.0, 180.0])
+    found = {"Raspberry Pi 5": [Count(type="q8_0", where="mapped", instructions=0.4107, error=5.5e-3)]}
+    text = report([guest(tmp_path)], ["aarch64"], found, [60.0, 120.0])
     assert f"llama-cpp-python {version('llama-cpp-python')}, aarch64-linux-gnu-g++ 1, qemu-aarch64 1" in text
-    assert "Built in 1 minutes, checked in 2, counted in 3; " in text
-    assert "| doctor | yes | NEON |\n| run | NO | exit code 1 |\n" in text
+    assert "Built in 1 minutes, run in 2; " in text
+    assert "Raspberry Pi 5: cortex-a76, `-march=armv8.2-a+dotprod+fp16`; aarch64.\n" in text
+    assert text.endswith("| Q8_0, mapped | 0.411 | 5.5e-03 |\n")
 
 
-def test_counts_are_shown_by_type_and_board() -> None:
-    found = {
-        "Raspberry Pi 4": [Count(type="q8_0", where="repacked", instructions=None)],
-        "Raspberry Pi 5": [Count(type="q8_0", where="repacked", instructions=0.13441)],
-    }
-    assert table(found).splitlines()[2:] == ["| Q8_0, repacked | - | 0.134 |"]
+def test_a_type_without_a_kernel_is_shown_and_is_not_wrong() -> None:
+    none = Count(type="q8_0", where="repacked", instructions=None, error=None)
+    some = Count(type="q8_0", where="repacked", instructions=0.13441, error=5e-3)
+    found = {"Raspberry Pi 4": [none], "Raspberry Pi 5": [some]}
+    assert table(found).splitlines()[2:] == ["| Q8_0, repacked | - | - | 0.134 | 5.0e-03 |"]
+    assert not none.is_wrong
+    assert not some.is_wrong
+
+
+@pytest.mark.parametrize(("kind", "error"), [("f16", 6e-3), ("q4_0", 2e-2)])
+def test_an_error_beyond_rounding_is_wrong(kind: str, error: float) -> None:
+    assert Count(type=kind, where="mapped", instructions=1.0, error=error).is_wrong
 
 
 def test_the_folder_is_outside_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,3 +126,32 @@ def test_the_folder_is_outside_of_the_project(monkeypatch: pytest.MonkeyPatch) -
     assert default_folder() == Path("/var/cache/me/lfm2vl-edge/arm")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_folder() == Path.home() / ".cache/lfm2vl-edge/arm"
+
+
+def forecast(name: str, quant: str, mmproj: str) -> tuple[int, int]:
+    """Return bytes of the files of a published model, and of the memory that `plan` forecasts."""
+    model = next(one for one in known_models() if one.name == name)
+    sizes = [
+        next(file.n_bytes or 0 for file in files if file.quant == kind)
+        for files, kind in ((model.models, quant), (model.mmprojs, mmproj))
+    ]
+    shape = SHAPES[name]
+    language = {
+        "lfm2.embedding_length": shape.hidden,
+        "lfm2.block_count": shape.layers,
+        "lfm2.attention.head_count": shape.heads,
+        "lfm2.attention.head_count_kv": [8 if layer in shape.attention else 0 for layer in range(shape.layers)],
+        "general.file_type": 2,
+    }
+    costs = guess(cost_shape(language, {}, (sizes[0], sizes[1])), mmproj, 256, 4)
+    return sum(sizes), int(costs.memory_bytes)
+
+
+def test_the_page_states_what_plan_forecasts() -> None:
+    text = (ROOT / "docs/raspberry-pi.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (lfm\S+) \| (\w+) and (\w+) \| (\d+) MB \| ([\d.]+) GB \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for name, quant, mmproj, files, memory, fits in rows:
+        n_bytes, needed = forecast(name, quant, mmproj)
+        assert (round(n_bytes / 1e6), f"{needed / 1e9:.2f}") == (int(files), memory)
+        assert fits.split(" | ") == ["yes" if needed <= size * 1e9 else "no" for size in (1, 2, 4, 8, 16)]
