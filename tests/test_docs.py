@@ -62,7 +62,17 @@ _ONLY_PARSED_OPTIONS: Final = (
 """They need a GPU, a measured profile, a cluster, or many seconds."""
 _SLOW: Final = ("convert", "quantize", "calibrate", "verify")
 """They take seconds: they are run on the page about them and in transcripts, and parsed elsewhere."""
-_FOREIGN: Final = ("--build", "--baseline-mmproj", "--install", "--temp", "--strict", "--only")
+_FOREIGN: Final = (
+    "--build",
+    "--build-arg",
+    "--platform",
+    "--smoke",
+    "--baseline-mmproj",
+    "--install",
+    "--temp",
+    "--strict",
+    "--only",
+)
 """Options of other programs that the documents name."""
 
 
