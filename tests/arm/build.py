@@ -35,8 +35,6 @@ DEBIAN: Final = ("python3-minimal", "python3", "libgomp1", "libstdc++6")
 """Packages of the tree; apt adds what they need."""
 KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
 ENGINE: Final = "llama-cpp-python"
-TESTED: Final = (ENGINE, "pytest", "hypothesis")
-"""What the tests need besides the package."""
 _CROSS: Final = (
     *("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"),
     *("-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc", "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++"),
@@ -141,14 +139,14 @@ def _apt_settings(own: Path) -> Sequence[str]:
 
 
 def requirements(wheel: Path) -> dict[str, str]:
-    """Return what a package and its tests need on arm64, as installed here: name -> version, without llama-cpp-python.
+    """Return what a package needs on arm64, as installed here: name -> version, without llama-cpp-python.
 
     Args:
         wheel: the package's wheel; an environment may have been installed before its requirements changed.
     """
     machine = {"platform_machine": "aarch64", "extra": ""}
     found: dict[str, str] = {}
-    waiting = [*TESTED, *_required(zipfile.Path(wheel).joinpath(f"{_stem(wheel)}.dist-info"), machine)]
+    waiting = [ENGINE, *_required(zipfile.Path(wheel).joinpath(f"{_stem(wheel)}.dist-info"), machine)]
     while waiting:
         name = waiting.pop().lower().replace("_", "-")
         if name not in found:
