@@ -146,7 +146,7 @@ def installed_memory() -> int | None:
 def use_huge_pages(mappings: Path = Path("/proc/self/maps"), allowed: Path = _HUGE_PAGES) -> int:
     """Move the large buffers of this process into huge pages, and return their bytes.
 
-    Each token reads all weights; with pages of 4 KiB the processor also reads the addresses of all these pages. Moving
+    Each token reads all weights; with pages of 4 KiB the processor also looks all these pages up. Moving
     takes some tenths of a second, so it is for processes that live longer. 0 where Linux cannot do it (before 6.1), or
     must not.
     """
@@ -157,7 +157,7 @@ def use_huge_pages(mappings: Path = Path("/proc/self/maps"), allowed: Path = _HU
 
 
 def _buffers(mappings: str) -> Iterator[tuple[int, int]]:
-    """Yield the addresses of the whole huge pages in large anonymous mappings."""
+    """Yield where the whole huge pages of large anonymous mappings start and end."""
     for found in re.finditer(r"(?m)^(\w+)-(\w+) rw-p 00000000 00:00 0 *$", mappings):
         start, end = int(found[1], 16), int(found[2], 16)
         if end - start >= _LARGE_BUFFER:
