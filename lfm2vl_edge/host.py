@@ -146,9 +146,8 @@ def installed_memory() -> int | None:
 def use_huge_pages(mappings: Path = Path("/proc/self/maps"), allowed: Path = _HUGE_PAGES) -> int:
     """Move the large buffers of this process into huge pages, and return their bytes.
 
-    Each token reads all weights; with pages of 4 KiB the processor also looks all these pages up. Moving
-    takes some tenths of a second, so it is for processes that live longer. 0 where Linux cannot do it (before 6.1), or
-    must not.
+    Each token reads all weights, and with pages of 4 KiB the table of these pages as well. Moving takes some tenths of
+    a second, so it is for processes that live longer. 0 where Linux cannot do it (before 6.1), or must not.
     """
     if "[never]" in _text(allowed):
         return 0
