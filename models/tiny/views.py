@@ -21,9 +21,9 @@ def quick_preprocess(pixels: Pixels, tile_plan: TilePlan) -> list[Tile]:
     for view in tile_plan.views:
         if view.kind == "tile":
             top, left = view.row * side, view.col * side
-            tiles.append(Tile(view=view, pixels=grid[top : top + side, left : left + side]))
+            tiles.append(Tile.of(view, grid[top : top + side, left : left + side]))
         else:
-            tiles.append(Tile(view=view, pixels=_resized(pixels, view.height, view.width)))
+            tiles.append(Tile.of(view, _resized(pixels, view.height, view.width)))
     return tiles
 
 
