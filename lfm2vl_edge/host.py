@@ -151,8 +151,8 @@ def use_huge_pages(mappings: Path = Path("/proc/self/maps"), allowed: Path = _HU
     """
     if "[never]" in _text(allowed):
         return 0
-    starts = [start for start, end in _buffers(_text(mappings)) for start in range(start, end, _HUGE_PAGE)]
-    return _HUGE_PAGE * sum(_is_in_memory(start) and _advise(start, _MADV_COLLAPSE) for start in starts)
+    pages = [page for start, end in _buffers(_text(mappings)) for page in range(start, end, _HUGE_PAGE)]
+    return _HUGE_PAGE * sum(_collapse(page) for page in pages)
 
 
 def _buffers(mappings: str) -> Iterator[tuple[int, int]]:
@@ -163,16 +163,13 @@ def _buffers(mappings: str) -> Iterator[tuple[int, int]]:
             yield -(-start // _HUGE_PAGE) * _HUGE_PAGE, end // _HUGE_PAGE * _HUGE_PAGE
 
 
-def _is_in_memory(start: int) -> bool:
-    """Return whether a huge page takes no more memory than its small pages do now."""
-    count = _HUGE_PAGE // os.sysconf("SC_PAGE_SIZE")
-    pages = (ctypes.c_ubyte * count)()
-    failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(_HUGE_PAGE), pages)
-    return not failed and all(page & 1 for page in pages)
-
-
-def _advise(start: int, advice: int) -> bool:
-    return not ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(_HUGE_PAGE), advice)
+def _collapse(start: int) -> bool:
+    """Make one huge page of small ones that are all in memory, so that it takes no more; return whether it is one."""
+    system, place, size = ctypes.CDLL(None), ctypes.c_void_p(start), ctypes.c_size_t(_HUGE_PAGE)
+    pages = (ctypes.c_ubyte * (_HUGE_PAGE // os.sysconf("SC_PAGE_SIZE")))()
+    if system.mincore(place, size, pages) or not all(page & 1 for page in pages):
+        return False
+    return not system.madvise(place, size, _MADV_COLLAPSE)
 
 
 def cache_folder(environment: Mapping[str, str] | None = None, platform: str = sys.platform) -> Path:

@@ -249,15 +249,16 @@ def open_model(
 
 def _with_gpu(options: OpenOptions) -> OpenOptions:
     """Return the same options, or with no GPU layers and a warning: for a llama.cpp whose GPU is not here."""
-    if options.n_gpu_layers == 0 or options.device is not None:
+    if options.n_gpu_layers == 0:
         return options
     with importing():
         from lfm2vl_edge.engine.ffi import missing_gpu
+        from lfm2vl_edge.engine.language import usable_layers
 
-    if not (missing := missing_gpu()):
-        return options
-    _LOG.warning("%s: the processor computes", missing)
-    return replace(options, n_gpu_layers=0)
+    layers = usable_layers(options.n_gpu_layers, options.device)
+    if layers != options.n_gpu_layers:
+        _LOG.warning("%s: the processor computes", missing_gpu())
+    return replace(options, n_gpu_layers=layers)
 
 
 def _reading(

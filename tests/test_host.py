@@ -63,7 +63,7 @@ def test_redirected_stdout_is_not_replaced(name: str, tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from lfm2vl_edge.host import use_huge_pages, write_whole
+from lfm2vl_edge.host import write_whole
 print("first", flush=True)
 write_whole(Path({name!r}), [b"second\\n"])
 print("third")
