@@ -31,8 +31,10 @@ _NOTIFY_SECONDS: Final = 5.0
 """Longest time in which systemd takes a notification, if its queue is full."""
 _TOPOLOGY: Final = Path("/sys/devices/system/cpu")
 _CPUINFO: Final = Path("/proc/cpuinfo")
-_BF16_FEATURES: Final = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
-"""Linux's names of the processor features: AVX-512 and AMX on x86-64, and ARM."""
+_BF16_FEATURES: Final = frozenset(("avx512_bf16", "amx_bf16"))
+"""Linux's names of the processor features. llama.cpp has no kernel for that of ARM (ggml-cpu/vec.cpp, 0.3.36)."""
+_DOT_FEATURES: Final = frozenset(("asimddp", "i8mm"))
+"""Linux's names of ARM's instructions for products of 8-bit integers."""
 _HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGE_PAGE: Final = 2 << 20
 """Bytes of a huge page on x86-64, and on ARM with pages of 4 KiB."""
@@ -95,13 +97,25 @@ def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
 
 
 def has_fast_bf16(cpuinfo: Path = _CPUINFO) -> bool:
-    """Return whether the processor multiplies bfloat16 in hardware; False if Linux does not list its features."""
+    """Return whether llama.cpp multiplies bfloat16 in hardware; False if Linux does not list the features."""
     return not _BF16_FEATURES.isdisjoint(_features(cpuinfo))
 
 
 def has_avx512(cpuinfo: Path = _CPUINFO) -> bool:
     """Return whether the processor has 512-bit registers; False if Linux does not list its features."""
     return "avx512f" in _features(cpuinfo)
+
+
+def is_arm() -> bool:
+    """Return whether the processor is 64-bit ARM."""
+    return platform.machine().lower() in ("aarch64", "arm64")
+
+
+def has_dot_products(cpuinfo: Path = _CPUINFO) -> bool:
+    """Return whether the processor is ARM with dot products of 8-bit integers, as all of Apple's for Macs are."""
+    if sys.platform == "darwin":
+        return is_arm()
+    return not _DOT_FEATURES.isdisjoint(_features(cpuinfo))
 
 
 def _features(cpuinfo: Path) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from lfm2vl_edge.errors import DownloadError, ModelNotPulled, clip, shorten
-from lfm2vl_edge.host import data_folder
+from lfm2vl_edge.host import data_folder, is_arm
 from lfm2vl_edge.models import hub
 from lfm2vl_edge.models.facts import read_facts
 from lfm2vl_edge.models.hub import RemoteFile, Repository
@@ -31,6 +31,8 @@ _PREFERRED_TYPES: Final = ("Q4_0", "Q4_K_M", "Q8_0", "F16", "BF16", "F32")
 """Those of `config.LANGUAGE_TYPES` that are chosen if no type is given, the first of them that a repository has."""
 _PREFERRED_MMPROJ_TYPES: Final = ("F16", "BF16", "Q8_0", "F32")
 """The same of `config.ENCODER_TYPES`: the fastest that is exact on every processor first, F32 last for its size."""
+_PREFERRED_MMPROJ_TYPES_ARM: Final = ("F16", "Q8_0", "F32", "BF16")
+"""The same on ARM, where BF16 takes 16 times the instructions of F32 (docs/raspberry-pi.md)."""
 _UNTYPED: Final = "GGUF"
 """Stands for the type of a file whose name has none."""
 _MAX_LISTED: Final = 40
@@ -193,9 +195,10 @@ def _choose(repository: Repository, reference: Reference, mmproj_quant: str | No
         )
     known = reference.known
     usual, usual_mmproj = ((known.quant,), (known.mmprojs[0].quant,)) if known else ((), ())
+    preferred = _PREFERRED_MMPROJ_TYPES_ARM if is_arm() else _PREFERRED_MMPROJ_TYPES
     return (
         _of_type(repository.repo, models, reference.quant, usual + _PREFERRED_TYPES),
-        _of_type(repository.repo, mmprojs, mmproj_quant, usual_mmproj + _PREFERRED_MMPROJ_TYPES),
+        _of_type(repository.repo, mmprojs, mmproj_quant, usual_mmproj + preferred),
     )
 
 

@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lfm2vl_edge.config import DEFAULT_N_CTX
-from lfm2vl_edge.host import has_avx512
+from lfm2vl_edge.host import has_avx512, has_dot_products, is_arm
 from lfm2vl_edge.planning.geometry import TilePlan
 
 _KEY_VALUE_BYTES: Final = 4
 """Bytes of one key and one value in the context, both float16."""
 _PROGRAM_BYTES: Final = 120_000_000
 """Python, llama.cpp and its buffers: the measured peak of a 450M F16 pair less its files and context."""
-_REPACKED: Final[Mapping[int, float]] = {2: 0.75, 14: 0.75, 15: 0.75, 25: 0.75}
+REPACKED: Final[Mapping[int, float]] = {2: 0.75, 14: 0.75, 15: 0.75, 25: 0.75}
 """llama.cpp's file type -> share of a 4-bit language file that llama.cpp stores a second time, in another order."""
+REPACKED_ARM: Final[Mapping[int, float]] = dict.fromkeys((2, 7, 14, 15, 16, 17, 18, 25), 1.0) | {8: 0.22, 12: 0.55}
+"""The same on ARM with dot products, where Q8_0, Q5_K and Q6_K have such kernels too (ggml-cpu/repack.cpp, 0.3.36):
+all that Q4_0, Q8_0, Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M, Q6_K and IQ4_NL consist of; of the 450M model's Q5_0 the vocabulary,
+of its Q3_K_M half."""
 _TILE_OPERATIONS: Final = 2.13e11
 """Of a 512x512 tile in the 450M encoder: 2 x weights x patches + 4 x layers x width x patches^2 (attention)."""
 _MEASURED_CORES: Final = 2
@@ -186,7 +190,12 @@ def _number(metadata: Mapping[str, Any], key: str) -> int:
 
 
 def guess(
-    shape: CostShape, mmproj_type: str, tile_tokens: int, n_threads: int, cores: CoreSpeed | None = None
+    shape: CostShape,
+    mmproj_type: str,
+    tile_tokens: int,
+    n_threads: int,
+    cores: CoreSpeed | None = None,
+    repacked: Mapping[int, float] | None = None,
 ) -> Costs:
     """Return a rough guess of a model's costs: those of measured cores, scaled to the model's size and the threads.
 
@@ -198,6 +207,7 @@ def guess(
         tile_tokens: image tokens of one tile, to which the encoder's time is proportional.
         n_threads: threads that compute.
         cores: the measured cores; by default those with AVX-512 if the processor has it, otherwise those with AVX2.
+        repacked: `REPACKED` or another processor's; by default this one's: ARM without dot products has none.
     """
     cores = cores or (AVX512 if has_avx512() else AVX2)
     patches = tile_tokens * shape.patches_per_token
@@ -205,8 +215,9 @@ def guess(
     operations = 2 * weights * patches + 4 * shape.n_layers * shape.width * patches**2
     tile_seconds = cores.tile_seconds.get(mmproj_type, max(cores.tile_seconds.values()))
     seconds = tile_seconds * operations / _TILE_OPERATIONS
-    repacked = shape.language_bytes * _REPACKED.get(shape.language_type, 0.0)
-    files = shape.language_bytes + shape.mmproj_bytes + repacked
+    shares = _repacked_here() if repacked is None else repacked
+    copied = shape.language_bytes * shares.get(shape.language_type, 0.0)
+    files = shape.language_bytes + shape.mmproj_bytes + copied
     return Costs(
         view_seconds=0.0,
         token_seconds=seconds * _MEASURED_CORES / n_threads / tile_tokens,
@@ -217,3 +228,9 @@ def guess(
         is_measured=False,
         source="a rough guess: nothing was measured here",
     )
+
+
+def _repacked_here() -> Mapping[int, float]:
+    if has_dot_products():
+        return REPACKED_ARM
+    return {} if is_arm() else REPACKED

@@ -15,10 +15,11 @@ import pytest
 from lfm2vl_edge import DownloadError, EdgeError, Model, ModelNotFound, ModelNotPulled
 from lfm2vl_edge.cli._loading import checkpoint_files
 from lfm2vl_edge.models import hub, registry
-from lfm2vl_edge.models.download import Download, download_checkpoint, download_pair, remove
+from lfm2vl_edge.models.download import Download, _choose, download_checkpoint, download_pair, remove
+from lfm2vl_edge.models.hub import RemoteFile, Repository
 from lfm2vl_edge.models.manifest import ManifestEntry, manifest_path, read_manifest
 from lfm2vl_edge.models.names import resolve_model
-from lfm2vl_edge.models.registry import KnownFile, KnownModel
+from lfm2vl_edge.models.registry import KnownFile, KnownModel, reference_of
 from tests.conftest import REFERENCE, HubHere, Pair
 from tests.hub_server import COMMIT, Fault, Hub, git_digest, is_lfs, sha256
 
@@ -298,6 +299,26 @@ def test_files_outside_a_cache_are_never_removed(server: Hub, tmp_path: Path) ->
     manifest_path().write_text(json.dumps({"format": 1, "models": [entry]}))
     assert remove(REPO) == (f"{REPO}:BF16", 0)
     assert mine.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("machine", "types", "chosen"),
+    [
+        ("x86_64", ("BF16", "Q8_0"), "BF16"),
+        ("aarch64", ("BF16", "Q8_0"), "Q8_0"),
+        ("arm64", ("BF16", "F32"), "F32"),
+        ("aarch64", ("BF16", "F16", "Q8_0"), "F16"),
+        ("aarch64", ("BF16",), "BF16"),
+    ],
+)
+def test_arm_gets_no_bf16_if_there_is_another(
+    machine: str, types: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    names = ("m-Q4_0", *(f"mmproj-m-{kind}" for kind in types))
+    files = tuple(RemoteFile(path=f"{name}.gguf", n_bytes=9, digest="0" * 40) for name in names)
+    repository = Repository(repo=REPO, commit="0" * 40, files=files, licence=None, architecture=None)
+    assert _choose(repository, reference_of(REPO), None)[1].path == f"mmproj-m-{chosen}.gguf"
 
 
 def test_only_the_needed_files_of_a_checkpoint_are_downloaded(server: Hub) -> None:

@@ -125,8 +125,11 @@ def test_the_rest_of_a_file_name_is_the_models_name(file: str, name: str) -> Non
 
 def test_preferred_types_are_types_of_the_converter() -> None:
     assert set(download._PREFERRED_TYPES) <= set(LANGUAGE_TYPES)
-    for order in (download._PREFERRED_MMPROJ_TYPES, names._FASTEST_TYPES, names._FASTEST_TYPES_BF16):
+    arm = download._PREFERRED_MMPROJ_TYPES_ARM
+    for order in (download._PREFERRED_MMPROJ_TYPES, arm, names._FASTEST_TYPES, names._FASTEST_TYPES_BF16):
         assert set(order) <= set(ENCODER_TYPES)
+    assert set(arm) == set(download._PREFERRED_MMPROJ_TYPES)
+    assert arm[-1] == names._FASTEST_TYPES[-1] == "BF16"  # which has no kernel on ARM
     assert set(names._FASTEST_TYPES) == set(names._FASTEST_TYPES_BF16)
 
 

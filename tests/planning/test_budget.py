@@ -6,12 +6,14 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lfm2vl_edge import ConfigError, ImageConfig, TilePlan, plan
 from lfm2vl_edge.config import DEFAULT_N_CTX
+from lfm2vl_edge.host import has_dot_products
 from lfm2vl_edge.planning.budget import (
     BUDGET_SETTINGS,
     NO_BUDGET,
@@ -27,6 +29,8 @@ from lfm2vl_edge.planning.costs import (
     AVX2,
     AVX512,
     COST_SHAPE_450M,
+    REPACKED,
+    REPACKED_ARM,
     CoreSpeed,
     Costs,
     cost_shape,
@@ -257,6 +261,27 @@ def test_a_guess_for_the_measured_model_is_what_was_measured(cores: CoreSpeed, e
     assert guess(COST_SHAPE_450M, "F16", 256, 2) in (
         guess(COST_SHAPE_450M, "F16", 256, 2, known) for known in (AVX512, AVX2)
     )
+
+
+@pytest.mark.parametrize(
+    ("machine", "features", "expected"),
+    [
+        ("x86_64", "flags\t: fpu avx2", REPACKED),
+        ("aarch64", "Features\t: fp asimd asimddp", REPACKED_ARM),
+        ("aarch64", "Features\t: fp asimd", {}),
+    ],
+)
+def test_memory_has_the_weights_that_this_processor_rearranges(
+    machine: str, features: str, expected: dict[int, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text(features)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("lfm2vl_edge.planning.costs.has_dot_products", lambda: has_dot_products(info))
+    for kind in (2, 7, 17, 1):
+        shape = replace(COST_SHAPE_450M, language_type=kind)
+        here, none = (guess(shape, "F16", 256, 2, repacked=one).memory_bytes for one in (None, {}))
+        assert here - none == pytest.approx(expected.get(kind, 0.0) * shape.language_bytes, abs=1)
 
 
 def test_memory_grows_with_the_context_and_the_image() -> None:

@@ -23,6 +23,7 @@ from lfm2vl_edge.host import (
     big_cores,
     cpu_name,
     has_avx512,
+    has_dot_products,
     has_fast_bf16,
     physical_cores,
     thread_counts,
@@ -215,12 +216,14 @@ def test_features_of_the_processor_are_read(tmp_path: Path, monkeypatch: pytest.
     for text, fast in (
         ("model name\t: Big CPU\nflags\t\t: fpu avx512_bf16 sse\n", True),
         ("model name\t: Big CPU\nflags\t\t: fpu avx512f sse\n", False),
-        ("Features\t: fp asimd bf16\nModel\t\t: Raspberry Pi 7\n", True),
+        ("Features\t: fp asimd asimddp bf16\nModel\t\t: Raspberry Pi 7\n", False),  # llama.cpp has no kernel
+        ("Features\t: fp asimd i8mm\nModel\t\t: Raspberry Pi 7\n", False),
         ("nothing", False),
     ):
         info.write_text(text)
         assert has_fast_bf16(info) == fast
         assert has_avx512(info) == ("avx512f" in text)
+        assert has_dot_products(info) == ("asimddp" in text or "i8mm" in text)
     assert not has_fast_bf16(tmp_path / "none")
     info.write_text("Features\t: fp\nModel\t\t: Raspberry Pi 7\n")
     assert cpu_name(info).startswith("Raspberry Pi 7 (")
