@@ -71,7 +71,7 @@ ray-tests: $(VENV)/.ray ## run batches on a local cluster of Ray, and kill one o
 	$(BIN)/pytest -m ray -n 0 tests/batch
 
 vulkan: $(VULKAN_VENV)/.ready ## build llama.cpp for Vulkan, and compare it with the processor: see docs/vulkan.md
-	$(VULKAN_VENV)/bin/pytest -m vulkan -n 0 tests/vulkan
+	$(VULKAN_VENV)/bin/pytest -m gpu -n 0 tests/gpu
 
 parity: $(VENV)/.parity ## compare with transformers and torch, on new random checkpoints
 	$(BIN)/pytest -m parity -n 0

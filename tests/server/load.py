@@ -32,9 +32,9 @@ SETTLE_SECONDS: Final = 15
 
 
 @contextmanager
-def serving() -> Iterator[tuple[int, int]]:
-    """Start the server; yield its process and its port."""
-    command = [sys.executable, "-m", "lfm2vl_edge", "serve", "-m", "tiny", "--port", "0", "--threads", "1"]
+def serving(*more: str) -> Iterator[tuple[int, int]]:
+    """Start the server, with more options; yield its process and its port."""
+    command = [sys.executable, "-m", "lfm2vl_edge", "serve", "-m", "tiny", "--port", "0", "--threads", "1", *more]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None
