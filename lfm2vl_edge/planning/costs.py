@@ -23,8 +23,8 @@ REPACKED: Final[Mapping[int, float]] = {2: 0.75, 14: 0.75, 15: 0.75, 25: 0.75}
 """llama.cpp's file type -> share of a 4-bit language file that llama.cpp stores a second time, in another order."""
 REPACKED_ARM: Final[Mapping[int, float]] = dict.fromkeys((2, 7, 14, 15, 16, 17, 18, 25), 1.0) | {8: 0.22, 12: 0.55}
 """The same on ARM with dot products, where Q8_0, Q5_K and Q6_K have such kernels too (ggml-cpu/repack.cpp, 0.3.36):
-all that Q4_0, Q8_0, Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M, Q6_K and IQ4_NL consist of; of the 450M model's Q5_0 the vocabulary,
-of its Q3_K_M half."""
+all that Q4_0, Q8_0, Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M, Q6_K and IQ4_NL consist of, and the vocabulary of Q5_0. Shares of
+Q5_0 and Q3_K_M: the 450M model's tensors."""
 _TILE_OPERATIONS: Final = 2.13e11
 """Of a 512x512 tile in the 450M encoder: 2 x weights x patches + 4 x layers x width x patches^2 (attention)."""
 _MEASURED_CORES: Final = 2

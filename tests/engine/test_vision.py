@@ -21,10 +21,11 @@ from lfm2vl_edge.engine.encoder import ggml
 from lfm2vl_edge.engine.encoder.mtmd import MtmdEncoder
 from lfm2vl_edge.engine.encoder.vision import GraphEncoder, read_tower
 from lfm2vl_edge.engine.language import LanguageFile
+from lfm2vl_edge.engine.quantize import quantize_file
 from lfm2vl_edge.errors import EngineError
 from lfm2vl_edge.image.tiles import resize_grid
 from lfm2vl_edge.models.gguf import read_metadata
-from lfm2vl_edge.models.names import find_pair
+from lfm2vl_edge.models.names import TINY, find_pair
 from tests.conftest import Pair
 from tests.test_reference import relative_error
 
@@ -142,6 +143,56 @@ def test_a_rewritten_file_gives_the_same_bits(mmproj: Callable[[str, str], Path]
     path = rewritten(mmproj("a", "F32"), tmp_path / "mmproj.gguf", changed("", lambda data: data))
     with closing(open_encoder(path, 1)) as copy, closing(open_encoder(mmproj("a", "F32"), 1)) as original:
         np.testing.assert_array_equal(copy.encode(view(1, 2), 2, 128), original.encode(view(1, 2), 2, 128))
+
+
+def rearranged_types() -> list[str]:
+    """Types of a matrix that ggml's source (ggml-cpu/repack.cpp) rearranges on this processor, of those tried here."""
+    features = set(ffi.llama.llama_print_system_info().decode().replace(" ", "").split("|"))
+    if features & {"DOTPROD=1", "MATMUL_INT8=1"}:
+        return ["Q8_0", "Q4_0"]
+    return ["Q4_0"] if "AVX2=1" in features else []
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_rearranged_weights_are_as_exact(kind: str, tmp_path: Path) -> None:
+    """Both orders are compared with float32 products of the same rounded weights: each rounds what it multiplies."""
+    source, exact = tmp_path / "mmproj.gguf", tmp_path / "exact.gguf"
+    quantize_file(TINY / "mmproj-lfm2vl-tiny-F16.gguf", source, kind, (), lambda _: None)
+    types = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(source).tensors}
+    rewritten(source, exact, lambda name, data: gguf.quants.dequantize(data, types[name]))
+    n_embd = read_metadata(source)["clip.vision.projection_dim"]
+
+    def embeddings(path: Path, **options: bool) -> tuple[list[Floats], int]:
+        with closing(GraphEncoder(path, 2, read_metadata(path), **options)) as encoder:
+            found = [encoder.encode(view(rows, columns), rows * columns, n_embd) for rows, columns in VIEWS]
+            return found, encoder._weights.repacked_bytes
+
+    (mapped, none), (repacked, n_bytes), (expected, _) = (
+        *(embeddings(source, repack=repack) for repack in (False, True)),
+        embeddings(exact),
+    )
+    matrices = sum(tensor.n_bytes for tensor in gguf.GGUFReader(source).tensors if tensor.tensor_type.name == kind)
+    assert (none, n_bytes) == (0, pytest.approx(matrices, rel=0.01) if kind in rearranged_types() else 0)
+    for one, other, right in zip(mapped, repacked, expected, strict=True):
+        assert relative_error(right, other) <= 1.5 * relative_error(right, one) <= 0.05
+
+
+def test_a_llama_cpp_without_rearranged_weights_maps_all(
+    mmproj: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ggml._REPACK, "ggml_backend_of_the_future", (None, []))
+    for function in (ggml.ggml_repack, ggml.repack_type):
+        function.cache_clear()
+    try:
+        path = mmproj("a", "F16")
+        with closing(GraphEncoder(path, 1, read_metadata(path), repack=True)) as encoder:
+            assert encoder._weights.repacked_bytes == 0
+            assert ggml.repack_type() is None
+            encoder.encode(view(1, 2), 2, 128)
+    finally:
+        monkeypatch.undo()
+        for function in (ggml.ggml_repack, ggml.repack_type):
+            function.cache_clear()
 
 
 def test_every_wrong_tensor_is_refused_before_ggml_sees_it(mmproj: Callable[[str, str], Path], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Mapping
@@ -130,6 +131,18 @@ _BASE: Final[Mapping[str, tuple[Any, list[Any]]]] = {
     "gguf_get_n_tensors": (_number, [_pointer]),
     "gguf_get_tensor_offset": (_size, [_pointer, _number]),
 }
+_REPACK: Final[Mapping[str, tuple[Any, list[Any]]]] = {
+    "ggml_backend_cpu_reg": (_pointer, []),
+    "ggml_backend_reg_dev_get": (_pointer, [_pointer, _size]),
+    "ggml_backend_reg_get_proc_address": (_pointer, [_pointer, ctypes.c_char_p]),
+    "ggml_backend_dev_supports_op": (ctypes.c_bool, [_pointer, _pointer]),
+    "ggml_backend_buft_name": (ctypes.c_char_p, [_pointer]),
+    "ggml_backend_buft_alloc_buffer": (_pointer, [_pointer, _size]),
+    "ggml_backend_buffer_get_base": (_pointer, [_pointer]),
+    "ggml_backend_tensor_set": (None, [_pointer, _pointer, _size, _size]),
+}
+_REPACK_NAME: Final = b"CPU_REPACK"
+"""ggml's name of the buffers whose weights are rearranged for kernels that read several rows at once."""
 _CPU: Final[Mapping[str, tuple[Any, list[Any]]]] = {
     "ggml_cpu_init": (None, []),
     "ggml_graph_plan": (Plan, [_pointer, _int, _pointer]),
@@ -157,6 +170,61 @@ def ggml_cpu() -> Any:
     functions = _functions(_CPU)
     functions.ggml_cpu_init()
     return functions
+
+
+@functools.cache
+def ggml_repack() -> Any:
+    """Return ggml's functions for buffers of rearranged weights, by name.
+
+    Raises:
+        EngineError: the installed llama.cpp lacks one.
+    """
+    return _functions(_REPACK)
+
+
+@functools.cache
+def repack_type() -> int | None:
+    """Return ggml's type of buffers for rearranged weights; None if the installed llama.cpp has none."""
+    try:
+        functions = ggml_repack()
+    except EngineError:
+        return None
+    address = functions.ggml_backend_reg_get_proc_address(
+        functions.ggml_backend_cpu_reg(), b"ggml_backend_dev_get_extra_bufts"
+    )
+    if not address:
+        return None
+    kinds = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), _pointer)(address)(cpu_device())
+    for index in itertools.count():
+        kind = kinds[index] if kinds else None
+        if kind is None or functions.ggml_backend_buft_name(kind) == _REPACK_NAME:
+            return kind
+    return None
+
+
+def cpu_device() -> int:
+    """Return ggml's handle of the processor."""
+    return int(ggml_repack().ggml_backend_reg_dev_get(ggml_repack().ggml_backend_cpu_reg(), 0))
+
+
+def can_repack(tensor: int) -> bool:
+    """Return whether ggml has kernels for rearranged weights of a tensor's type and shape on this processor.
+
+    The tensor has no buffer yet. ggml decides by the buffer, so the tensor gets an empty one meanwhile.
+    """
+    found, kind = fields(tensor), repack_type()
+    if kind is None or not ggml().ggml_is_quantized(found.type) or (found.ne[2], found.ne[3]) != (1, 1):
+        return False
+    context = ggml().ggml_init(InitParams(_TRIAL_BYTES, None, True))
+    empty = ggml_repack().ggml_backend_buft_alloc_buffer(kind, 0)
+    try:
+        product = ggml().ggml_mul_mat(context, tensor, ggml().ggml_new_tensor_2d(context, F32, found.ne[0], 1))
+        found.buffer = empty
+        return bool(ggml_repack().ggml_backend_dev_supports_op(cpu_device(), product))
+    finally:
+        found.buffer = None
+        ggml().ggml_backend_buffer_free(empty)
+        ggml().ggml_free(context)
 
 
 def _functions(signatures: Mapping[str, tuple[Any, list[Any]]]) -> Any:

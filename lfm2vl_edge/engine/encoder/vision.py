@@ -96,15 +96,16 @@ class GraphEncoder:
         mmproj: the vision file.
         n_threads: threads that compute.
         metadata: the file's metadata.
+        repack: whether weights are copied, rearranged, for faster kernels if there are some; see `Weights`.
 
     Raises:
         EngineError: the file is incomplete or contradicts itself, or the installed llama.cpp cannot compute the graph.
     """
 
-    def __init__(self, mmproj: Path, n_threads: int, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, mmproj: Path, n_threads: int, metadata: Mapping[str, Any], *, repack: bool = False) -> None:
         self._tower = read_tower(mmproj, metadata)
         self._n_threads = n_threads
-        self._weights = Weights(mmproj)
+        self._weights = Weights(mmproj, repack=repack)
         self._view: _View | None = None
         try:
             _check_ends(self._tower, self._weights)

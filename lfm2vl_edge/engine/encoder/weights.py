@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,11 +14,23 @@ import numpy as np
 from numpy.ctypeslib import as_array
 
 from lfm2vl_edge.engine import Floats
-from lfm2vl_edge.engine.encoder.ggml import F32, FileParams, TensorFields, fields, ggml, product_op
+from lfm2vl_edge.engine.encoder.ggml import (
+    F32,
+    FileParams,
+    TensorFields,
+    can_repack,
+    fields,
+    ggml,
+    ggml_repack,
+    product_op,
+    repack_type,
+)
 from lfm2vl_edge.engine.ffi import require
 from lfm2vl_edge.engine.library import LOG
 from lfm2vl_edge.errors import EngineError
 
+_ALIGNMENT: Final = 64
+"""Bytes; ggml needs half of it for tensors."""
 _HALVES: Final = (1, 30)
 """ggml.h's GGML_TYPE_F16 and GGML_TYPE_BF16."""
 
@@ -26,16 +40,25 @@ class Weights:
 
     ggml ends the process if shapes do not fit, so nothing reaches it unchecked.
 
+    Args:
+        path: the GGUF file.
+        repack: whether matrices are copied, rearranged, if ggml has kernels for them so; such a matrix can only be
+            the first operand of a product, whole: a view of it would be misread.
+
     Raises:
         EngineError: the file is not a valid GGUF file, ends early, or the installed version of ggml is unknown.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, repack: bool = False) -> None:
         product_op()  # or the shapes would be misread
         self._path = path
+        self._repack = repack
+        self.repacked_bytes = 0
+        """Size of the rearranged copies."""
         self._file: Any = None
         self._context = ctypes.c_void_p()
         self._buffer: Any = None
+        self._copies: Any = None
         self._mapping: mmap.mmap | None = None
         self._tensors: dict[str, int] = {}
         LOG.forget()
@@ -86,13 +109,13 @@ class Weights:
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""
-        if self._buffer:
-            ggml().ggml_backend_buffer_free(self._buffer)
+        for buffer in filter(None, (self._buffer, self._copies)):
+            ggml().ggml_backend_buffer_free(buffer)
         if self._context.value is not None:
             ggml().ggml_free(self._context)
         if self._file:
             ggml().gguf_free(self._file)
-        self._file = self._buffer = self._mapping = None
+        self._file = self._buffer = self._copies = self._mapping = None
         self._context = ctypes.c_void_p()
         self._tensors = {}
 
@@ -108,14 +131,38 @@ class Weights:
         self._buffer = require("ggml_backend_cpu_buffer_from_ptr", buffer)
         first = ggml().gguf_get_data_offset(self._file)
         tensor = ggml().ggml_get_first_tensor(self._context)
+        copied = {}
         for index in range(ggml().gguf_get_n_tensors(self._file)):
             name = fields(tensor).name.decode("utf-8", "replace")
             offset = first + ggml().gguf_get_tensor_offset(self._file, index)
             if offset + ggml().ggml_nbytes(tensor) > size:
                 raise EngineError(f"{self._path} ends before its tensor {name}; download or convert it again")
-            ggml().ggml_backend_tensor_alloc(self._buffer, tensor, start + offset)
+            if self._repack and can_repack(tensor):
+                copied[tensor] = start + offset
+            else:
+                ggml().ggml_backend_tensor_alloc(self._buffer, tensor, start + offset)
             self._tensors[name] = tensor
             tensor = ggml().ggml_get_next_tensor(self._context, tensor)
+        if copied:
+            self._copy(copied)
+
+    def _copy(self, places: Mapping[int, int]) -> None:
+        """Copy tensors, rearranged, and let the system drop what was read of the file.
+
+        Args:
+            places: tensor -> address of its data in the mapped file.
+        """
+        sizes = [-(-ggml().ggml_nbytes(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in places]
+        self.repacked_bytes = sum(sizes)
+        buffer = ggml_repack().ggml_backend_buft_alloc_buffer(repack_type(), self.repacked_bytes)
+        self._copies = require("ggml_backend_buft_alloc_buffer", buffer, f": no memory for {self._path}, rearranged?")
+        base = ggml_repack().ggml_backend_buffer_get_base(buffer)
+        ends = itertools.accumulate(sizes)
+        for (tensor, address), size, end in zip(places.items(), sizes, ends, strict=True):
+            ggml().ggml_backend_tensor_alloc(buffer, tensor, base + end - size)
+            ggml_repack().ggml_backend_tensor_set(tensor, address, 0, ggml().ggml_nbytes(tensor))
+        if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def _found(self, name: str) -> TensorFields:
         if name not in self._tensors:
