@@ -30,7 +30,7 @@ AXE         := $(AXE_FOLDER)/node_modules/axe-core/axe.min.js
 TCMALLOC := $(firstword $(wildcard /usr/lib/*/libtcmalloc_minimal.so.4))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format docs fuzz schemathesis page-tests ray-tests vulkan parity parity-images parity-checkpoints arm package matrix train scores clean
+.PHONY: help run test check format docs fuzz schemathesis page-tests ray-tests vulkan parity parity-images parity-checkpoints published arm package matrix train scores clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ parity-images: $(IMAGES_VENV)/.ready ## compare 200 whole images with transforme
 
 parity-checkpoints: $(IMAGES_VENV)/.ready ## compare 66 layouts of checkpoints with what transformers loads: installs 5.5 GB
 	$(IMAGES_VENV)/bin/python -m tests.parity.checkpoints
+
+published: $(IMAGES_VENV)/.ready ## compare the published models with their checkpoints: 5.5 GB, and 30 GB of downloads in turn
+	$(IMAGES_VENV)/bin/python -m models.published
 
 arm: $(VENV)/.test ## run kernels and packages on emulated 64-bit ARM boards; see docs/raspberry-pi.md
 	$(BIN)/python -m tests.arm
