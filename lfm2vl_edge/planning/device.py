@@ -77,6 +77,8 @@ class Profile:
     """Date and time, ISO 8601."""
     choice_temperature: float | None = None
     """Temperature of the probabilities of `choose` that `eval --fit` found, above 0; None if it was not fitted."""
+    repacked: tuple[str, ...] = ()
+    """Types of mmproj files whose weights are rearranged when they are read: they were faster so."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "memory_bytes"):
@@ -92,6 +94,10 @@ class Profile:
             raise ConfigError("a speed or time is not a finite number above 0")
         if self.mmproj not in self.encode or not all(is_integer(tokens, 1) for tokens, _ in views):
             raise ConfigError("the times of the encoder contradict each other")
+        if not isinstance(self.repacked, tuple) or not all(
+            isinstance(kind, str) and kind in self.encode for kind in self.repacked
+        ):
+            raise ConfigError("repacked is not a list of measured types")
         temperature = 1.0 if self.choice_temperature is None else self.choice_temperature
         if not is_finite(temperature) or temperature <= 0:
             raise ConfigError("choice_temperature is not a finite number above 0")
@@ -237,6 +243,7 @@ def _read(key: ProfileKey) -> Profile:
             str(kind): {int(tokens): seconds for tokens, seconds in points.items()}
             for kind, points in fields.pop("encode").items()
         }
-        return Profile(**fields, encode=encode)
+        repacked = fields.pop("repacked", [])  # a profile of an earlier version has none
+        return Profile(**fields, encode=encode, repacked=tuple(repacked) if isinstance(repacked, list) else repacked)
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise ConfigError("a value is missing or not valid") from error
