@@ -380,20 +380,22 @@ def prefill_steps(
 ) -> Iterator[None]:
     """Do what `prefill` does in steps, between which something else may be computed; the logits are those of the last.
 
-    A step encodes one view, decodes its embeddings, or decodes a run of at most `most` tokens; None is the whole run.
+    A step restores a state, encodes one view, decodes its embeddings, or decodes a run of at most `most` tokens; None is
+    the whole run. A state is kept at the start of the step that follows its piece, so that the piece may be computed
+    between the two, together with others.
     """
     with watch.phase("prefill"):
         keys = chain(pieces)
         done = _restore(engine, pieces, keys[:-1], caches)
     watch.restored_tokens = sum(map(n_tokens, pieces[:done]))
     views = [index for index, piece in enumerate(pieces) if isinstance(piece, Tile)]
+    yield
     for index in range(done, len(pieces)):
         yield from _decode(engine, pieces[index], caches, watch, more=index < len(pieces) - 1, most=most)
+        yield
         if index in (*views[-1:], len(pieces) - 1):
             with watch.phase("prefill"):
                 caches.states.put(keys[index], engine.snapshot, lasting=index in views[-1:])
-        if index < len(pieces) - 1:
-            yield
 
 
 def _restore(engine: Decoder, pieces: Sequence[Piece], keys: Sequence[Key], caches: Caches) -> int:

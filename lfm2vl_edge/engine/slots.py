@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class Slots:
         self._open_context, self._in_use, self._abort = open_context, in_use, abort
         self.slots = tuple(Slot(self, number, encode) for number in range(count))
         self._rows: dict[int, int] = {}  # sequence -> place of its logits in the last call
-        self._riders: dict[Slot, Sequence[int]] = {}
+        self._collected: dict[Slot, _Run] | None = None  # what `together` decodes at its end
         self._context: Any = None
         self.n_ctx = 0
         """Tokens that fit now."""
@@ -80,25 +80,23 @@ class Slots:
                 slot.restore(state, length)
 
     @contextmanager
-    def riding(self, runs: Mapping[Slot, Sequence[int]]) -> Iterator[None]:
-        """Append a run of tokens to each of several sequences, with what the block appends to another one.
+    def together(self) -> Iterator[None]:
+        """Decode the tokens that the block appends in one native call, at its end, which reads the weights once.
 
-        The first tokens of the block go with them in one native call, which reads the weights once; if the block
-        decodes no tokens, they go alone at its end. So their logits are there after the block.
-
-        Args:
-            runs: at least one token for each sequence.
+        Until then their sequences have neither logits nor a snapshot. Embeddings are decoded at once.
 
         Raises:
-            ContextFull, EngineError: as for `decode`, at the end of the block.
+            ContextFull, EngineError: as for `decode`, at the end of the block: none of its tokens were appended, and
+                their sequences can only be cleared.
         """
-        self._riders = dict(runs)
+        self._collected = {}
         try:
             yield
+            collected, self._collected = self._collected, None
         finally:
-            left, self._riders = self._riders, {}
-        if left:
-            self.decode(left)
+            self._collected = None
+        if collected:
+            self._decode_runs(collected)
 
     def decode(self, runs: Mapping[Slot, Sequence[int]], *, more: bool = False) -> None:
         """Append a run of tokens to each of several sequences, in one native call.
@@ -111,17 +109,12 @@ class Slots:
             ContextFull: the context has no room left; nothing was appended.
             EngineError: a native call failed, or was cancelled.
         """
-        every = {**runs, **self._riders}
-        owners = [slot.number for slot, run in every.items() for _ in run]
-        positions = [slot.length + index for slot, run in every.items() for index in range(len(run))]
-        ends = np.cumsum([len(run) for run in every.values()]) - 1
-        rows = dict(zip((slot.number for slot in every), ends.tolist(), strict=True))
-        if more:
-            rows = {slot.number: rows[slot.number] for slot in self._riders}
-        ids = [token for run in every.values() for token in run]
-        self._decode(owners, positions, rows, token=(llama.llama_token * len(ids))(*ids))
-        self._riders = {}
-        for slot, run in every.items():
+        given = {slot: _Run(slot.length, run, more) for slot, run in runs.items()}
+        if self._collected is None:
+            self._decode_runs(given)
+        else:
+            self._collected.update(given)
+        for slot, run in runs.items():
             slot.length += len(run)
 
     def decode_embeddings(self, slot: Slot, embeddings: Floats, *, more: bool = False) -> None:
@@ -155,6 +148,8 @@ class Slots:
             StateError: the bytes are not a state of this model after `n_tokens` tokens; the sequence is empty then.
         """
         self._rows.pop(slot.number, None)
+        if self._collected:
+            self._collected.pop(slot, None)
         slot.length = 0
         with self._in_use():
             llama.llama_memory_seq_rm(llama.llama_get_memory(self._context), slot.number, -1, -1)
@@ -176,6 +171,14 @@ class Slots:
         for slot in self.slots:
             slot.length = 0
         self._rows = {}
+
+    def _decode_runs(self, runs: Mapping[Slot, _Run]) -> None:
+        owners = [slot.number for slot, run in runs.items() for _ in run.tokens]
+        positions = [run.start + index for run in runs.values() for index in range(len(run.tokens))]
+        ends = np.cumsum([len(run.tokens) for run in runs.values()]) - 1
+        rows = {slot.number: int(end) for (slot, run), end in zip(runs.items(), ends, strict=True) if not run.more}
+        ids = [token for run in runs.values() for token in run.tokens]
+        self._decode(owners, positions, rows, token=(llama.llama_token * len(ids))(*ids))
 
     def _decode(
         self, owners: Sequence[int], positions: Iterable[int], rows: Mapping[int, int], **content: Any
@@ -203,6 +206,16 @@ class Slots:
             raise ContextFull(f"the context of {self.n_ctx} tokens is full")
         check("llama_decode", code)
         self._rows = dict(rows)
+
+
+class _Run(NamedTuple):
+    """Tokens that are appended to one sequence."""
+
+    start: int
+    """Place of the first one."""
+    tokens: Sequence[int]
+    more: bool
+    """Whether no logits are needed."""
 
 
 class Slot:

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
@@ -83,12 +84,25 @@ class _Job:
     """What is left of its prompt."""
     n_left: int
     """What that takes, in the time of tokens."""
+    is_started: bool = False
+    """Whether its longest known prefix is restored."""
     n_passed: int = 0
     """Steps of later requests that came first."""
     run: list[Sampled] = field(default_factory=list)
     """Tokens that were sampled, but not decoded."""
     chunks: list[Chunk] = field(default_factory=list)
     """Chunks of an answer under a constraint, which comes whole."""
+
+    @property
+    def n_tokens_left(self) -> int:
+        """What is left of its prompt, tokens."""
+        return len(self.answer.prompt.token_ids) - self.slot.length
+
+    @property
+    def is_text(self) -> bool:
+        """Whether no view is left in its prompt."""
+        after_views = takewhile(lambda piece: not isinstance(piece, Tile), reversed(self.answer.pieces))
+        return self.n_tokens_left <= sum(map(n_tokens, after_views))
 
 
 class Scheduler:
@@ -277,25 +291,45 @@ class Scheduler:
                 self._waiting.popleft()
                 self._filling.append(job)
 
-    def _next_to_fill(self) -> _Job:
-        """Return the prompt with the least left; one that was passed often comes first.
+    def _next_to_fill(self) -> list[_Job]:
+        """Return the prompt with the least left, and short texts beside it; one that was passed often comes first.
 
         So a short question does not wait for a large image, and of several requests about one image the first one is
         finished before the others start: they find its state.
         """
+        if not self._filling:
+            return []
         first = self._filling[0]
         chosen = first if first.n_passed >= _MOST_PASSED else min(self._filling, key=lambda job: job.n_left)
         for job in self._filling[: self._filling.index(chosen)]:
             job.n_passed += 1
-        return chosen
+        return [chosen, *self._companions(chosen)] if chosen.is_text else [chosen]
+
+    def _companions(self, chosen: _Job) -> Iterator[_Job]:
+        """Yield the other texts that fit into the step of one; equal prompts wait, and find its state."""
+        room, prompts = _RUN - chosen.n_tokens_left, [chosen.answer.prompt.token_ids]
+        for job in self._filling:
+            is_new = job.is_started or job.answer.prompt.token_ids not in prompts
+            if job is not chosen and is_new and job.is_text and job.n_tokens_left <= room:
+                room -= job.n_tokens_left
+                prompts.append(job.answer.prompt.token_ids)
+                yield job
 
     def _fill(self, job: _Job) -> None:
-        """Do one step of a prompt; after the last one, sample the first token."""
+        """Do one step of a prompt."""
         with self._errors_of(job):
             before = job.slot.length
-            for _ in job.steps:
-                job.n_left -= max(1, job.slot.length - before)
-                return
+            if not job.is_started:
+                next(job.steps)
+                job.is_started = True
+            next(job.steps)
+            job.n_left -= max(1, job.slot.length - before)
+
+    def _start(self, job: _Job) -> None:
+        """Sample the first token of an answer whose prompt is decoded."""
+        with self._errors_of(job):
+            for _ in job.steps:  # keeps the prompt's state
+                pass
             sampler = self._engine.sampler(*job.answer.sampling)
             with self._changed:
                 self._filling.remove(job)
@@ -319,30 +353,32 @@ class Scheduler:
             self._choosing.popleft()
 
     def _step(self) -> None:
-        """Compute one token of every running answer and one step of one prompt, in one native call if that can be.
+        """Compute one token of every running answer and one step of a prompt or a choice.
 
-        One step, so that a running answer waits no longer than for one view.
+        One native call does all of it, but for what belongs to views and choices. One step, so that a running answer
+        waits no longer than for one view.
         """
         running = dict(self._running)
+        self._is_choice_next = bool(self._choosing) and not (self._filling and self._is_choice_next)
+        filling = [] if self._is_choice_next else self._next_to_fill()
         try:
-            with self._slots.riding({job.slot: [one.token for one in job.run] for job in running}):
-                self._advance()
+            with self._slots.together():
+                self._slots.decode({job.slot: [one.token for one in job.run] for job in running})
+                if self._is_choice_next:
+                    self._choose()
+                for job in filling:
+                    self._fill(job)
         except EdgeError as error:
-            for job in running:
+            for job in (*running, *filling):
                 self._end(job, error)
             return
         for job, sampler in running.items():
             with self._errors_of(job):
                 job.run = self._slots.sample(job.slot, sampler)
                 self._take(job)
-
-    def _advance(self) -> None:
-        """Do one step of a choice or of a prompt, in turns."""
-        self._is_choice_next = bool(self._choosing) and not (self._filling and self._is_choice_next)
-        if self._is_choice_next:
-            self._choose()
-        elif self._filling:
-            self._fill(self._next_to_fill())
+        for job in filling:
+            if job in self._filling and not job.n_tokens_left:
+                self._start(job)
 
     def _take(self, job: _Job) -> None:
         """Turn sampled tokens into chunks, and end the answer if it ends with one of them."""
