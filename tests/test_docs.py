@@ -72,6 +72,8 @@ _FOREIGN: Final = (
     "--temp",
     "--strict",
     "--only",
+    "--keep",
+    "--without-transformers",
 )
 """Options of other programs that the documents name."""
 
@@ -252,8 +254,8 @@ def with_any(kind: str) -> list[Any]:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         found = [one for one in blocks(text) if one.language == "python"] if kind == "python" else list(commands(text))
-        if kind == "python" and page.name == "server.md":
-            continue  # it needs a server: tests/server/test_clients.py runs it
+        if kind == "python" and page.name in ("server.md", "clients.md"):
+            continue  # they need a server: tests/server/test_clients.py runs them
         pages += [pytest.param(page, id=name_of(page))] if found else []
     return pages
 

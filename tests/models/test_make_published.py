@@ -241,7 +241,7 @@ def test_tensors_with_other_bytes_alone_are_no_complaint() -> None:
 
 
 def test_settings_that_differ_are_named(pair: Callable[[str, str], Path]) -> None:
-    """The reference checkpoints b and c have other settings than a, and another vocabulary."""
+    """Checkpoints b and c have other settings than a, and another vocabulary."""
     from lfm2vl_edge.models.names import find_pair
 
     a, c = find_pair(pair("a", "F16")), find_pair(pair("c", "F16"))

@@ -1,15 +1,19 @@
-"""Requests as programs send them that cannot be installed here, by their documentation; see docs/server.md."""
+"""Requests as programs send them that cannot be installed here, by their documentation; see docs/clients.md."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
+import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from lfm2vl_edge import Model
@@ -31,6 +35,79 @@ def test_the_program_of_the_page(here: Here, tmp_path: Path, monkeypatch: pytest
     exec(compile(code.replace("http://127.0.0.1:8080", here.url), "server.md", "exec"), names)  # noqa: S102
     names["client"].close()
     assert "CompletionUsage" in capsys.readouterr().out
+
+
+def blocks_of(page: str, language: str) -> list[str]:
+    """Return the blocks of code of a page in docs/."""
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["clients.md", "server.md"])
+def test_the_commands_with_curl_work(page: str, here: Here, tmp_path: Path) -> None:
+    """As they are written, about an image of 150 KB: more than an argument of a program may have."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg", format="PNG")
+    assert (tmp_path / "photo.jpg").stat().st_size > 150_000
+    commands = [one for one in blocks_of(page, "sh") if one.startswith("curl ")]
+    assert commands
+    for command in commands:
+        script = command.replace("http://127.0.0.1:8080", here.url)
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, check=True, timeout=60)
+        answer = json.loads(done.stdout)
+        assert "choices" in answer or "probabilities" in answer, answer
+
+
+def test_the_configurations_of_the_page_are_valid() -> None:
+    compose, automation, frigate, proxy = map(yaml.safe_load, blocks_of("clients.md", "yaml"))
+    base, whole = "http://HOST:8080/v1", "http://HOST:8080/v1/chat/completions"
+    service = compose["services"]["open-webui"]
+    assert service["environment"]["OPENAI_API_BASE_URL"] == base.replace("HOST", "host.docker.internal")
+    assert set(map(type, service["environment"].values())) == {str}
+    assert set(compose["volumes"]) == {one.partition(":")[0] for one in service["volumes"]}
+    provider = frigate["genai"]["edge"]
+    assert (provider["provider"], provider["base_url"], provider["model"]) == ("openai", base, "eyes")
+    assert set(provider["roles"]) == {"descriptions", "chat"}
+    assert proxy["model_list"][0]["litellm_params"]["api_base"] == base
+    (asked, told) = automation[0]["actions"]
+    assert asked["data"]["model"] == "eyes"
+    assert asked["response_variable"] in told["if"]
+    assert automation[0]["triggers"][0]["to"] == "on"
+    assert f"`{whole}`; the key is" in (Path(__file__).parents[2] / "docs" / "clients.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore")  # of other packages
+def test_langchain_as_on_the_page(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Compiled everywhere, run if LangChain is installed."""
+    (code,) = blocks_of("clients.md", "python")
+    assert "http://127.0.0.1:8080/v1" in code
+    compiled = compile(code.replace("http://127.0.0.1:8080", here.url), "clients.md", "exec", dont_inherit=True)
+    pytest.importorskip("langchain_openai")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photo.jpg").write_bytes((DATA / "0003.png").read_bytes())
+    exec(compiled, {})  # noqa: S102
+    whole, streamed = capsys.readouterr().out.split("\n")
+    assert whole == streamed != ""
+
+
+def test_open_webui(here: Here) -> None:
+    """It lists the models, streams an answer about an image, and then asks for a title of the conversation."""
+    listed = here.send("GET", "/v1/models", headers={"Authorization": "Bearer KEY"}).json
+    assert listed["data"][0]["id"]
+    image = {"type": "image_url", "image_url": {"url": data_url()}}
+    content = [{"type": "text", "text": "Count the purple objects."}, image]
+    messages: list[Any] = [{"role": "user", "content": content}]
+    body = {"stream": True, "model": "scenes", "messages": messages, "stream_options": {"include_usage": True}}
+    events = here.chat(body).events
+    streamed = "".join(one["choices"][0]["delta"].get("content") or "" for one in events if one["choices"])
+    assert streamed == here.chat(body | {"stream": False}).text != ""
+    assert events[-1]["usage"]["completion_tokens"] > 0
+    title = {
+        "role": "user",
+        "content": "### Task:\nGenerate a concise title.\n<chat_history>\nUSER: x\n</chat_history>",
+    }
+    task = {"stream": False, "model": "scenes", "messages": [title], "max_completion_tokens": 8}
+    assert here.chat(task).status == 200
 
 
 def test_frigate_as_openai(here: Here) -> None:
