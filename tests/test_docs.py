@@ -29,6 +29,7 @@ from lfm2vl_edge import Model
 from lfm2vl_edge.cli import COMMANDS, build
 from lfm2vl_edge.models.names import resolve_model
 from tests.prompt.test_tools import START, STOP, Answering, config
+from tests.test_structure import ORDER
 
 ROOT: Final = Path(__file__).parent.parent
 PAGES: Final = sorted(
@@ -45,7 +46,7 @@ _PATH: Final = re.compile(r"(?:lfm2vl_edge|convert|models|tests|benchmarks|docs|
 CHECKPOINT: Final = ROOT / "models" / "tiny" / "lfm2vl-tiny"
 IMAGES: Final = ("photo.jpg", "a.jpg", "b.jpg", "b.png", "another.jpg", "receipt.jpg")
 PAIRS: Final = ("models/450m", "models/f16", "models/q4")
-CHECKPOINTS: Final = ("path/to/LFM2-VL-450M", "LFM2-VL-450M", "LiquidAI/LFM2.5-VL-450M")
+CHECKPOINTS: Final = ("path/to/LFM2-VL-450M", "LFM2-VL-450M", "my-model", "LiquidAI/LFM2.5-VL-450M")
 """A local folder wins over a repository of the hub, so a checkpoint of the hub can be a placeholder too."""
 SCHEMA: Final = {"type": "integer"}
 _ONLY_PARSED: Final = ("serve", "watch", "pull", "rm", "bench", "tune", "doctor")
@@ -61,7 +62,8 @@ _ONLY_PARSED_OPTIONS: Final = (
 )
 """They need a GPU, a measured profile, a cluster, or many seconds."""
 _SLOW: Final = ("convert", "quantize", "calibrate", "verify")
-"""They take seconds: they are run on the page about them and in transcripts, and parsed elsewhere."""
+"""They take seconds: they are run on the pages about them and in transcripts, and parsed elsewhere."""
+_SLOW_PAGES: Final = ("quantization.md", "fine-tune.md")
 _FOREIGN: Final = (
     "--build",
     "--build-arg",
@@ -226,7 +228,7 @@ def is_only_parsed(command: Command, page: Path) -> bool:
     name = command.arguments[0]
     return command.output is None and (
         name in _ONLY_PARSED
-        or (name in _SLOW and page.name != "quantization.md")
+        or (name in _SLOW and page.name not in _SLOW_PAGES)
         or any(option in command.arguments for option in _ONLY_PARSED_OPTIONS)
     )
 
@@ -254,8 +256,8 @@ def with_any(kind: str) -> list[Any]:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         found = [one for one in blocks(text) if one.language == "python"] if kind == "python" else list(commands(text))
-        if kind == "python" and page.name in ("server.md", "clients.md"):
-            continue  # they need a server: tests/server/test_clients.py runs them
+        if kind == "python" and page.name in ("server.md", "clients.md", "fine-tune.md"):
+            continue  # they need a server, see tests/server/test_clients.py; or torch and peft
         pages += [pytest.param(page, id=name_of(page))] if found else []
     return pages
 
@@ -312,6 +314,21 @@ def test_the_one_liner_of_the_quick_start_prints_what_it_shows() -> None:
     code = shlex.split(lines[number])[3]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     assert done.stdout.strip() == lines[number + 1].strip()
+
+
+def test_the_python_of_the_fine_tune_is_valid() -> None:
+    """It needs torch, transformers and peft, and a published model."""
+    (code,) = [one.text for one in blocks((ROOT / "docs" / "fine-tune.md").read_text()) if one.language == "python"]
+    compile(code, "fine-tune.md", "exec", dont_inherit=True)
+
+
+def test_the_architecture_has_every_room_in_its_order() -> None:
+    """The order of imports, which `tests/test_structure.py` enforces; the rows of both name the same rooms."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.split("## Rooms")[1].split("## ")[0]
+    rows = [tuple(_CODE.findall(line.split("|")[1])) for line in section.splitlines() if line.startswith("| `")]
+    rooms = [room for row in ORDER for room in row if room not in ("", "__main__")]
+    assert [room for row in rows for room in row] == rooms
 
 
 def anchor(heading: str) -> str:
