@@ -369,7 +369,8 @@ def _room(config: ModelConfig, prompt: Prompt, max_tokens: int) -> int:
 def prefill(engine: Engine, pieces: Sequence[Piece], caches: Caches, watch: Stopwatch) -> None:
     """Put pieces through the engine, after the longest known prefix of them; the last one is always decoded.
 
-    The states after the last view and after the last piece are kept; the first of them is worth keeping on disk.
+    The states after the first piece, if it is text, after the last view and after the last piece are kept; the second
+    of them is worth keeping on disk.
     """
     for _ in prefill_steps(engine, pieces, caches, watch):
         pass
@@ -380,8 +381,8 @@ def prefill_steps(
 ) -> Iterator[None]:
     """Do what `prefill` does in steps, between which something else may be computed; the logits are those of the last.
 
-    A step restores a state, encodes one view, decodes its embeddings, or decodes a run of at most `most` tokens; None is
-    the whole run. A state is kept at the start of the step that follows its piece, so that the piece may be computed
+    A step restores a state, encodes one view, decodes its embeddings, or decodes a run of at most `most` tokens; None
+    is the whole run. A state is kept at the start of the step that follows its piece, so that the piece may be computed
     between the two, together with others.
     """
     with watch.phase("prefill"):
@@ -389,11 +390,12 @@ def prefill_steps(
         done = _restore(engine, pieces, keys[:-1], caches)
     watch.restored_tokens = sum(map(n_tokens, pieces[:done]))
     views = [index for index, piece in enumerate(pieces) if isinstance(piece, Tile)]
+    kept = {*views[-1:], len(pieces) - 1, *([] if 0 in views else [0])}
     yield
     for index in range(done, len(pieces)):
         yield from _decode(engine, pieces[index], caches, watch, more=index < len(pieces) - 1, most=most)
         yield
-        if index in (*views[-1:], len(pieces) - 1):
+        if index in kept:
             with watch.phase("prefill"):
                 caches.states.put(keys[index], engine.snapshot, lasting=index in views[-1:])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from lfm2vl_edge.cache.memory import Piece
 from lfm2vl_edge.config import IMAGE_TOKEN, ModelConfig
@@ -20,6 +20,9 @@ from lfm2vl_edge.planning.budget import NO_BUDGET, ImageBudget
 from lfm2vl_edge.prompt.calls import Tool
 from lfm2vl_edge.prompt.messages import Message, images_in, parse_messages
 from lfm2vl_edge.prompt.render import Segment, render, split_names
+
+_LONG: Final = 32
+"""Tokens that a system prompt has at least if an additional call is made for its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,14 +94,18 @@ def _ids(segment: Segment, engine: Engine, config: ModelConfig) -> Sequence[int 
 def split(prompt: Prompt) -> list[Piece]:
     """Return the prompt in the pieces that are decoded by one call each.
 
-    A run of tokens ends before a view and after the opening of a turn of the model. Both are known from what comes
-    before, so a prompt that continues another one starts with the same pieces. They cost no additional call: another
-    question continues from the state after the last view, and the next turn from the end of the prompt.
+    A run of tokens ends before a view, after the opening of a turn of the model, and after a long system prompt, tools
+    included. All are known from what comes before, so a prompt that continues another one, or has the same system
+    prompt, starts with the same pieces. The first two cost no additional call: another question continues from the
+    state after the last view, and the next turn from the end of the prompt.
     """
     pieces: list[Piece] = []
     run: list[int] = []
-    for segment in prompt.segments:
+    for index, segment in enumerate(prompt.segments):
         if isinstance(segment, int):
+            if not pieces and len(run) >= _LONG and _opens_another_turn(prompt, index):
+                pieces.append(tuple(run))
+                run.clear()
             run.append(segment)
         if run and (not isinstance(segment, int) or _ends_with(run, prompt.opening)):
             pieces.append(tuple(run))
@@ -106,6 +113,12 @@ def split(prompt: Prompt) -> list[Piece]:
         if not isinstance(segment, int):
             pieces.append(segment)
     return [*pieces, tuple(run)] if run else pieces
+
+
+def _opens_another_turn(prompt: Prompt, index: int) -> bool:
+    """Return whether the token at a place starts a turn that is not the model's: the first one has the same token."""
+    turn = prompt.segments[index : index + len(prompt.opening)]
+    return turn[:1] == prompt.opening[:1] and turn != prompt.opening
 
 
 def _ends_with(run: Sequence[int], opening: tuple[int, ...]) -> bool:

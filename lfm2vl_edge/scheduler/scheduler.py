@@ -41,6 +41,8 @@ MOST_PARALLEL: Final = 64
 _LOG: Final = logging.getLogger(__name__)
 _RUN: Final = 128
 """Tokens of a prompt that are decoded at a time, between steps of the answers that run."""
+_BATCH: Final = 512
+"""Tokens of several prompts that are decoded at a time while no answer runs: llama.cpp's n_ubatch."""
 _FIRST_CONTEXT: Final = 4096
 """Tokens of all sequences together, before the context grows: 50 MB (450M)."""
 _VIEW_COST: Final = 256
@@ -306,13 +308,12 @@ class Scheduler:
         return [chosen, *self._companions(chosen)] if chosen.is_text else [chosen]
 
     def _companions(self, chosen: _Job) -> Iterator[_Job]:
-        """Yield the other texts that fit into the step of one; equal prompts wait, and find its state."""
-        room, prompts = _RUN - chosen.n_tokens_left, [chosen.answer.prompt.token_ids]
+        """Yield the other texts that fit into the step of one, but for those that may find a state of it later."""
+        room = (_RUN if self._running else _BATCH) - chosen.n_tokens_left
         for job in self._filling:
-            is_new = job.is_started or job.answer.prompt.token_ids not in prompts
-            if job is not chosen and is_new and job.is_text and job.n_tokens_left <= room:
+            is_ready = job.is_started or len(job.answer.pieces) == 1
+            if job is not chosen and is_ready and job.is_text and job.n_tokens_left <= room:
                 room -= job.n_tokens_left
-                prompts.append(job.answer.prompt.token_ids)
                 yield job
 
     def _fill(self, job: _Job) -> None:

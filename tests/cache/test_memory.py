@@ -79,7 +79,7 @@ class Walk:
         images = [image(self.draw.randrange(3)) for _ in range(self.draw.choice((0, 1, 1, 1, 2)))]
         if self.conversations and self.draw.random() < 0.5:
             return [*self.draw.choice(self.conversations), user(text, *images[:1] if self.draw.random() < 0.3 else ())]
-        system = [{"role": "system", "content": "Be brief."}] if self.draw.random() < 0.2 else []
+        system = [{"role": "system", "content": "Be brief. " * 20}] if self.draw.random() < 0.2 else []
         return [*system, user(text, *images)]
 
 
@@ -92,7 +92,7 @@ def test_no_walk_over_questions_turns_and_evictions_changes_a_bit(
     size = one.engine.snapshot().nbytes
     remembering = with_memory(one, n_states * size, 2 * 6 * 128 * 4)
     walk = Walk(n_states, remembering, forgetful)
-    for _ in range(9):
+    for _ in range(14):
         walk.step()
     assert walk.restored > 0
 
@@ -108,6 +108,20 @@ def test_a_second_question_decodes_only_what_is_new_and_encodes_nothing(model: M
     prompt = prepare(model.engine, model.config, [user("And what is behind it?", IMAGES / "wide.png")])
     after_last_view = len(prompt.segments) - 1 - max(i for i, s in enumerate(prompt.segments) if isinstance(s, Tile))
     assert second.stats.prompt_tokens - second.stats.restored_tokens == after_last_view
+
+
+def test_a_long_system_prompt_and_the_opening_before_an_image_are_decoded_once(model: Model) -> None:
+    remembering, forgetful = with_memory(model, 10**8), with_memory(model, 0)
+    for system, restored in ((["Be brief."] * 20, "system"), ([], "opening")):
+        given = [{"role": "system", "content": " ".join(system)}] if system else []
+        for number, picture in enumerate((image(0), image(1))):
+            asked = [*given, user("What is this?", picture)]
+            *_, last = chunks = list(remembering.chat(asked, **GREEDY))
+            assert last.stats is not None
+            first = split(prepare(model.engine, model.config, asked))[0]
+            assert isinstance(first, tuple)
+            assert (last.stats.restored_tokens == len(first)) == (number == 1), restored
+            assert "".join(one.text for one in chunks) == "".join(one.text for one in forgetful.chat(asked, **GREEDY))
 
 
 def test_the_next_turn_begins_if_the_last_prompt_ended(model: Model) -> None:

@@ -208,10 +208,8 @@ def test_a_stream_that_was_read_stays_at_its_end(scheduler: Scheduler) -> None:
     stream.close()
 
 
-def test_a_prompt_is_decoded_together_with_the_next_token_of_running_answers(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alone = model.ask([], QUESTIONS[2], **OPTIONS)
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[Counter[int]]:
+    """Return a list that grows by each native call: how many tokens each sequence had in it."""
     calls: list[Counter[int]] = []
     decode = Slots._decode
 
@@ -220,7 +218,54 @@ def test_a_prompt_is_decoded_together_with_the_next_token_of_running_answers(
         decode(slots, owners, *rest, **content)
 
     monkeypatch.setattr(Slots, "_decode", counted)
+    return calls
+
+
+def test_a_prompt_is_decoded_together_with_the_next_token_of_running_answers(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = model.ask([], QUESTIONS[2], **OPTIONS)
+    calls = count_calls(monkeypatch)
     with Scheduler(model, parallel=2) as scheduler, ask(scheduler, QUESTIONS[0], None, temperature=1.0) as first:
         next(first)
         assert text_of(ask(scheduler, QUESTIONS[2], None)) == alone
     assert [call for call in calls if len(call) == 2 and min(call.values()) == 1 < max(call.values())]
+
+
+@pytest.mark.parametrize("system", ["", "Answer in one word. " * 20])
+def test_short_prompts_that_wait_are_decoded_in_one_call_and_a_system_prompt_once(
+    model: Model, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    given = [{"role": "system", "content": system}] if system else []
+    asked = [[*given, user_message([], question)] for question in QUESTIONS]
+    alone = ["".join(chunk.text for chunk in model.chat(messages, **OPTIONS)) for messages in asked]
+    calls, may_go = count_calls(monkeypatch), threading.Event()
+    reserve = Slots.reserve
+    monkeypatch.setattr(Slots, "reserve", lambda *arguments: may_go.wait(60) and reserve(*arguments))
+    with Scheduler(model, parallel=4) as scheduler:
+        streams = [scheduler.submit(messages, **OPTIONS) for messages in asked]
+        may_go.set()
+        answers = [list(stream) for stream in streams]
+    assert ["".join(chunk.text for chunk in chunks) for chunks in answers] == alone
+    restored = [chunks[-1].stats.restored_tokens > 0 for chunks in answers if chunks[-1].stats]
+    assert restored == [False, *[bool(system)] * 3]
+    assert [call for call in calls if len(call) == len(QUESTIONS) and min(call.values()) > 1] or system
+
+
+def test_a_failed_call_ends_all_that_were_in_it_and_no_later_one(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = model.ask([], QUESTIONS[2], **OPTIONS)
+    decode = Slots._decode
+    with Scheduler(model, parallel=3) as scheduler:
+        with monkeypatch.context() as patched:
+
+            def failing(slots: Slots, owners: Sequence[int], *rest: Any, **content: Any) -> None:
+                raise ContextFull("no room")
+
+            patched.setattr(Slots, "_decode", failing)
+            for stream in [ask(scheduler, question, None) for question in QUESTIONS[:2]]:
+                with pytest.raises(ContextFull, match="no room"):
+                    text_of(stream)
+        assert Slots._decode is decode
+        assert text_of(ask(scheduler, QUESTIONS[2], None)) == alone
