@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lfm2vl_edge.engine import Floats
-from lfm2vl_edge.engine.encoder.ggml import Graph, gelu_of_sum
+from lfm2vl_edge.engine.encoder.ggml import Graph, gelu_of_sum, graph_failure
 from lfm2vl_edge.engine.encoder.weights import Weights
 from lfm2vl_edge.errors import EngineError
 from lfm2vl_edge.image.tiles import resize_grid
@@ -87,6 +88,18 @@ def _tower(metadata: Mapping[str, Any]) -> Tower:
         mean=mean,
         deviation=deviation,
     )
+
+
+def can_repack_file(mmproj: Path) -> bool:
+    """Return whether this processor has faster kernels for the matrices of a file, if they are rearranged.
+
+    Raises:
+        EngineError: the file is not a valid GGUF file, or ends early.
+    """
+    if graph_failure() is not None:
+        return False
+    with closing(Weights(mmproj, repack=True)) as weights:
+        return weights.repacked_bytes > 0
 
 
 class GraphEncoder:
