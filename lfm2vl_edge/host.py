@@ -106,6 +106,11 @@ def has_avx512(cpuinfo: Path = _CPUINFO) -> bool:
     return "avx512f" in _features(cpuinfo)
 
 
+def has_amx(cpuinfo: Path = _CPUINFO) -> bool:
+    """Return whether the processor multiplies matrices of 8-bit integers, as Intel's with AMX do."""
+    return "amx_int8" in _features(cpuinfo)
+
+
 def is_arm() -> bool:
     """Return whether the processor is 64-bit ARM."""
     return platform.machine().lower() in ("aarch64", "arm64")

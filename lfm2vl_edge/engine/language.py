@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from lfm2vl_edge.engine.library import LOG, libllama
+from lfm2vl_edge.engine.library import LOG, has_wrong_products, libllama
 from lfm2vl_edge.host import importing
 from lfm2vl_edge.models.facts import read_checked
 from lfm2vl_edge.models.names import LANGUAGE_ARCHITECTURE, stamp
@@ -98,7 +98,7 @@ class LanguageFile:
         """Return llama.cpp's model, or None if it refuses the file."""
         name = os.fsencode(self.path)
         with nullcontext() if verbose else LOG.silence():
-            if libllama().llama_supports_gpu_offload():
+            if libllama().llama_supports_gpu_offload() or has_wrong_products():
                 return _load_with_gpu(name, self.n_gpu_layers, self.gpu)
             model: int | None = libllama().llama_model_load_from_file(name, libllama().llama_model_default_params())
             return model
@@ -127,13 +127,14 @@ def _load_with_gpu(name: bytes, n_gpu_layers: int, gpu: int | None) -> int | Non
     """Return the model from a llama.cpp that would use a GPU by default, or None if it refuses the file.
 
     Without layers for a GPU the list of devices is empty: llama.cpp would otherwise multiply the long batches of
-    layers that are on the processor on the GPU, and keep memory there for them.
+    layers that are on the processor on the GPU, and keep memory there for them. Weights are not rearranged for kernels that compute wrongly.
     """
     with importing():
         from lfm2vl_edge.engine.ffi import llama
 
     params = llama.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers
+    params.use_extra_bufts = not has_wrong_products()
     devices = (ctypes.c_void_p * 2)(gpu, None)
     if gpu or n_gpu_layers == 0:
         params.devices = ctypes.addressof(devices)  # ends with NULL; read only while loading

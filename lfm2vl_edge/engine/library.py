@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from lfm2vl_edge.host import ProcessLock, importing
+from lfm2vl_edge.host import ProcessLock, has_amx, importing
 
 _FOLDER_VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
 """llama_cpp's environment variable for another folder."""
@@ -67,9 +67,21 @@ def libllama() -> Any:
     library.llama_model_load_from_file.restype = ctypes.c_void_p
     library.llama_model_free.argtypes = [ctypes.c_void_p]
     library.llama_supports_gpu_offload.restype = ctypes.c_bool
+    library.llama_print_system_info.restype = ctypes.c_char_p
     library.llama_log_set.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.llama_log_set(ctypes.cast(LOG.callback, ctypes.c_void_p), None)
     return library
+
+
+@functools.cache
+def has_wrong_products() -> bool:
+    """Return whether llama.cpp would multiply by kernels that compute several sequences wrongly.
+
+    Those for AMX add an offset of a matrix, in bytes, to a pointer to floats (ggml-cpu/amx/mmq.cpp, 0.3.36). The
+    convolutions of LFM2 have one matrix for each sequence of a call: of two answers at the same time all but the first
+    are nonsense, and memory of others is overwritten. Measured on such a processor: no answer of 12 was right.
+    """
+    return has_amx() and b"AMX_INT8 = 1" in libllama().llama_print_system_info()
 
 
 def _path() -> Path | None:

@@ -7,16 +7,19 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lfm2vl_edge import ConfigError, EngineError, Model, ModelNotFound, opening
 from lfm2vl_edge.cache.fingerprint import OpenedFiles
+from lfm2vl_edge.engine import language as language_module
 from lfm2vl_edge.engine import library
 from lfm2vl_edge.engine.ffi import llama
 from lfm2vl_edge.engine.language import LanguageFile, start_reading
 from lfm2vl_edge.engine.library import LOG, libllama
+from lfm2vl_edge.host import has_amx
 from lfm2vl_edge.model import model_of
 from lfm2vl_edge.models.names import find_model, find_pair
 from lfm2vl_edge.opening import Opening, OpenOptions, open_model
@@ -61,6 +64,40 @@ def test_a_library_in_another_place_is_found_through_llama_cpp(
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
     assert library._path() is None
     assert libllama.__wrapped__()._handle == llama._lib._handle
+
+
+@pytest.mark.parametrize(
+    ("flags", "built", "expected"),
+    [
+        ("avx512f amx_bf16 amx_tile amx_int8", "AVX2 = 1 | AMX_INT8 = 1 | ", True),
+        ("avx512f amx_bf16 amx_tile amx_int8", "AVX2 = 1 | ", False),  # a prebuilt package
+        ("avx512f", "AVX2 = 1 | AMX_INT8 = 1 | ", False),
+    ],
+)
+def test_products_are_wrong_where_processor_and_llama_cpp_have_amx(
+    flags: str, built: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"model name : Xeon\nflags : fpu {flags}\n")
+    monkeypatch.setattr(library, "has_amx", lambda: has_amx(cpuinfo))
+    monkeypatch.setattr(library, "libllama", lambda: SimpleNamespace(llama_print_system_info=built.encode))
+    assert library.has_wrong_products.__wrapped__() is expected
+
+
+def test_weights_are_not_rearranged_for_wrong_products(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether answers at the same time are those of one alone, tests/scheduler shows on such a processor."""
+    passed: list[bool] = []
+    load = llama.llama_model_load_from_file
+
+    def record(name: bytes, params: Any) -> Any:
+        passed.append(params.use_extra_bufts)
+        return load(name, params)
+
+    monkeypatch.setattr(llama, "llama_model_load_from_file", record)
+    monkeypatch.setattr(language_module, "has_wrong_products", lambda: True)
+    with closing(LanguageFile(find_model(pair("a", "F16")), 0, None)) as language:
+        llama.llama_model_free(language.take())
+    assert passed == [False]
 
 
 def test_the_log_of_reading_is_received_only_if_verbose(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
