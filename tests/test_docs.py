@@ -75,6 +75,7 @@ _FOREIGN: Final = (
     "--strict",
     "--only",
     "--keep",
+    "--no-binary",
     "--without-transformers",
 )
 """Options of other programs that the documents name."""
