@@ -20,7 +20,7 @@ import numpy as np
 from lfm2vl_edge.config import ModelConfig, is_finite, require
 from lfm2vl_edge.engine import Engine, Floats, State
 from lfm2vl_edge.errors import ContextFull, EngineError, shorten
-from lfm2vl_edge.generate import Runtime, prefill_steps, stats_of
+from lfm2vl_edge.generate import Runtime, make_room, prefill_steps, stats_of
 from lfm2vl_edge.image.tiles import preprocess_images
 from lfm2vl_edge.prompt.messages import Message, images_in, parse_messages
 from lfm2vl_edge.prompt.prepare import split, tokenize
@@ -134,8 +134,9 @@ def choose_steps(
     n_prompt = len(prompt.token_ids)
     n_needed = _room(config, n_prompt, paths)
     yield
-    engine.reserve(n_needed)
-    yield from prefill_steps(engine, split(prompt), runtime.caches, watch, most)
+    pieces = split(prompt)
+    make_room(engine, pieces, runtime.caches, watch, n_needed)
+    yield from prefill_steps(engine, pieces, runtime.caches, watch, most)
     watch.first_token()
     logs, n_decoded = yield from _walk(engine, paths, n_prompt, _ends(engine, config))
     return Choice(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from lfm2vl_edge.cache.memory import Caches, Key, Piece, chain
 from lfm2vl_edge.config import TOOL_CALL_START, ModelConfig, Options, Sampling
@@ -29,6 +29,7 @@ from lfm2vl_edge.stream import LogprobStream, TextStream, TokenLogprob
 if TYPE_CHECKING:
     from lfm2vl_edge.structured import Schema
 
+_FLOAT_BYTES: Final = 4
 FinishReason = Literal["stop", "length"]
 """`stop`: the model ended its turn or a stop string came; `length`: max_tokens or the context was full."""
 
@@ -340,7 +341,7 @@ def _call_constraint(tools: Sequence[Tool], choice: str, config: ModelConfig, en
 
 def _sampled(runtime: Runtime, answer: Answer) -> Generator[Chunk, None, None]:
     # The prompt goes through encoder and language tower; what is known from earlier answers is restored instead.
-    runtime.engine.reserve(len(answer.prompt.token_ids) + answer.room)
+    make_room(runtime.engine, answer.pieces, runtime.caches, answer.watch, len(answer.prompt.token_ids) + answer.room)
     prefill(runtime.engine, answer.pieces, runtime.caches, answer.watch)
 
     # Tokens are sampled one by one and become text; those of tool calls are collected instead.
@@ -364,6 +365,26 @@ def _room(config: ModelConfig, prompt: Prompt, max_tokens: int) -> int:
             f"the model's context is {config.n_ctx_train}: use fewer or smaller images, or a shorter text"
         )
     return room
+
+
+def make_room(engine: Engine, pieces: Sequence[Piece], caches: Caches, watch: Stopwatch, n_tokens: int) -> None:
+    """Reserve `n_tokens` tokens for pieces and what follows them, before `prefill`.
+
+    If the engine is short of memory, the views of which nothing is known are encoded first, as many as `caches` keep.
+
+    Raises:
+        ContextFull, EngineError: see `Engine.reserve` and `Engine.encode`.
+    """
+    encoding = engine.encoding()
+    if encoding is not None:
+        known, room = caches.states.longest(chain(pieces)[:-1]), caches.embeddings.budget
+        with encoding:
+            for tile in (piece for piece in pieces[known[0] if known else 0 :] if isinstance(piece, Tile)):
+                room -= tile.n_tokens * engine.info.n_embd * _FLOAT_BYTES
+                if room < 0:
+                    break
+                _embeddings(engine, tile, caches, watch)
+    engine.reserve(n_tokens)
 
 
 def prefill(engine: Engine, pieces: Sequence[Piece], caches: Caches, watch: Stopwatch) -> None:
@@ -426,15 +447,19 @@ def _decode(
                 engine.decode_tokens(piece[start : start + size], more=more or start + size < len(piece))
         return
 
-    def encode() -> Floats:
-        watch.encoded_views += 1
-        return engine.encode(piece.pixels, piece.n_tokens)
-
-    with watch.phase("encode"):
-        embeddings = caches.embeddings.of(piece, encode)
+    embeddings = _embeddings(engine, piece, caches, watch)
     yield
     with watch.phase("prefill"):
         engine.decode_embeddings(embeddings, more=more)
+
+
+def _embeddings(engine: Decoder, tile: Tile, caches: Caches, watch: Stopwatch) -> Floats:
+    def encode() -> Floats:
+        watch.encoded_views += 1
+        return engine.encode(tile.pixels, tile.n_tokens)
+
+    with watch.phase("encode"):
+        return caches.embeddings.of(tile, encode)
 
 
 def stats_of(prompt: Prompt, n_images: int, n_sampled: int, n_forced: int, watch: Stopwatch) -> Stats:

@@ -39,6 +39,7 @@ _HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGE_PAGE: Final = 2 << 20
 """Bytes of a huge page on x86-64, and on ARM with pages of 4 KiB."""
 _LARGE_BUFFER: Final = 8 * _HUGE_PAGE
+_MADV_DONTNEED: Final = 4
 _MADV_COLLAPSE: Final = 25
 """Linux's <asm-generic/mman-common.h>."""
 _Arguments = ParamSpec("_Arguments")
@@ -189,6 +190,18 @@ def _collapse(start: int) -> bool:
     if system.mincore(place, size, pages) or not all(page & 1 for page in pages):
         return False
     return not system.madvise(place, size, _MADV_COLLAPSE)
+
+
+def drop_pages(path: Path, mappings: Path = Path("/proc/self/maps")) -> None:
+    """Let the pages of a file that is mapped, and not writable, leave this process's memory.
+
+    They are read again, mostly from the system's cache of the file, when they are next needed. On other systems than
+    Linux, which has the list of mappings, this does nothing.
+    """
+    name, system = re.escape(os.path.realpath(path)), ctypes.CDLL(None)
+    for found in re.finditer(rf"(?m)^(\w+)-(\w+) r--. \S+ \S+ \d+ +{name}$", _text(mappings)):
+        start, end = int(found[1], 16), int(found[2], 16)
+        system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
 def cache_folder(environment: Mapping[str, str] | None = None, platform: str = sys.platform) -> Path:

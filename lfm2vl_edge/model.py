@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +22,7 @@ from lfm2vl_edge.choose import Choice, ChoiceOptions, choose
 from lfm2vl_edge.config import DEFAULT_PROMPT, GREEDY, AskOptions, BoxFormat, ModelConfig, Options, SamplingOptions
 from lfm2vl_edge.engine import Engine, Floats, State
 from lfm2vl_edge.errors import ContextFull, EngineError, StateError
-from lfm2vl_edge.generate import Chunk, Runtime, Turn, prefill, stream
+from lfm2vl_edge.generate import Chunk, Runtime, Turn, make_room, prefill, stream
 from lfm2vl_edge.host import cache_folder, importing
 from lfm2vl_edge.image.boxes import Box, Point
 from lfm2vl_edge.image.tiles import PreprocessedImage, Tile, preprocess_image
@@ -140,9 +140,8 @@ class Model:
             ConfigError: the files do not fit together, or an option is unknown or out of range.
             EngineError: llama.cpp refuses a file.
         """
-        state_bytes = options.pop("state_bytes", STATE_BYTES)
-        cache = options.pop("cache", False)
-        cache_bytes = options.pop("cache_bytes", CACHE_BYTES)
+        state_bytes = options.pop("state_bytes", 0 if options.get("low_memory") else STATE_BYTES)
+        cache, cache_bytes = options.pop("cache", False), options.pop("cache_bytes", CACHE_BYTES)
         check_count("state_bytes", state_bytes, least=0)
         check_count("cache_bytes", cache_bytes)
         chosen = OpenOptions.of(**options)
@@ -153,8 +152,7 @@ class Model:
         return model_of(open_model(resolved, chosen), folder, state_bytes, cache_bytes)
 
     def __repr__(self) -> str:
-        info = self.engine.info
-        state = "closed, " if self._is_closed else ""
+        info, state = self.engine.info, "closed, " if self._is_closed else ""
         return f"<Model {self.config.name!r}: {state}{info.n_threads} threads, context {info.n_ctx}>"
 
     def ask(
@@ -356,15 +354,12 @@ class Model:
             ContextFull: the image does not fit into the model's context.
             EngineError: a native call failed, or the model is busy.
         """
-        preprocessed = self.preprocess(image, **budget)
-        states = self.runtime.caches.states
+        preprocessed, caches = self.preprocess(image, **budget), self.runtime.caches
         with self.exclusive():
-            pieces = self._up_to(preprocessed)
-            key = chain(pieces)[-1]
-            if (state := states.get(key)) is None:
-                prefill(self.engine, pieces, self.runtime.caches, Stopwatch())
-                known = states.get(key)
-                state = self.engine.snapshot() if known is None else known
+            key = chain(pieces := self._up_to(preprocessed))[-1]
+            if (state := caches.states.get(key)) is None:
+                self._decode(pieces)
+                state = self.engine.snapshot() if (known := caches.states.get(key)) is None else known
         return self._encoded(preprocessed, key, state)
 
     def load_encoded_image(self, path: str | os.PathLike[str]) -> EncodedImage:
@@ -379,8 +374,10 @@ class Model:
             pieces = self._up_to(saved.image)
             if chain(pieces)[-1] != saved.key:
                 raise StateError(f"{path} was saved by another version of this program; encode the image again")
+            length = sum(map(n_tokens, pieces))
+            self.engine.reserve(length)
             try:
-                self.engine.restore(saved.state, sum(map(n_tokens, pieces)))
+                self.engine.restore(saved.state, length)
             except StateError as error:
                 raise StateError(f"{path} holds no state of this model: {error}; encode the image again") from error
         return self._encoded(saved.image, saved.key, saved.state)
@@ -390,12 +387,16 @@ class Model:
         return EncodedImage(model=self, image=image, key=key, state=state)
 
     def _up_to(self, image: PreprocessedImage) -> list[Piece]:
-        """Return the pieces of a prompt up to an image's last view, and make room for them."""
+        """Return the pieces of a prompt up to an image's last view."""
         pieces = split(prepare(self.engine, self.config, [user_message(image, "")]))
         while not isinstance(pieces[-1], Tile):
             pieces.pop()
-        self.engine.reserve(sum(map(n_tokens, pieces)))
         return pieces
+
+    def _decode(self, pieces: Sequence[Piece]) -> None:
+        watch, caches = Stopwatch(), self.runtime.caches
+        make_room(self.engine, pieces, caches, watch, sum(map(n_tokens, pieces)))
+        prefill(self.engine, pieces, caches, watch)
 
     def fingerprint(self) -> Fingerprint:
         """Return what decides the bits of a state: files, native code, settings. The files are read for it.
@@ -407,8 +408,8 @@ class Model:
         if self._files is None:
             raise StateError("this model was not opened from files, so its states cannot be saved or loaded")
         if self._fingerprint is None:
-            info, image = self.engine.info, self.config.image
-            self._fingerprint = fingerprint_of(self._files, info, image, self.budget, self._digests)
+            settings = self.engine.info, self.config.image, self.budget
+            self._fingerprint = fingerprint_of(self._files, *settings, self._digests)
         return self._fingerprint
 
     def token_ids(
@@ -424,8 +425,8 @@ class Model:
             EdgeError: see `stream`.
         """
         with self.exclusive():
-            prompt = prepare(self.engine, self.config, messages, as_tools(tools), self.budget, template_options)
-            return prompt.token_ids
+            given = messages, as_tools(tools), self.budget, template_options
+            return prepare(self.engine, self.config, *given).token_ids
 
     def embed_image(self, image: AnyImage) -> Floats:
         """Return float32 `[n, n_embd]`: the embeddings of all views of an image, in prompt order.
@@ -435,7 +436,7 @@ class Model:
             EngineError: a native call failed.
         """
         tiles = self.preprocess(image).tiles
-        with self.exclusive():
+        with self.exclusive(), self.engine.encoding() or nullcontext():
             return np.concatenate([self.engine.encode(tile.pixels, tile.n_tokens) for tile in tiles])
 
     def next_token_logits(self, messages: Sequence[Message]) -> Floats:
@@ -446,8 +447,7 @@ class Model:
         """
         with self.exclusive():
             prompt = prepare(self.engine, self.config, messages, budget=self.budget)
-            self.engine.reserve(len(prompt.token_ids))
-            prefill(self.engine, split(prompt), self.runtime.caches, Stopwatch())
+            self._decode(split(prompt))
             return self.engine.logits()
 
     def cancel(self) -> None:

@@ -23,7 +23,7 @@ from lfm2vl_edge.host import big_cores, importing
 from lfm2vl_edge.models.facts import read_facts
 from lfm2vl_edge.models.names import Pair, ResolvedModel, mmproj_type, resolve_model
 from lfm2vl_edge.planning.budget import BudgetOptions, Detail, ImageBudget, check_detail
-from lfm2vl_edge.planning.costs import Costs, CostShape, cost_shape, guess
+from lfm2vl_edge.planning.costs import Costs, CostShape, cost_shape, guess, with_low_memory
 from lfm2vl_edge.planning.device import Profile, load_profile, profile_key
 
 if TYPE_CHECKING:
@@ -49,15 +49,17 @@ class LoadOptions(BudgetOptions, total=False):
     n_threads: int | None
     n_gpu_layers: int
     device: str | None
+    low_memory: bool
 
 
 class ModelOptions(LoadOptions, total=False):
     """Keywords of `Model.open`: those of `OpenOptions`, and what is kept for later answers.
 
     `state_bytes` (bytes) limits the memory for states of earlier prompts, so that another question about an image or
-    the next turn of a conversation decodes only what is new; 0 keeps none. `cache` is a folder that keeps embeddings
-    of views and states after images for later processes; True means LFM2VL_CACHE or the user's cache folder. Problems
-    there are logged by `lfm2vl_edge.cache.disk`. `cache_bytes` limits what all processes together keep there.
+    the next turn of a conversation decodes only what is new; 0, the default with `low_memory`, keeps none. `cache` is
+    a folder that keeps embeddings of views and states after images for later processes; True means LFM2VL_CACHE or the
+    user's cache folder. Problems there are logged by `lfm2vl_edge.cache.disk`. `cache_bytes` limits what all processes
+    together keep there.
     """
 
     state_bytes: int
@@ -79,9 +81,12 @@ class OpenOptions:
         n_threads: threads that compute; by default what `tune` found, else one per physical, big core.
         n_gpu_layers: layers that a GPU takes, if the installed llama.cpp was built for one; -1 means all.
         device: name of that GPU; by default llama.cpp chooses.
+        low_memory: whether vision encoder and language tower take turns in memory, for one request at a time. Answers
+            are the same; the language file is read after the encoder ran, and both again for another image. The
+            context is as long as each prompt and its answer need.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value is out of range, or contradicts another one.
     """
 
     mmproj: str | os.PathLike[str] | None = None
@@ -93,6 +98,7 @@ class OpenOptions:
     n_threads: int | None = None
     n_gpu_layers: int = 0
     device: str | None = None
+    low_memory: bool = False
 
     def __post_init__(self) -> None:
         check_count("n_ctx", self.n_ctx)
@@ -102,6 +108,12 @@ class OpenOptions:
             raise ConfigError(
                 f"device {shorten(self.device)} has no effect without n_gpu_layers; give their number, or -1"
             )
+        if not isinstance(self.low_memory, bool):
+            raise ConfigError(f"low_memory is {shorten(self.low_memory)}; it must be True or False")
+        if self.low_memory and self.n_gpu_layers != 0:
+            raise ConfigError("low_memory is for the processor; leave it out, or the GPU layers")
+        if self.low_memory and self.n_ctx != DEFAULT_N_CTX:
+            raise ConfigError("n_ctx has no effect with low_memory, whose context is as long as needed; leave one out")
 
     @classmethod
     def of(cls, **values: Any) -> OpenOptions:
@@ -143,6 +155,8 @@ class Opening:
     """What views and tokens cost: measured, else guessed."""
     budget: ImageBudget
     """What one image may take."""
+    repack: bool = False
+    """Whether the encoder's weights are rearranged: `tune` found them faster so."""
 
     @property
     def pair(self) -> Pair:
@@ -204,6 +218,8 @@ def _decide(
     shape = cost_shape(facts.language, facts.vision, (files.stamps[0][0], files.stamps[1][0]))
     threads = options.n_threads or (profile.threads if profile else big_cores())
     costs = _costs(files.pair, config, shape, profile, threads)
+    if options.low_memory:
+        costs = with_low_memory(costs, shape)
     return Opening(
         files=files,
         config=config,
@@ -213,6 +229,7 @@ def _decide(
         profile=profile,
         costs=costs,
         budget=options.budget(costs),
+        repack=bool(profile and mmproj_type(files.pair.mmproj) in profile.repacked) and not options.low_memory,
     )
 
 
@@ -268,9 +285,11 @@ def _reading(
     with importing():
         from lfm2vl_edge.engine.language import start_reading
 
-    if started is not None and started.stamp == files.stamps[0]:
+    is_same = started is not None and started.stamp == files.stamps[0]
+    if started is not None and is_same and started.only_vocabulary == options.low_memory:
         return nullcontext(started)  # its owner closes it
-    language = start_reading(files.pair.model, options.n_gpu_layers, options.device)
+    model, only_vocabulary = files.pair.model, options.low_memory
+    language = start_reading(model, options.n_gpu_layers, options.device, only_vocabulary=only_vocabulary)
     return nullcontext() if language is None else closing(language)
 
 
@@ -283,8 +302,13 @@ def load(opening: Opening, options: OpenOptions, language: LanguageFile | None =
     with importing():
         from lfm2vl_edge.engine.llama import LlamaEngine
 
-    settings = engine_settings(opening.config, opening.n_threads, options)
-    return LlamaEngine(language or opening.pair.model, opening.pair.mmproj, settings, opening.vision)
+        kind = LlamaEngine
+        if options.low_memory:
+            from lfm2vl_edge.engine.low_memory import LowMemoryEngine
+
+            kind = LowMemoryEngine
+    settings = replace(engine_settings(opening.config, opening.n_threads, options), repack=opening.repack)
+    return kind(language or opening.pair.model, opening.pair.mmproj, settings, opening.vision)
 
 
 def engine_settings(config: ModelConfig, n_threads: int, options: OpenOptions) -> EngineSettings:

@@ -75,6 +75,9 @@ class FakeEngine:
         self.encoded += 1
         return np.zeros((n_tokens, 4), np.float32)
 
+    def encoding(self) -> None:
+        return None
+
     def reserve(self, n_tokens: int) -> None:
         self._sequence = []
 

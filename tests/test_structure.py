@@ -288,6 +288,7 @@ def annotated_names(annotation: typing.Any) -> Iterator[str]:
 FOREIGN = {
     *("str", "int", "float", "bool", "bytes", "dict", "list", "tuple", "type", "object", "BaseException"),
     *("Any", "Mapping", "Sequence", "Iterable", "Iterator", "Generator", "Callable", "Literal", "Final", "Unpack"),
+    "AbstractContextManager",
     *("Path", "os", "Image", "npt", "np", "TracebackType", "Self", "Future"),
 }
 """Names of Python and numpy."""

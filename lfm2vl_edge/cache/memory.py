@@ -135,6 +135,8 @@ class EmbeddingCache:
     """Embeddings of views by their pixels, in memory and, if there is one, in a disk cache."""
 
     def __init__(self, budget: int = TILE_BYTES, disk: DiskCache | None = None, n_embd: int = 0) -> None:
+        self.budget = budget
+        """Bytes in memory."""
         self._recent = LruCache(budget)
         self._disk = disk
         self._n_embd = n_embd

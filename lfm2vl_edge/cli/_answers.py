@@ -98,7 +98,7 @@ def statistics(turn: Turn | Choice, model: Model) -> Iterator[str]:
 @contextmanager
 def answering(
     image: str,
-    model: opt.ModelOptions,
+    model: opt.AskedModelOptions,
     images: opt.ImageOptions,
     answer: opt.SamplingOptions,
     verbose: int,
@@ -115,7 +115,7 @@ def answering(
 @contextmanager
 def answering_about(
     names: Sequence[str],
-    model: opt.ModelOptions,
+    model: opt.AskedModelOptions,
     images: opt.ImageOptions,
     answer: opt.SamplingOptions,
     verbose: int,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from lfm2vl_edge.cli._options import STDIN, ImageOptions, ModelOptions, read_stdin
+from lfm2vl_edge.cli._options import STDIN, AskedModelOptions, ImageOptions, ModelOptions, read_stdin
 from lfm2vl_edge.cli._output import progress_bar, warnings_to_stderr, write_line
 from lfm2vl_edge.errors import DownloadError, ModelNotPulled
 from lfm2vl_edge.host import CACHE_VARIABLE, cache_folder, start_worker
@@ -94,6 +94,7 @@ def opening(
         image: its image settings and budget.
         verbose: from 2 on, the native log is shown.
         remember: whether later answers of this process need the states of earlier prompts; a single answer does not.
+            With --low-memory none are kept.
         cache: whether the disk cache is used, which holds what can be seen in images; None: if LFM2VL_CACHE is set.
     """
     from lfm2vl_edge.engine.language import start_reading
@@ -105,16 +106,25 @@ def opening(
         LOG.verbose = True
     located = chosen_model(options)
     owned = ExitStack()
+    low_memory = isinstance(options, AskedModelOptions) and options.low_memory
     try:
-        language = start_reading(located.model, options.n_gpu_layers, options.device, verbose=verbose > 1)
+        language = start_reading(
+            located.model,
+            options.n_gpu_layers,
+            options.device,
+            verbose=verbose > 1,
+            only_vocabulary=low_memory,
+        )
         if language is not None:
             owned.callback(language.close)
-        import_module("lfm2vl_edge.engine.llama")  # before the worker: two threads that import wait for each other
+        import_module(
+            f"lfm2vl_edge.engine.{'low_memory' if low_memory else 'llama'}"
+        )  # before the worker: two threads that import wait for each other
         from lfm2vl_edge.opening import open_model
 
         files = start_worker(open_model, located, options.open_options(located.mmproj, image), language)
         owned.callback(_close, files)
-        yield lambda: _model_of(files, remember, cache)
+        yield lambda: _model_of(files, remember, cache, low_memory=low_memory)
     finally:
         if options.context.obj is not True:  # else the system frees it all, without waiting for a thread
             owned.close()
@@ -125,12 +135,13 @@ def _close(files: Future[OpenedModel]) -> None:
         files.result().engine.close()
 
 
-def _model_of(files: Future[OpenedModel], remember: bool, cache: bool | None) -> Model:
+def _model_of(files: Future[OpenedModel], remember: bool, cache: bool | None, *, low_memory: bool) -> Model:
     from lfm2vl_edge.cache.memory import STATE_BYTES
     from lfm2vl_edge.model import model_of  # while the files are still being read
 
     folder = _disk_cache(cache)
-    return model_of(files.result(), folder, STATE_BYTES if remember or folder else 0)
+    keeps_states = (remember or folder is not None) and not low_memory
+    return model_of(files.result(), folder, STATE_BYTES if keeps_states else 0)
 
 
 def _disk_cache(cache: bool | None) -> Path | None:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, cast, get_args, get_origin, get_type_hints
 
@@ -155,6 +155,20 @@ class ModelOptions:
             image_settings=image.changes(),
             **image.budget(),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedModelOptions(ModelOptions):
+    """The same for a model that is asked one question at a time."""
+
+    low_memory: Annotated[
+        bool,
+        _machine("--low-memory", help="Half the memory, for a slower start: encoder and language model take turns."),
+    ] = False
+
+    def open_options(self, mmproj: Path | None, image: ImageOptions | None = None) -> OpenOptions:
+        """Return how the model is opened; see `ModelOptions`."""
+        return replace(ModelOptions.open_options(self, mmproj, image), low_memory=self.low_memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from lfm2vl_edge.cli._output import to_json, write_out
 @opt.takes_groups
 def caption(
     image: Image,
-    model: opt.ModelOptions,
+    model: opt.AskedModelOptions,
     images: opt.ImageOptions,
     answer: opt.SamplingOptions,
     cache: opt.Cache = None,

@@ -46,7 +46,7 @@ _LOG: Final = logging.getLogger(__name__)
 
 @opt.takes_groups
 def chat(
-    model: opt.ModelOptions,
+    model: opt.AskedModelOptions,
     image: opt.ImageOptions,
     answer: opt.AnswerOptions,
     images: Annotated[

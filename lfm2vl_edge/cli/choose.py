@@ -55,7 +55,7 @@ _Temperature = Annotated[
 
 @opt.takes_groups
 def choose(
-    model: opt.ModelOptions,
+    model: opt.AskedModelOptions,
     image: opt.ImageOptions,
     option: _Option,
     arguments: opt.ImagesAndPrompt = None,

@@ -44,7 +44,7 @@ Boxes = Annotated[
 @opt.takes_groups
 def detect(
     arguments: Arguments,
-    model: opt.ModelOptions,
+    model: opt.AskedModelOptions,
     images: opt.ImageOptions,
     answer: opt.ExactOptions,
     prompt: Prompt = None,

@@ -17,7 +17,7 @@ def extract(
     schema: Annotated[
         str, typer.Option("--schema", "-s", metavar="FILE|-", help="JSON schema of the answer; - is stdin.")
     ],
-    model: opt.ModelOptions,
+    model: opt.AskedModelOptions,
     images: opt.ImageOptions,
     answer: opt.ExactOptions,
     prompt: Prompt = None,

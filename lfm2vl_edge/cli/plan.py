@@ -33,7 +33,7 @@ def plan(
         str,
         typer.Argument(metavar="IMAGE|WIDTHxHEIGHT", help="An image (a path or an http(s) URL), or just its size."),
     ],
-    model: opt.ModelOptions,
+    model: opt.AskedModelOptions,
     images: opt.ImageOptions,
     draw: Annotated[
         Path | None, typer.Option("--draw", metavar="OUT.png", help="Write the image with the tiles over it.")
@@ -77,7 +77,7 @@ def _draw(path: Path, opened: OpenedImage | None, tile_plan: TilePlan, *, force:
     save_png(draw_plan(opened.pixels(), tile_plan), path)
 
 
-def _settings(model: opt.ModelOptions, images: opt.ImageOptions) -> _Settings:
+def _settings(model: opt.AskedModelOptions, images: opt.ImageOptions) -> _Settings:
     """Return what the model's files state, or the documented defaults without a model, and the options."""
     from lfm2vl_edge.models.names import last_entry
     from lfm2vl_edge.opening import decide
@@ -89,14 +89,14 @@ def _settings(model: opt.ModelOptions, images: opt.ImageOptions) -> _Settings:
     return opening.config.image, opening.config.image_source, opening.budget, opening.costs
 
 
-def _without_model(model: opt.ModelOptions, images: opt.ImageOptions) -> _Settings:
+def _without_model(model: opt.AskedModelOptions, images: opt.ImageOptions) -> _Settings:
     """Return the same for an mmproj file alone, or for nothing; costs are guessed for the 450M model."""
     from lfm2vl_edge.config import ImageConfig
     from lfm2vl_edge.host import big_cores
     from lfm2vl_edge.models.facts import image_settings
     from lfm2vl_edge.models.gguf import read_metadata
     from lfm2vl_edge.planning.budget import ImageBudget, check_detail
-    from lfm2vl_edge.planning.costs import COST_SHAPE_450M, guess
+    from lfm2vl_edge.planning.costs import COST_SHAPE_450M, guess, with_low_memory
 
     config, source = ImageConfig(), "the documented defaults (no model given)"
     if model.mmproj is not None:
@@ -107,6 +107,8 @@ def _without_model(model: opt.ModelOptions, images: opt.ImageOptions) -> _Settin
         source += f"; changed: {', '.join(changes)}"
     guessed = guess(COST_SHAPE_450M, "F16", ImageConfig().tile_tokens, model.threads or big_cores())
     costs = replace(guessed, source="a rough guess for a 450M model: nothing was measured here")
+    if model.low_memory:
+        costs = with_low_memory(costs, COST_SHAPE_450M)
     return config.with_changes(changes), source, ImageBudget(**images.budget(), costs=costs), costs
 
 

@@ -14,7 +14,7 @@ from lfm2vl_edge.errors import printable
 @opt.takes_groups
 def point(
     arguments: Arguments,
-    model: opt.ModelOptions,
+    model: opt.AskedModelOptions,
     images: opt.ImageOptions,
     answer: opt.ExactOptions,
     prompt: Prompt = None,

@@ -41,7 +41,7 @@ _Ask = Annotated[
 
 @opt.takes_groups
 def run(
-    model: opt.ModelOptions,
+    model: opt.AskedModelOptions,
     image: opt.ImageOptions,
     answer: opt.AnswerOptions,
     tool: ToolOptions,

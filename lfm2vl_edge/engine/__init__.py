@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import numpy as np
     import numpy.typing as npt
 
@@ -132,6 +134,13 @@ class Engine(Decoder, Protocol):
 
     def is_end(self, token: int) -> bool:
         """Return whether a token ends the model's turn."""
+
+    def encoding(self) -> AbstractContextManager[None] | None:
+        """Return None if views may be encoded at any time, else a block in which all should be, before `reserve`.
+
+        An engine that is short of memory has no language tower in the block, so the sequence is lost, and no encoder
+        after it. A view that is encoded later needs memory for both.
+        """
 
     def reserve(self, n_tokens: int) -> None:
         """Clear the sequence and make room for `n_tokens` tokens.

@@ -10,6 +10,7 @@ import ctypes
 import os
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,6 +75,12 @@ def compute(function: Any, *arguments: Any) -> Any:
 def floats(pointer: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """Return a copy of native memory, float32 of this shape."""
     return as_array(pointer, shape).astype(np.float32, copy=True)
+
+
+def parts(whole: Any, size: int) -> Iterator[tuple[Any, bool]]:
+    """Yield slices of at most `size`, each with whether it is the last one."""
+    for start in range(0, len(whole), size):
+        yield whole[start : start + size], start + size >= len(whole)
 
 
 def libraries() -> tuple[Path, ...]:
@@ -214,6 +221,15 @@ def gpu_names() -> dict[str, str]:
     library = _ggml()
     models = {name: library.ggml_backend_dev_description(handle) or b"" for name, handle in gpus().items()}
     return {name: f"{name} ({clip(model.decode('utf-8', 'replace'))})" for name, model in models.items()}
+
+
+def device_key(n_gpu_layers: int, device: str | None) -> str:
+    """Return which GPUs may compute, for the settings that decide the bits of a result; their models, too."""
+    if n_gpu_layers == 0:
+        return ""
+    names = gpu_names()
+    chosen = names if device is None else {device: names[device]}
+    return f" device={', '.join(chosen.values())}"
 
 
 def backends() -> list[str]:

@@ -11,12 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from lfm2vl_edge.engine.library import LOG, has_wrong_products, libllama
-from lfm2vl_edge.host import importing
+from lfm2vl_edge.errors import EngineError
+from lfm2vl_edge.host import drop_pages, importing
 from lfm2vl_edge.models.facts import read_checked
 from lfm2vl_edge.models.names import LANGUAGE_ARCHITECTURE, stamp
 
 
-def start_reading(path: Path, n_gpu_layers: int, device: str | None, *, verbose: bool = False) -> LanguageFile | None:
+def start_reading(
+    path: Path,
+    n_gpu_layers: int,
+    device: str | None,
+    *,
+    verbose: bool = False,
+    only_vocabulary: bool = False,
+) -> LanguageFile | None:
     """Start to read a language file in a worker thread; return None for another kind of file.
 
     Raises:
@@ -27,7 +35,7 @@ def start_reading(path: Path, n_gpu_layers: int, device: str | None, *, verbose:
     metadata = read_checked(path)
     if metadata.get("general.architecture") != LANGUAGE_ARCHITECTURE:
         return None  # the error is raised when its settings are read
-    language = LanguageFile(path, n_gpu_layers, device, verbose=verbose)
+    language = LanguageFile(path, n_gpu_layers, device, verbose=verbose, only_vocabulary=only_vocabulary)
     if language.stamp == before:
         language.metadata = metadata
     return language
@@ -41,15 +49,25 @@ class LanguageFile:
         n_gpu_layers: layers that a GPU takes; -1 means all.
         device: name of that GPU; None leaves the choice to llama.cpp.
         verbose: whether llama.cpp's log is received meanwhile, which is slower.
+        only_vocabulary: whether the weights are left out; `read_sparingly` reads them later.
 
     Raises:
         ModelNotFound: the file is missing.
         EngineError: the installed llama.cpp has no such GPU.
     """
 
-    def __init__(self, path: Path, n_gpu_layers: int, device: str | None, *, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        n_gpu_layers: int,
+        device: str | None,
+        *,
+        verbose: bool = False,
+        only_vocabulary: bool = False,
+    ) -> None:
         libllama().llama_backend_init()
         self.path = path
+        self.only_vocabulary = only_vocabulary
         self.stamp = stamp(path)
         """The file's size and times before it is read."""
         self.metadata: Mapping[str, Any] | None = None
@@ -59,6 +77,10 @@ class LanguageFile:
         self.gpu = _find_gpu(self.n_gpu_layers, device)
         """ggml's handle of the GPU that takes layers, if one was named."""
         self._model: int | None = None
+        has_gpu = libllama().llama_supports_gpu_offload()
+        self._needs_params = only_vocabulary or has_gpu or has_wrong_products()
+        if self._needs_params:
+            _import_bindings()  # not in the worker: two threads that import wait for each other
         self._worker = threading.Thread(target=self._read, args=(verbose,), daemon=True)
         self._worker.start()
 
@@ -71,6 +93,37 @@ class LanguageFile:
         self._worker.join()
         model, self._model = self._model or self._retry(), None
         return model
+
+    def check_unchanged(self) -> None:
+        """Check that the file is still the one that was read.
+
+        Raises:
+            EngineError: it was replaced.
+        """
+        if stamp(self.path) != self.stamp:
+            raise EngineError(f"{self.path} was replaced since it was opened; open the model again")
+
+    def read_sparingly(self) -> int:
+        """Return llama.cpp's model of the whole file, which the caller frees; no weight is in memory twice.
+
+        llama.cpp maps the file, and copies the weights of some types into another order for its kernels. What was
+        copied is no longer needed from the file: these pages leave memory after each tensor.
+
+        Raises:
+            EngineError: the file was replaced, or llama.cpp refuses it.
+        """
+        from lfm2vl_edge.engine.ffi import require
+
+        def drop(_progress: float, _: int | None) -> bool:
+            drop_pages(self.path)
+            return True
+
+        self.check_unchanged()
+        LOG.forget()
+        callback = _import_bindings().llama_progress_callback(drop)
+        model = _load(os.fsencode(self.path), 0, None, progress_callback=callback)
+        drop_pages(self.path)
+        return int(require("llama_model_load_from_file", model, f" on {self.path}"))
 
     def close(self) -> None:
         """Wait for the file and free it, unless it was taken; a second call does nothing."""
@@ -98,8 +151,8 @@ class LanguageFile:
         """Return llama.cpp's model, or None if it refuses the file."""
         name = os.fsencode(self.path)
         with nullcontext() if verbose else LOG.silence():
-            if libllama().llama_supports_gpu_offload() or has_wrong_products():
-                return _load_with_gpu(name, self.n_gpu_layers, self.gpu)
+            if self._needs_params:
+                return _load(name, self.n_gpu_layers, self.gpu, vocab_only=self.only_vocabulary)
             model: int | None = libllama().llama_model_load_from_file(name, libllama().llama_model_default_params())
             return model
 
@@ -123,18 +176,26 @@ def _find_gpu(n_gpu_layers: int, device: str | None) -> int | None:
     return find_gpu(n_gpu_layers, device)
 
 
-def _load_with_gpu(name: bytes, n_gpu_layers: int, gpu: int | None) -> int | None:
-    """Return the model from a llama.cpp that would use a GPU by default, or None if it refuses the file.
-
-    Without layers for a GPU the list of devices is empty: llama.cpp would otherwise multiply the long batches of
-    layers that are on the processor on the GPU, and keep memory there for them. Weights are not rearranged for kernels that compute wrongly.
-    """
+def _import_bindings() -> Any:
     with importing():
         from lfm2vl_edge.engine.ffi import llama
 
+    return llama
+
+
+def _load(name: bytes, n_gpu_layers: int, gpu: int | None, **more: Any) -> int | None:
+    """Return the model from a llama.cpp that may use a GPU by default, or None if it refuses the file.
+
+    `more` are other fields of llama.h's llama_model_params. Without layers for a GPU the list of devices is empty:
+    llama.cpp would otherwise multiply the long batches of layers that are on the processor on the GPU, and keep memory
+    there for them. Weights are not rearranged for kernels that compute wrongly.
+    """
+    llama = _import_bindings()
     params = llama.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers
     params.use_extra_bufts = not has_wrong_products()
+    for field, value in more.items():
+        setattr(params, field, value)
     devices = (ctypes.c_void_p * 2)(gpu, None)
     if gpu or n_gpu_layers == 0:
         params.devices = ctypes.addressof(devices)  # ends with NULL; read only while loading

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -25,10 +25,11 @@ from lfm2vl_edge.engine.ffi import (
     AbortFlag,
     check,
     compute,
+    device_key,
     floats,
-    gpu_names,
     libraries,
     llama,
+    parts,
     require,
     sequence_bytes,
     set_sequence_bytes,
@@ -41,7 +42,6 @@ from lfm2vl_edge.engine.slots import Slots
 from lfm2vl_edge.errors import ContextFull, EngineError
 from lfm2vl_edge.host import importing, start_worker
 from lfm2vl_edge.models.gguf import read_metadata
-from lfm2vl_edge.models.names import stamp
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -78,6 +78,8 @@ class EngineSettings:
     """Image tokens of the largest expected view; libmtmd opens its file again for a larger one."""
     exact: bool = False
     """Whether attention computes in 32 bits, which makes prefill a fifth slower."""
+    repack: bool = False
+    """Whether the encoder's weights are rearranged for faster kernels, if there are some; they take memory twice."""
     n_gpu_layers: int = 0
     """Layers that a GPU takes, if the installed llama.cpp has one; -1 means all."""
     device: str | None = None
@@ -125,22 +127,25 @@ class LlamaEngine:
         if isinstance(model, Path):
             model = LanguageFile(model, settings.n_gpu_layers, settings.device)
         self._settings = settings = replace(settings, n_gpu_layers=model.n_gpu_layers)
-        self._path, self._stamp = model.path, model.stamp
+        self._file = model
         self._metadata = {key: model.metadata[key] for key in VOCABULARY} if model.metadata else None
-        self._gpu = model.gpu
         try:
-            self._device = _device_key(settings)
+            self._device = device_key(settings.n_gpu_layers, settings.device)
             if self._uses_graph:
                 self._encoder_for(0)  # maps and checks the file while the language file is read
-            self._model = model.take()
-            self._vocab = llama.llama_model_get_vocab(self._model)
+            self._vocab = llama.llama_model_get_vocab(self._open_language(model))
             self._n_vocab = int(llama.llama_vocab_n_tokens(self._vocab))
-            self._n_embd = llama.llama_model_n_embd(self._model)
-            self._open_context(settings.n_ctx)
         except BaseException:
             model.close()
             self.close()
             raise
+
+    def _open_language(self, file: LanguageFile) -> Any:
+        """Open the language tower and its context, and return the native model whose vocabulary is used."""
+        self._model = file.take()
+        self._n_embd = llama.llama_model_n_embd(self._model)
+        self._open_context(self._settings.n_ctx)
+        return self._model
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         if not self._is_closed and not is_exiting():  # at the end of a process, its memory is freed anyway
@@ -193,6 +198,10 @@ class LlamaEngine:
         with self._in_use():
             return self._encoder_for(n_tokens).encode(pixels, n_tokens, self._n_embd)
 
+    def encoding(self) -> AbstractContextManager[None] | None:
+        """Return None: views may be encoded at any time."""
+        return None
+
     def reserve(self, n_tokens: int) -> None:
         """Clear the sequence and make room; see the protocol."""
         if n_tokens > self._settings.n_ctx_max:
@@ -211,7 +220,7 @@ class LlamaEngine:
 
     def decode_tokens(self, tokens: Sequence[int], *, more: bool = False) -> None:
         """Append tokens to the sequence; see the protocol."""
-        for part, last in _parts(tokens, self.n_batch):
+        for part, last in parts(tokens, self.n_batch):
             array = (llama.llama_token * len(part))(*part)
             self._decode(llama.llama_batch(n_tokens=len(part), token=array), more or not last)
 
@@ -219,34 +228,33 @@ class LlamaEngine:
         """Append float32 `[n, n_embd]` embeddings to the sequence; see the protocol."""
         if embeddings.ndim != 2 or embeddings.shape[1] != self._n_embd:
             raise EngineError(f"embeddings of shape {embeddings.shape} do not fit the model's width {self._n_embd}")
-        for part, last in _parts(np.ascontiguousarray(embeddings, np.float32), self.n_batch):
+        for part, last in parts(np.ascontiguousarray(embeddings, np.float32), self.n_batch):
             pointer = part.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
             self._decode(llama.llama_batch(n_tokens=len(part), embd=pointer), more or not last)
 
     def logits(self) -> Floats:
         """Return float32 `[n_vocab]`; see the protocol."""
         with self._in_use():
-            pointer = require("llama_get_logits_ith", llama.llama_get_logits_ith(self._context, -1))
+            pointer = require("llama_get_logits_ith", llama.llama_get_logits_ith(self._sequence, -1))
             return floats(pointer, (self._n_vocab,))
 
     def snapshot(self) -> State:
         """Return a copy of the sequence; see the protocol."""
         LOG.forget()
         with self._in_use():
-            return sequence_bytes(self._context)
+            return sequence_bytes(self._sequence)
 
     def restore(self, state: State, n_tokens: int) -> None:
         """Replace the sequence by a snapshot; see the protocol."""
         LOG.forget()
         with self._in_use():
-            set_sequence_bytes(self._context, state, n_tokens)
+            set_sequence_bytes(self._sequence, state, n_tokens)
 
     def check_grammar(self, grammar: str) -> None:
         """Check a grammar; see the protocol."""
         with self._in_use():
             check_grammar(grammar)
-        if self._making_tokenizer is None:
-            self._making_tokenizer = start_worker(self._make_tokenizer)
+        self._tokenizer()
 
     def sample(
         self,
@@ -262,7 +270,7 @@ class LlamaEngine:
             while True:
                 if not run:
                     with self._in_use():
-                        run = sampler.next(self._context)
+                        run = sampler.next(self._sequence)
                 yield from run
                 self.decode_tokens([one.token for one in run])
                 run = []
@@ -276,22 +284,22 @@ class LlamaEngine:
         n_logprobs: int | None = None,
     ) -> Sampler:
         """Return what samples the tokens of one answer; arguments as for `sample`. Close it."""
-        follower = None if constraint is None else Follower(self._tokenizer(), constraint)
+        follower = None if constraint is None else Follower(self._tokenizer().result(), constraint)
         sizes = self._n_vocab, self._settings.n_ctx_max
         return Sampler(sampling, seed, prompt_tokens, sizes, follower, self._ends if follower else (), n_logprobs)
 
-    def _tokenizer(self) -> LLTokenizer:
+    def _tokenizer(self) -> Future[LLTokenizer]:
         """Return llguidance's form of the vocabulary, which a worker thread makes once."""
         if self._making_tokenizer is None:
             self._making_tokenizer = start_worker(self._make_tokenizer)
-        return self._making_tokenizer.result()
+        return self._making_tokenizer
 
     def _make_tokenizer(self) -> LLTokenizer:
         """Take the vocabulary from the file's metadata: asking llama.cpp for each token takes ten times as long."""
         with self._in_use():
-            if self._metadata is None and stamp(self._path) != self._stamp:
-                raise EngineError(f"{self._path} was replaced since it was opened; open the model again")
-            pieces = token_bytes(self._metadata or read_metadata(self._path))
+            if self._metadata is None:
+                self._file.check_unchanged()
+            pieces = token_bytes(self._metadata or read_metadata(self._file.path))
             names = [token for token, piece in enumerate(pieces) if piece.startswith(CONTROL)]
             usual = llama.llama_vocab_eot(self._vocab)
             ends = (token for token in names if llama.llama_vocab_is_eog(self._vocab, token))
@@ -350,9 +358,15 @@ class LlamaEngine:
     def _free_if_unused(self) -> None:
         if self._uses or not self._freed.acquire(blocking=False):
             return
+        self._free()
+
+    def _free(self) -> None:
         self._close_encoder()
         if self._slots:
             self._slots.close()
+        self._free_language()
+
+    def _free_language(self) -> None:
         if self._context:
             llama.llama_free(self._context)
         if self._model:
@@ -363,6 +377,12 @@ class LlamaEngine:
         if self._encoder:
             self._encoder.close()
         self._encoder = None
+
+    @property
+    def _sequence(self) -> Any:
+        if not self._context:
+            raise EngineError("there is no context to decode in; call reserve first")
+        return self._context
 
     @property
     def _attention(self) -> int:
@@ -429,7 +449,8 @@ class LlamaEngine:
 
     def _new_encoder(self) -> Encoder:
         if self._uses_graph:
-            return GraphEncoder(self._mmproj, self._settings.n_threads, self._vision)
+            settings = self._settings
+            return GraphEncoder(self._mmproj, settings.n_threads, self._vision, repack=settings.repack)
         with importing():
             from lfm2vl_edge.engine.encoder.mtmd import MtmdEncoder  # libmtmd is loaded only if it is used
 
@@ -439,7 +460,7 @@ class LlamaEngine:
             n_threads=self._settings.n_threads,
             view_tokens=self._view_tokens,
             use_gpu=self._uses_gpu,
-            gpu=self._gpu,
+            gpu=self._file.gpu,
             observer=self.observer,
         )
 
@@ -449,14 +470,14 @@ class LlamaEngine:
 
     def _encoder_name(self) -> str:
         if self._uses_graph:
-            return "ggml graph"
+            return f"ggml graph{', rearranged weights' if self._settings.repack else ''}"
         is_fallback = self.observer is None and not self._uses_gpu
         return f"libmtmd ({graph_failure()})" if is_fallback else "libmtmd"
 
     def _encoder_settings(self) -> str:
         """Return what decides how views are computed; the number of threads changes no bit."""
         if self._uses_graph:
-            return f"graph={VERSION}"
+            return f"graph={VERSION}{' repack' if self._settings.repack else ''}"
         return f"flash={FLASH_ATTENTION} gpu={self._uses_gpu}{self._device}"
 
     def _outputs(self, more: bool) -> Any:
@@ -467,24 +488,9 @@ class LlamaEngine:
         batch.logits = self._outputs(more)
         LOG.forget()
         with self._in_use():
-            code = compute(llama.llama_decode, self._context, batch)
+            code = compute(llama.llama_decode, self._sequence, batch)
         if code == ABORTED:
             raise EngineError(_CLOSED if self._is_closed else "the answer was cancelled")
         if code == NO_MEMORY_SLOT:
             raise ContextFull(f"the context of {self._n_ctx} tokens is full")
         check("llama_decode", code)
-
-
-def _device_key(settings: EngineSettings) -> str:
-    """Return which GPUs may compute, for the settings that decide the bits of a result; their models, too."""
-    if settings.n_gpu_layers == 0:
-        return ""
-    names = gpu_names()
-    chosen = names if settings.device is None else {settings.device: names[settings.device]}
-    return f" device={', '.join(chosen.values())}"
-
-
-def _parts(whole: Any, size: int) -> Iterator[tuple[Any, bool]]:
-    """Yield slices of at most `size`, each with whether it is the last one."""
-    for start in range(0, len(whole), size):
-        yield whole[start : start + size], start + size >= len(whole)

@@ -8,7 +8,7 @@ tokens and views, so fewer of them are always cheaper.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from lfm2vl_edge.config import DEFAULT_N_CTX
@@ -65,10 +65,11 @@ class Costs:
         token_seconds: encoder, seconds per image token.
         prefill_seconds: language tower, seconds per token of the prompt.
         decode_seconds: language tower, seconds per token of the answer.
-        memory_bytes: largest resident memory with the smallest image and `DEFAULT_N_CTX` tokens of context.
+        memory_bytes: largest resident memory with the smallest image and `n_ctx` tokens of context.
         context_bytes: memory per token of context.
         is_measured: whether the values were measured on this machine; otherwise they are a rough guess.
         source: where the values come from, as a phrase.
+        n_ctx: tokens of context that `memory_bytes` includes.
     """
 
     view_seconds: float
@@ -79,6 +80,7 @@ class Costs:
     context_bytes: float
     is_measured: bool
     source: str
+    n_ctx: int = DEFAULT_N_CTX
 
     def encode(self, plan: TilePlan) -> float:
         """Return the seconds of the encoder for an image."""
@@ -99,8 +101,18 @@ class Costs:
         and as the resized grid and its tiles.
         """
         pixels = plan.height * plan.width + sum(view.height * view.width for view in plan.views)
-        longer = max(0, plan.n_prompt_tokens - DEFAULT_N_CTX)
+        longer = max(0, plan.n_prompt_tokens - self.n_ctx)
         return self.memory_bytes + longer * self.context_bytes + 2 * 3 * pixels
+
+
+def with_low_memory(costs: Costs, shape: CostShape) -> Costs:
+    """Return the costs if encoder and language tower take turns in memory: the larger file is there, once.
+
+    The seconds stay: that files are read again is not part of them.
+    """
+    needed = max(shape.language_bytes, shape.mmproj_bytes) + _PROGRAM_BYTES
+    source = f"{costs.source}, but for the memory, which is a rough guess" if costs.is_measured else costs.source
+    return replace(costs, memory_bytes=needed, n_ctx=0, source=source)
 
 
 def line_through(points: Sequence[tuple[int, float]]) -> tuple[float, float]:

@@ -178,7 +178,7 @@ def test_the_repetition_penalty_counts_forced_tokens(tiny: Model) -> None:
 def test_a_triggered_constraint_begins_after_its_token_and_ends_with_its_grammar(tiny: Model) -> None:
     engine = engine_of(tiny)
     trigger, other = engine.tokenize("q")[0], engine.tokenize("z")[0]
-    follower = Follower(engine._tokenizer(), Constraint(grammar='start: "a" /[bc]/ "d"', trigger=trigger))
+    follower = Follower(engine._tokenizer().result(), Constraint(grammar='start: "a" /[bc]/ "d"', trigger=trigger))
     for _ in range(2):
         assert allowed(follower, engine) is None
         assert follower.accept(other) == []
@@ -203,7 +203,7 @@ def allowed(follower: Follower, engine: LlamaEngine) -> dict[bytes, int] | None:
 
 def test_the_bytes_of_tokens_are_those_of_llama_cpp(tiny: Model) -> None:
     engine = engine_of(tiny)
-    pieces = token_bytes(read_metadata(engine._path))
+    pieces = token_bytes(read_metadata(engine._file.path))
     control = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN | llama.LLAMA_TOKEN_ATTR_UNUSED
     assert len(pieces) == engine.info.n_vocab
     for token, piece in enumerate(pieces):
@@ -232,13 +232,13 @@ def test_the_vocabulary_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its metadata was read when the model was opened; nothing is read again, so a replaced file does no harm."""
     with Model.open("tiny", cache=False) as own:
         monkeypatch.setattr("lfm2vl_edge.engine.llama.read_metadata", None)
-        engine_of(own)._stamp = (0, 0, 0)
+        engine_of(own)._file.stamp = (0, 0, 0)
         assert own.ask([], "go", regex="a") == "a"
 
 
 def test_a_file_that_was_replaced_is_noticed() -> None:
     with Model.open("tiny", cache=False) as own:
-        engine_of(own)._metadata, engine_of(own)._stamp = None, (0, 0, 0)
+        engine_of(own)._metadata, engine_of(own)._file.stamp = None, (0, 0, 0)
         with pytest.raises(EngineError, match="was replaced since it was opened; open the model again"):
             own.ask([], "go", regex="a")
 

@@ -33,7 +33,7 @@ def can_be(model: Model, text: str, schema: Any) -> bool:
     """Return whether a text could be an answer: token by token, and as a whole."""
     engine, read = model.engine, read_schema(schema)
     assert isinstance(engine, LlamaEngine)
-    if not Follower(engine._tokenizer(), Constraint(grammar=grammar_of(read))).matches(engine.tokenize(text)):
+    if not Follower(engine._tokenizer().result(), Constraint(grammar=grammar_of(read))).matches(engine.tokenize(text)):
         return False
     try:
         parse_answer(text, read)

@@ -77,7 +77,7 @@ def walked(model: Model, tools: Sequence[Tool], choice: str, seed: int) -> tuple
     controls = model.config.control_tokens
     engine: Any = model.engine
     trigger = controls[START] if choice == "auto" else None
-    follower = Follower(engine._tokenizer(), Constraint(grammar=tool_grammar(tools, choice), trigger=trigger))
+    follower = Follower(engine._tokenizer().result(), Constraint(grammar=tool_grammar(tools, choice), trigger=trigger))
     reader, chosen = CallReader(tools, controls), random.Random(seed)
     pieces = [engine.piece(token) for token in range(model.config.n_vocab)]
     closing = np.array([piece[:1] in (b'"', b")", b"]", b"}") for piece in pieces])
