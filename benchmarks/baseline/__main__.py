@@ -39,6 +39,7 @@ def main(
         Path | None, typer.Option(help="Folder with llama-mtmd-cli, llama-bench and llama-server; nothing is built.")
     ] = None,
     baseline_mmproj: Annotated[Path | None, typer.Option(help="Vision GGUF of the baseline. Default: ours.")] = None,
+    large: Annotated[bool, typer.Option(help="Measure a 1920x1080 image too.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
@@ -52,7 +53,7 @@ def main(
     try:
         opening = decide(model, options)
         baseline = _baseline(opening, options, build, baseline_mmproj, report)
-        rows = compare(opening, options, baseline, runs, report=report)
+        rows = compare(opening, options, baseline, runs, report=report, large=large)
     except EdgeError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None

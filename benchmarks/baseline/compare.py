@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from benchmarks.baseline.server import Server, serving
 from benchmarks.baseline.tools import Baseline
@@ -20,6 +20,9 @@ from lfm2vl_edge.prompt.messages import user_message
 
 Measures: TypeAlias = "Mapping[str, Callable[[], Values]]"
 """Name of a step of ours -> the same measurement of the baseline; steps that it cannot do are left out."""
+
+_OF_LARGE: Final = ("large", "cold large", "disk cache")
+"""Steps with the 1920x1080 image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +41,13 @@ class ComparedRow:
     @property
     def ratio(self) -> float:
         """The median of ours over the baseline's, pair by pair."""
+        return statistics.median(self.ratios)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Ours over the baseline's of each pair."""
         pairs = zip(self.ours.runs, self.baseline, strict=True)
-        return statistics.median(own / max(other, 1e-9) for own, other in pairs)
+        return [own / max(other, 1e-9) for own, other in pairs]
 
     def as_dict(self) -> dict[str, Any]:
         """Return runs and medians by name; those of the baseline only if it was measured."""
@@ -71,7 +79,8 @@ def lines(rows: Sequence[ComparedRow]) -> Iterator[str]:
     yield f"{'':<{width}}  {'ours':>8} {'':<8}  {'llama.cpp':>9}  {'ratio':>6}"
     for row, line in zip(rows, bench.lines([row.ours for row in rows]), strict=True):
         if row.baseline:
-            yield f"{line.partition('  (')[0]}  {row.baseline_median:>9.3g}  {row.ratio:>6.2f}"
+            spread = f"({min(row.ratios):.2f} to {max(row.ratios):.2f})"
+            yield f"{line.partition('  (')[0]}  {row.baseline_median:>9.3g}  {row.ratio:>6.2f}  {spread}"
         else:
             yield line
 
@@ -83,8 +92,18 @@ def compare(
     runs: int,
     run: RunProcess | None = None,
     report: Callable[[str], None] = lambda _: None,
+    large: bool = True,
 ) -> list[ComparedRow]:
-    """Measure a model on both sides; the arguments other than the baseline are those of `diagnose.bench.bench`.
+    """Measure a model on both sides; the other arguments are those of `diagnose.bench.bench`.
+
+    Args:
+        opening: which files, and how they are opened.
+        options: as they were given.
+        baseline: llama.cpp's tools.
+        runs: repetitions.
+        run: starts a process and waits for it.
+        report: is called with a line about progress.
+        large: whether the 1920x1080 image is measured too.
 
     Raises:
         EngineError: a native call, a process or the server failed.
@@ -94,7 +113,12 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="lfm2vl-bench-") as folder:
         images = bench.write_images(Path(folder), bench.SIZES)
         comparison = _Comparison(
-            opening=opening, options=options, baseline=baseline, images=images, run=run or bench.run_process
+            opening=opening,
+            options=options,
+            baseline=baseline,
+            images=images,
+            run=run or bench.run_process,
+            large=large,
         )
         for number in range(runs):
             report(f"run {number + 1} of {runs}")
@@ -111,6 +135,7 @@ class _Comparison:
     baseline: Baseline
     images: BenchImages
     run: RunProcess
+    large: bool
 
     def run_once(self, cache: Path, *, baseline_first: bool) -> tuple[Values, Values]:
         """Return our values and the baseline's of one run. Both models are closed before new processes start.
@@ -123,10 +148,13 @@ class _Comparison:
         others: Values = {}
         with bench.open_model(self.opening, self.options) as model, serving(self.baseline) as server:
             measures = self._model_measures(model, server)
-            _take_turns(bench.model_steps(model, self.images), measures, (ours, others), baseline_first)
+            _take_turns(self._chosen(bench.model_steps(model, self.images)), measures, (ours, others), baseline_first)
         steps = bench.process_steps(self.opening, self.options, self.images, self.run, cache)
-        _take_turns(steps, self._process_measures(), (ours, others), baseline_first)
+        _take_turns(self._chosen(steps), self._process_measures(), (ours, others), baseline_first)
         return ours, others
+
+    def _chosen(self, steps: Iterable[Step]) -> Iterator[Step]:
+        return (step for step in steps if self.large or step[0] not in _OF_LARGE)
 
     def _model_measures(self, model: Model, server: Server) -> Measures:
         small, large = self.images.small, self.images.large
