@@ -96,7 +96,8 @@ def main() -> None:
 
 def _exit_code_of(names: Iterable[str], exits_at_once: bool) -> Any:
     """Run the command line and return its exit code; commands free nothing if the process exits at once."""
-    from lfm2vl_edge.cli._output import EXIT_FAILED, report_os_error
+    from lfm2vl_edge.cli._output import EXIT_FAILED, report, report_os_error
+    from lfm2vl_edge.errors import EdgeError
 
     try:
         try:
@@ -104,6 +105,9 @@ def _exit_code_of(names: Iterable[str], exits_at_once: bool) -> Any:
         except SystemExit as end:
             sys.stdout.flush()
             return end.code
+    except EdgeError as error:  # llama.cpp does not load when a command is imported; commands report their own
+        report(error)
+        return EXIT_FAILED
     except OSError as error:  # stdout does not take the help, for example; commands report their own
         report_os_error(error)
         return EXIT_FAILED

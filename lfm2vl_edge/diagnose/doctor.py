@@ -132,7 +132,7 @@ def _engine(engine: EngineFacts) -> Iterator[Finding]:
         yield _note(topic="engine", problem=problem, remedy=REINSTALL)
     if engine.gpu_kinds and not engine.gpus:
         problem = f"llama.cpp was built for {' and '.join(engine.gpu_kinds)}, and finds no GPU for it here"
-        yield _note(topic="engine", problem=problem, remedy="install the GPU's driver, and see docs/vulkan.md")
+        yield _note(topic="engine", problem=problem, remedy="install the GPU's driver, and see docs/gpu.md")
 
 
 def _versions(versions: Mapping[str, str | None]) -> Iterator[Finding]:

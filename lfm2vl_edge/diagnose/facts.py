@@ -300,6 +300,8 @@ def examine_pair(name: str, source: Source, pair: Pair, incomplete: Sequence[Pat
 _SECONDS: Final = 120
 """Time limit for loading llama.cpp; a Raspberry Pi with a slow card takes 5 s."""
 _ENABLED: Final = re.compile(r"(\w+) = 1\b")
+_LOAD_ERROR: Final = "lfm2vl_edge.errors.EngineError: llama.cpp does not load: "
+"""Start of the last line of a traceback; `doctor` writes the rest of it in a sentence of its own."""
 _LISTS: Final = ("features", "backends", "gpus", "gpu_names", "gpu_kinds")
 """Fields of `EngineFacts` that are lists."""
 
@@ -369,7 +371,7 @@ def _failure(code: int, log: str) -> str:
         hint = ", as a build for another processor does" if name == "SIGILL" else ""
         return f"loading it ends the process with {name}{hint}"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return f"{lines[-1]:.300}" if lines else f"its process ended with code {code}"
+    return f"{lines[-1].removeprefix(_LOAD_ERROR):.300}" if lines else f"its process ended with code {code}"
 
 
 def print_engine() -> None:

@@ -1,6 +1,6 @@
 """libllama without llama_cpp's bindings, which are slower to import, and its log.
 
-This is the only module that names llama_cpp; it needs nothing but the standard library.
+This is the only module that imports llama_cpp; it needs nothing else but the standard library.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from lfm2vl_edge.errors import EngineError, clip
 from lfm2vl_edge.host import ProcessLock, has_amx, importing
 
 _FOLDER_VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
@@ -46,8 +47,9 @@ def bindings(name: str) -> Any:
 
     Raises:
         ImportError: llama_cpp is not installed.
+        EngineError: its libraries do not load.
     """
-    with importing():
+    with importing(), _loading():
         module = import_module(f"llama_cpp.{name}")
     LOG.attach()  # llama_cpp sets a callback of its own when it is imported
     return module
@@ -59,9 +61,11 @@ def libllama() -> Any:
 
     Raises:
         ImportError: llama_cpp is not installed.
+        EngineError: its libraries do not load.
     """
-    path = _path() or import_module("llama_cpp.llama_cpp")._lib._name  # noqa: SLF001
-    library = ctypes.CDLL(str(path))  # a separate object: the types below do not change llama_cpp's
+    with _loading():
+        path = _path() or import_module("llama_cpp.llama_cpp")._lib._name  # noqa: SLF001
+        library = ctypes.CDLL(str(path))  # a separate object: the types below do not change llama_cpp's
     library.llama_model_default_params.restype = ModelParams
     library.llama_model_load_from_file.argtypes = [ctypes.c_char_p, ModelParams]
     library.llama_model_load_from_file.restype = ctypes.c_void_p
@@ -71,6 +75,19 @@ def libllama() -> Any:
     library.llama_log_set.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.llama_log_set(ctypes.cast(LOG.callback, ctypes.c_void_p), None)
     return library
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Explain why libraries do not load, such as those for CUDA where NVIDIA's driver is not installed."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: llama_cpp's, around an OSError
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise EngineError(
+            f"llama.cpp does not load: {clip(str(reason))}; install the library that is missing (libcuda.so.1 comes "
+            "with NVIDIA's driver), or llama-cpp-python again"
+        ) from error
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import re
 import subprocess
 import sys
 from contextlib import closing
@@ -24,6 +26,8 @@ from lfm2vl_edge.model import model_of
 from lfm2vl_edge.models.names import find_model, find_pair
 from lfm2vl_edge.opening import Opening, OpenOptions, open_model
 from tests.conftest import Pair
+
+EXAMPLE = str(Path(__file__).parents[2] / "examples" / "shapes.png")
 
 
 def test_it_is_read_before_anything_heavy_is_imported(pair: Pair) -> None:
@@ -64,6 +68,29 @@ def test_a_library_in_another_place_is_found_through_llama_cpp(
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
     assert library._path() is None
     assert libllama.__wrapped__()._handle == llama._lib._handle
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", EXAMPLE, "What is this?"),
+        ("detect", EXAMPLE, "circle"),
+        ("bench",),
+        ("tune",),
+        ("serve", "--port", "0"),
+    ],
+)
+def test_a_library_that_needs_a_missing_one_is_one_line(command: tuple[str, ...], tmp_path: Path) -> None:
+    """As libggml-cuda does where NVIDIA's driver is not installed."""
+    path = Path(llama._lib._name)
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+    environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(tmp_path), "LFM2VL_MODEL": "tiny"}
+    line = [sys.executable, "-m", "lfm2vl_edge", *command]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout) == (1, "")
+    (error,) = done.stderr.splitlines()
+    assert re.match(r"error: llama\.cpp does not load: .*libggml.*; install the library that is missing", error), error
+    assert len(error) < 300
 
 
 @pytest.mark.parametrize(
