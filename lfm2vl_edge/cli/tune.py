@@ -61,4 +61,5 @@ def _lines(profile: Profile, measurements: Sequence[Measurement], path: Path) ->
             yield f"{one.threads:>7}  {kind:<6}  {seconds}  {speeds}"
     yield ""
     plural = "s" if profile.threads > 1 else ""
-    yield f"fastest: {profile.threads} thread{plural}, mmproj {profile.mmproj}; stored in {on_line(path)}"
+    order = " with rearranged weights" if profile.mmproj in profile.repacked else ""
+    yield f"fastest: {profile.threads} thread{plural}, mmproj {profile.mmproj}{order}; stored in {on_line(path)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from lfm2vl_edge import ConfigError, EngineError, ModelNotFound, Sampling
 from lfm2vl_edge.diagnose.tune import Measurement, Timer, tune
-from lfm2vl_edge.engine import Constraint, EngineInfo, Floats, Sampled, State
+from lfm2vl_edge.engine import Constraint, Engine, EngineInfo, Floats, Sampled, State
 from lfm2vl_edge.image.load import Pixels
 from lfm2vl_edge.models.names import mmproj_type
 from lfm2vl_edge.opening import Opening, OpenOptions
@@ -50,6 +51,9 @@ class SlowEngine:
         odd = 10.0 if self.n_encoded % 4 == 2 else 1.0  # one run in three is disturbed; the median is not
         self.clock.now += ENCODE[self.kind] * n_tokens * self.share * odd
         return np.zeros((n_tokens, 4), np.float32)
+
+    def encoding(self) -> None:
+        raise NotImplementedError
 
     def reserve(self, n_tokens: int) -> None:
         self.room = n_tokens
@@ -139,6 +143,36 @@ def test_tune_finds_the_fastest_and_its_values(folder: Path, monkeypatch: pytest
     assert profile.memory_bytes > 10**6
     assert len(engines) == 9
     assert all(engine.closed for engine in engines)
+
+
+@pytest.mark.parametrize(("share", "chosen"), [(0.3, True), (0.9, True), (0.95, False), (1.4, False)])
+def test_rearranged_weights_are_chosen_if_they_gain_a_tenth(
+    share: float, chosen: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They exist for Q4_0 only, and take `share` of its time."""
+    tried: list[Path] = []
+
+    def exists(path: Path) -> bool:
+        tried.append(path)
+        return mmproj_type(path) == "Q4_0"
+
+    monkeypatch.setattr("lfm2vl_edge.diagnose.tune.can_repack_file", exists)
+    engines: list[SlowEngine] = []
+    base = timer(engines)
+
+    def load(opening: Opening, options: OpenOptions) -> Engine:
+        engine = base.load(opening, options)
+        engines[-1].share *= share if opening.repack else 1.0
+        return engine
+
+    profile, (measurement,) = tune(folder, OpenOptions(n_threads=1), replace(base, load=load))
+    usual = 256 * ENCODE["Q4_0"]
+    assert profile.encode["Q4_0"][256] == pytest.approx(usual * share if chosen else usual)
+    assert profile.encode["F16"][256] == pytest.approx(256 * ENCODE["F16"])
+    assert profile.repacked == measurement.repacked == (("Q4_0",) if chosen else ())
+    assert [engine.kind for engine in engines] == ["BF16", "F16", "Q4_0", "Q4_0"]
+    assert all(engine.closed for engine in engines)
+    assert [mmproj_type(path) for path in tried] == ["BF16", "F16", "Q4_0"]
 
 
 def test_tune_measures_only_the_given_mmproj_and_threads(folder: Path) -> None:

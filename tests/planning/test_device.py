@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from lfm2vl_edge.host import (
     thread_counts,
 )
 from lfm2vl_edge.models.names import find_pair
-from lfm2vl_edge.opening import OpenOptions, decide
+from lfm2vl_edge.opening import OpenOptions, decide, load
 from lfm2vl_edge.planning import device as device_module
 from lfm2vl_edge.planning.device import Profile, ProfileKey, keep_temperature, load_profile, profile_key, save_profile
 from tests.conftest import IMAGES, Pair
@@ -114,6 +115,10 @@ BAD: dict[str, Callable[[dict[str, Any]], bytes]] = {
     "temperature below 0": lambda content: changed(content, choice_temperature=-1.5),
     "temperature not finite": lambda content: changed(content, choice_temperature=float("nan")),
     "temperature as text": lambda content: changed(content, choice_temperature="1"),
+    "rearranged as text": lambda content: changed(content, repacked="F16"),
+    "rearranged numbers": lambda content: changed(content, repacked=[1]),
+    "rearranged lists": lambda content: changed(content, repacked=[["F16"]]),
+    "rearranged, not measured": lambda content: changed(content, repacked=["F32"]),
 }
 
 
@@ -317,5 +322,31 @@ def test_an_image_within_a_budget_is_saved_and_loaded(folder: Path, tmp_path: Pa
 def test_the_profile_has_the_documented_fields() -> None:
     assert set(asdict(PROFILE)) == {
         *("threads", "mmproj", "encode", "prefill_speed", "decode_speed"),
-        *("memory_bytes", "measured", "choice_temperature"),
+        *("memory_bytes", "measured", "choice_temperature", "repacked"),
     }
+
+
+def test_rearranged_weights_are_used_for_the_types_that_tune_found_faster_so(folder: Path) -> None:
+    key = key_of(folder)
+    profile = replace(PROFILE, repacked=("Q8_0",))
+    path = save_profile(profile, key)
+    assert load_profile(key) == profile
+    assert decide(folder, OpenOptions()).repack
+    assert not decide(folder, OpenOptions(), use_profile=False).repack
+    assert not decide(folder, OpenOptions(low_memory=True)).repack
+    save_profile(replace(PROFILE, repacked=("F16",)), key)  # Q8_0 is faster, and there
+    assert not decide(folder, OpenOptions()).repack
+    content = json.loads(path.read_bytes())
+    del content["profile"]["repacked"]  # a file of an earlier version
+    path.write_text(json.dumps(content))
+    assert load_profile(key) == PROFILE
+
+
+def test_embeddings_of_rearranged_weights_have_a_key_of_their_own(folder: Path) -> None:
+    opening = decide(folder, OpenOptions(n_threads=1))
+    infos = []
+    for repack in (False, True):
+        with closing(load(replace(opening, repack=repack), OpenOptions(n_threads=1))) as engine:
+            infos.append(engine.info)
+    assert infos[0].encoder_settings != infos[1].encoder_settings
+    assert infos[0].language_settings == infos[1].language_settings
