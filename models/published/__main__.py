@@ -131,7 +131,7 @@ def values(compared: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
         return
     count, name = compared["prompts"], f"transformers {compared['version']}"
     yield f"prompt ids equal to {name}", f"{compared['equal_ids']} of {count} prompts, {compared['n_ids']:,} ids"
-    yield "views equal", f"{compared['equal_views']} of {count} images, {compared['n_views']} views"
+    yield "views equal", f"{compared['equal_views']} of {count} prompts, {compared['n_views']} views"
     yield "error of embeddings, both in float32", f"{compared['embedding_error']:.1e}"
     for key, label in (("float", "first token, both in float32"), ("official", "first token, these files")):
         one = compared[key]
