@@ -256,5 +256,5 @@ def test_cells_stay_within_their_row() -> None:
 def test_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "total_memory", lambda: 8_000_000_000)
     compare.check_memory(450_000_000)
-    with pytest.raises(ConfigError, match="takes 15 GB of memory, this machine has 8; .*--without-transformers"):
+    with pytest.raises(ConfigError, match="takes 16 GB of memory, this machine has 8; .*--without-transformers"):
         compare.check_memory(3_000_000_000)
