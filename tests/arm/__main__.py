@@ -1,6 +1,6 @@
-"""Run ggml's kernels and the packages on emulated boards: `python -m tests.arm [--keep] [--work FOLDER]`.
+"""Run the package and ggml's kernels on emulated boards: `python -m tests.arm [--keep] [--work FOLDER]`.
 
-With --keep, what is built in the folder already is used again. The exit code is 1 if a product is wrong.
+With --keep, what is built in the folder already is used again. The exit code is 1 if an answer or a product is wrong.
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
 
 from tests.arm.build import build, missing
+from tests.arm.checks import Check, answer_here, check_all, make_pairs
 from tests.arm.counts import Count, count_products, table
 from tests.arm.guest import Guest
-
-COMPILED: Final = ("jsonschema_rs", "llguidance", "ml_dtypes", "numpy", "PIL.Image", "safetensors", "yaml")
-"""Packages with code for the processor, which the runtime needs."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,32 +36,21 @@ def main(arguments: Sequence[str]) -> int:
     if not chosen.keep:
         shutil.rmtree(chosen.work, ignore_errors=True)
     start = time.monotonic()
-    _print("building ggml, Debian's Python and the packages for arm64")
+    _print("building llama.cpp, Debian's Python and the packages for arm64")
     guests = build(chosen.work)
     built = time.monotonic()
-    imports = [import_packages(guest) for guest in guests]
-    _print("multiplying")
+    pairs = chosen.work / "pairs"
+    make_pairs(guests[0], pairs)
+    expected = answer_here(guests[0], pairs)
+    checks = {guest.board.title: _printed(guest, check_all(guest, pairs, expected)) for guest in guests}
+    checked = time.monotonic()
+    _print("counting instructions")
     counts = {guest.board.title: count_products(guest, chosen.work) for guest in guests}
-    text = report(guests, imports, counts, [built - start, time.monotonic() - built])
+    text = report(guests, checks, counts, [built - start, checked - built, time.monotonic() - checked])
     (chosen.work / "outcome.md").write_text(text, encoding="utf-8")
-    _print(f"{text}\nalso in {chosen.work / 'outcome.md'}")
-    return int(any(one.is_wrong for found in counts.values() for one in found))
-
-
-def import_packages(guest: Guest) -> str:
-    """Import the compiled packages on a board, and return its machine, Python and numpy.
-
-    Raises:
-        SystemExit: one cannot be imported.
-    """
-    guest.prepare()
-    done = guest.python(
-        "-c", f"import {', '.join(COMPILED)}, platform as p; print(p.machine(), p.python_version(), numpy.__version__)"
-    )
-    if done.returncode:
-        raise SystemExit(f"{done.stderr}the packages cannot be imported on {guest.board.title}")
-    machine, python, numpy = done.stdout.split()
-    return f"{machine}, Python {python}, numpy {numpy}"
+    _print(f"\n{text}\nalso in {chosen.work / 'outcome.md'}")
+    failed = [one.name for found in checks.values() for one in found if not one.ok]
+    return int(bool(failed) or any(one.is_wrong for found in counts.values() for one in found))
 
 
 def default_folder() -> Path:
@@ -74,31 +60,50 @@ def default_folder() -> Path:
 
 
 def report(
-    guests: Sequence[Guest], imports: Sequence[str], counts: Mapping[str, Sequence[Count]], seconds: Sequence[float]
+    guests: Sequence[Guest],
+    checks: Mapping[str, Sequence[Check]],
+    counts: Mapping[str, Sequence[Count]],
+    seconds: Sequence[float],
 ) -> str:
     """Return the outcome as Markdown.
 
     Args:
         guests: the boards.
-        imports: what `import_packages` returned for each.
+        checks: title of a board -> its checks.
         counts: title of a board -> its products.
-        seconds: time to build, and to run.
+        seconds: time to build, to check, and to count instructions.
     """
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     date = datetime.datetime.now(tz=datetime.timezone.utc).date()
     compiler, emulator = (_first_line(name, "--version") for name in ("aarch64-linux-gnu-g++", "qemu-aarch64"))
     cores = f"{len(os.sched_getaffinity(0))} {platform.machine()} cores"
-    built, ran = (round(one / 60) for one in seconds)
+    built, checked, counted = (round(one / 60) for one in seconds)
     minutes = round((used.ru_utime + used.ru_stime) / 60)
     lines = [
         f"{date}: llama-cpp-python {version('llama-cpp-python')}, {compiler}, {emulator}, {cores}.",
-        f"Built in {built} minutes, run in {ran}; {minutes} minutes of processor time.",
-        *(
-            f"{guest.board.title}: {guest.board.cpu}, `-march={guest.board.arch}`; {found}."
-            for guest, found in zip(guests, imports, strict=True)
-        ),
+        f"Built in {built} minutes, checked in {checked}, counted in {counted}; {minutes} minutes of processor time.",
     ]
-    return "\n".join(lines) + f"\n\n{table(counts)}"
+    for guest in guests:
+        board = guest.board
+        lines += [
+            "",
+            f"{board.title}: {board.cpu}, `-march={board.arch}`",
+            "",
+            "| check | ok | found |",
+            "|---|---|---|",
+        ]
+        found = checks[board.title]
+        lines += [f"| {one.name} | {'yes' if one.ok else 'NO'} | {one.detail} |" for one in found]
+    return "\n".join(lines) + f"\n\nInstructions of each multiplication, and the error:\n\n{table(counts)}"
+
+
+def _printed(guest: Guest, checks: Iterable[Check]) -> list[Check]:
+    """Print each check when it ends, and return all."""
+    done = []
+    for one in checks:
+        _print(f"{guest.board.name}: {'ok  ' if one.ok else 'FAIL'} {one.name}: {one.detail}")
+        done.append(one)
+    return done
 
 
 def _first_line(*command: str) -> str:

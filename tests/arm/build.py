@@ -1,4 +1,4 @@
-"""What the boards run: llama.cpp's ggml from a cross compiler, Debian's Python for arm64, wheels, and this package.
+"""What the boards run: llama.cpp from a cross compiler, Debian's Python for arm64, wheels, and this package.
 
 The versions are those of the environment that runs this: the same llama.cpp, the same packages.
 """
@@ -19,7 +19,7 @@ from typing import Final
 
 from packaging.requirements import Requirement
 
-from tests.arm.guest import BOARDS, ROOT, Guest
+from tests.arm.guest import BOARDS, ROOT, Board, Guest
 
 PROGRAMS: Final = {
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
@@ -35,11 +35,13 @@ DEBIAN: Final = ("python3-minimal", "python3", "libgomp1", "libstdc++6")
 """Packages of the tree; apt adds what they need."""
 KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
 ENGINE: Final = "llama-cpp-python"
+TESTED: Final = (ENGINE, "pytest", "hypothesis")
+"""What the tests need besides the package."""
 _CROSS: Final = (
     *("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"),
     *("-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc", "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++"),
     *("-DCMAKE_FIND_ROOT_PATH_MODE_PROGRAM=NEVER", "-DGGML_NATIVE=OFF"),
-    f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={ROOT / '.ci/llama.cmake'}",
+    f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={Path(__file__).with_name('cross.cmake')}",
 )
 
 
@@ -77,24 +79,43 @@ def source(work: Path) -> Path:
     return work / name
 
 
-def compile_kernels(work: Path, jobs: int) -> None:
-    """Compile ggml with its kernels for each board.
+def compile_engines(work: Path, jobs: int) -> None:
+    """Compile llama.cpp: once, but ggml's kernels for each board, as only those depend on the processor.
 
     Args:
-        work: the folder of everything; the libraries of a board get into `ggml-NAME`.
+        work: the folder of everything; each board gets `engine-NAME/llama_cpp`.
         jobs: compilers that run at once.
     """
     sources = source(work)
     for board in BOARDS:
-        folder, target = work / f"build-{board.name}", work / f"ggml-{board.name}"
+        folder, target = work / f"build-{board.name}", work / f"engine-{board.name}"
         if target.is_dir():
             continue
         log = work / f"build-{board.name}.log"
         run("cmake", "-S", sources, "-B", folder, *_CROSS, f"-DGGML_CPU_ARM_ARCH={board.arch}", log=log)
-        run("nice", "-n", "10", "ninja", "-C", folder, f"-j{jobs}", "ggml-cpu", log=log)
-        target.mkdir()
-        for library in sorted((folder / "bin").glob("lib*.so*")):
-            shutil.copy2(library, target / library.name, follow_symlinks=False)
+        targets = ["llama", "mtmd"] if board is BOARDS[0] else ["ggml-cpu"]
+        run("nice", "-n", "10", "ninja", "-C", folder, f"-j{jobs}", *targets, log=log)
+        _assemble(work, board, target)
+
+
+def _assemble(work: Path, board: Board, target: Path) -> None:
+    """Put together the Python files of the installed llama_cpp and a board's libraries."""
+    installed = distribution(ENGINE)
+    partial = target.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    package = Path(str(installed.locate_file("llama_cpp")))
+    shutil.copytree(package, partial / "llama_cpp", ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    stated = partial / f"{ENGINE.replace('-', '_')}-{installed.version}.dist-info"
+    stated.mkdir()
+    (stated / "METADATA").write_text(str(installed.metadata), encoding="utf-8")
+    libraries = partial / "llama_cpp/lib"
+    libraries.mkdir()
+    for folder in (work / f"build-{BOARDS[0].name}", work / f"build-{board.name}"):
+        for library in sorted(folder.rglob("lib*.so*")):
+            copy = libraries / library.name
+            copy.unlink(missing_ok=True)
+            shutil.copy2(library, copy, follow_symlinks=False)
+    partial.rename(target)
 
 
 def unpack_debian(work: Path) -> Path:
@@ -139,14 +160,14 @@ def _apt_settings(own: Path) -> Sequence[str]:
 
 
 def requirements(wheel: Path) -> dict[str, str]:
-    """Return what a package needs on arm64, as installed here: name -> version, without llama-cpp-python.
+    """Return what a package and its tests need on arm64, as installed here: name -> version, without llama-cpp-python.
 
     Args:
         wheel: the package's wheel; an environment may have been installed before its requirements changed.
     """
     machine = {"platform_machine": "aarch64", "extra": ""}
     found: dict[str, str] = {}
-    waiting = [ENGINE, *_required(zipfile.Path(wheel).joinpath(f"{_stem(wheel)}.dist-info"), machine)]
+    waiting = [*TESTED, *_required(zipfile.Path(wheel).joinpath(f"{_stem(wheel)}.dist-info"), machine)]
     while waiting:
         name = waiting.pop().lower().replace("_", "-")
         if name not in found:
@@ -188,13 +209,13 @@ def build(work: Path) -> list[Guest]:
     work.mkdir(parents=True, exist_ok=True)
     tree = unpack_debian(work)
     site = install_packages(work, tree)
-    compile_kernels(work, len(os.sched_getaffinity(0)))
+    compile_engines(work, len(os.sched_getaffinity(0)))
     return [
         Guest(
             board=board,
             tree=tree,
             site=site,
-            engine=work / f"ggml-{board.name}",
+            engine=work / f"engine-{board.name}",
             launcher=work / f"bin/{board.name}/python",
         )
         for board in BOARDS

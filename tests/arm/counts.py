@@ -62,7 +62,8 @@ def count_products(guest: Guest, work: Path) -> list[Count]:
     ggml = source(work) / "vendor/llama.cpp/ggml/include"
     plugin, program = folder / "count.so", folder / "product"
     run("cc", "-O2", "-shared", "-fPIC", HERE / "count.c", "-o", plugin, log=folder / "count.log")
-    linked = ("-L", guest.engine, "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{guest.engine}", "-fopenmp", "-lm")
+    libraries = guest.engine / "llama_cpp/lib"
+    linked = ("-L", libraries, "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{libraries}", "-fopenmp", "-lm")
     compiled = ("-O2", "-I", ggml, HERE / "product.c", "-o", program)
     run("aarch64-linux-gnu-gcc", *compiled, *linked, log=folder / "product.log")
     return [_counted(guest, kind, where) for kind, where in TYPES]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
 """The checkout."""
-SECONDS: Final = 1500
-"""Time limit of one emulated program."""
+SECONDS: Final = 5400
+"""Time limit of one emulated program: on a busy machine all answers take an hour."""
 HWCAPS: Final = (
     *("fp", "asimd", "evtstrm", "aes", "pmull", "sha1", "sha2", "crc32", "atomics", "fphp", "asimdhp", "cpuid"),
     *("asimdrdm", "jscvt", "fcma", "lrcpc", "dcpop", "sha3", "sm3", "sm4", "asimddp", "sha512", "sve", "asimdfhm"),
@@ -52,7 +53,7 @@ class Guest:
     Attributes:
         tree: Debian's arm64 files, among them Python.
         site: the Python packages for arm64.
-        engine: the folder with ggml's libraries, compiled for this board.
+        engine: the folder that contains llama_cpp, with libraries that were compiled for this board.
         launcher: program that runs Python on the board; it is also what `sys.executable` names there.
     """
 
@@ -96,13 +97,23 @@ class Guest:
         home = self.tree.parent / "home"
         home.mkdir(exist_ok=True)
         return {
-            "HOME": str(home),
-            "PATH": "/usr/bin:/bin",
-            "LANG": "C.UTF-8",
+            **settings(home),
             "PYTHONHOME": str(self.tree / "usr"),
-            "PYTHONPATH": str(self.site),
+            "PYTHONPATH": f"{self.engine}:{self.site}",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
+
+
+def settings(home: Path) -> dict[str, str]:
+    """Return what both sides of a comparison have in their environment."""
+    return {
+        "HOME": str(home),
+        "PATH": "/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "COLUMNS": "200",
+        "OMP_WAIT_POLICY": "passive",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def features_of(bits: int) -> list[str]:
@@ -112,3 +123,16 @@ def features_of(bits: int) -> list[str]:
         bits: its value.
     """
     return [name for index, name in enumerate(HWCAPS) if bits >> index & 1]
+
+
+def here(python: Path, home: Path, arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python on this machine, with the settings of the emulated side."""
+    return subprocess.run(
+        [str(python), *arguments],
+        cwd=cwd,
+        env=settings(home),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=SECONDS,
+    )

@@ -7,17 +7,23 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.shapes import SHAPES
+from lfm2vl_edge.config import ENCODER_TYPES, LANGUAGE_TYPES
 from lfm2vl_edge.diagnose.facts import read_machine
 from lfm2vl_edge.models.registry import known_models
-from lfm2vl_edge.planning.costs import cost_shape, guess
+from lfm2vl_edge.planning.costs import REPACKED_ARM, Costs, cost_shape, guess
 from tests.arm import build
 from tests.arm.__main__ import default_folder, report
+from tests.arm.answers import Answers, combinations
+from tests.arm.checks import FILE_TYPES, Check, check_repacked, differences, other_bytes
 from tests.arm.counts import Count, table
 from tests.arm.guest import BOARDS, ROOT, Guest, features_of
 
@@ -76,7 +82,7 @@ def test_requirements_are_those_of_the_wheel_in_the_versions_installed_here(tmp_
         lines = "".join(f"Requires-Dist: {one}\n" for one in needed)
         archive.writestr("lfm2vl_edge-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: lfm2vl-edge\n{lines}")
     found = build.requirements(wheel)
-    assert {"numpy", "rich", "pygments", "diskcache"} <= found.keys()
+    assert {"numpy", "rich", "pygments", "diskcache", "pytest", "hypothesis"} <= found.keys()
     assert found["numpy"] == version("numpy")
     assert not {"pydantic", "llama-cpp-python"} & found.keys()
 
@@ -97,13 +103,93 @@ def test_features_are_those_that_doctor_reads(tmp_path: Path, monkeypatch: pytes
     assert os.access(board.launcher, os.X_OK)
 
 
+def test_every_type_is_used_once_on_each_side() -> None:
+    found = list(combinations())
+    assert len({one.key for one in found}) == len(found) == 24
+    assert all("F32" in (one.language, one.mmproj) for one in found)
+    assert next(one.key for one in found if one.repack) == "F32/Q8_0 rearranged"
+    assert {one.language for one in found} == set(LANGUAGE_TYPES)
+    assert {one.mmproj for one in found} == set(ENCODER_TYPES)
+
+
+def answers(text: str, shift: float) -> Answers:
+    logits = np.array([[0.0, 1.0, 2.0]], np.float32)
+    return Answers(
+        texts={"F32/F32": ["left", text]},
+        repacked={"F32": 0},
+        logits={"F32/F32": logits + np.array([shift, 0, 0], np.float32)},
+        embeddings={"F32/F32": np.full((2, 2), 1 + shift, np.float32)},
+    )
+
+
+def test_differences_are_counted() -> None:
+    (same,) = differences(answers("top", 0.0), answers("top", 0.0))
+    assert (same.equal_texts, same.texts, same.embeddings, same.divergence) == (2, 2, 0.0, 0.0)
+    assert same.is_same
+    (other,) = differences(answers("top", 0.0), answers("bottom", 0.5))
+    assert (other.equal_texts, other.texts) == (1, 2)
+    assert other.embeddings == pytest.approx(0.5)
+    assert not other.is_same
+    (near,) = differences(answers("top", 0.0), answers("top", 0.01))
+    assert near.is_same
+    (text,) = differences(answers("top", 0.0), answers("bottom", 0.0))
+    assert not text.is_same
+    p = np.exp([0.0, 1, 2]) / np.exp([0.0, 1, 2]).sum()
+    q = np.exp([0.5, 1, 2]) / np.exp([0.5, 1, 2]).sum()
+    assert other.divergence == pytest.approx(float((p * np.log(p / q)).sum()), rel=1e-5)
+
+
+def test_answers_of_other_types_are_refused() -> None:
+    one, other = answers("top", 0.0), answers("top", 0.0)
+    other.texts["F16/F32"] = ["left", "top"]
+    with pytest.raises(ValueError, match="other types: F16/F32"):
+        differences(one, other)
+
+
+def test_bytes_are_compared_one_by_one(tmp_path: Path) -> None:
+    for name, data in (("a", b"12345678"), ("b", b"12345679"), ("c", b"1234567")):
+        (tmp_path / name).write_bytes(data)
+    a, b, c = (tmp_path / name for name in "abc")
+    assert [other_bytes(a, a), other_bytes(a, b), other_bytes(a, c)] == [0.0, 0.125, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("board", "language", "mmproj", "wrong"),
+    [
+        (1, {"Q8_0": 0.95, "Q3_K_M": 0.4, "F32": 0}, ("Q8_0", "Q6_K", "Q4_K", "Q4_0"), None),
+        (1, {"Q8_0": 0}, ("Q8_0", "Q6_K", "Q4_K", "Q4_0"), "wrong: Q8_0;"),
+        (1, {"F16": 0.9}, ("Q8_0", "Q6_K", "Q4_K", "Q4_0"), "wrong: F16;"),
+        (1, {}, ("Q8_0", "Q6_K", "Q4_0"), "wrong: mmproj Q4_K;"),
+        (0, {}, (), None),
+        (0, {"Q4_0": 0.9}, (), "wrong: Q4_0;"),
+        (0, {}, ("Q8_0",), "wrong: mmproj Q8_0;"),
+    ],
+)
+def test_what_is_rearranged_must_be_what_plan_counts(
+    board: int, language: dict[str, float], mmproj: tuple[str, ...], wrong: str | None, tmp_path: Path
+) -> None:
+    """`language` replaces shares of files that are as planned."""
+    planned = REPACKED_ARM if board else {}
+    shares = {kind: planned.get(FILE_TYPES[kind], 0.0) * 0.9 for kind in LANGUAGE_TYPES} | language
+    for kind in LANGUAGE_TYPES:
+        (tmp_path / f"lfm2vl-tiny-{kind}.gguf").write_bytes(bytes(1000))
+    found = {kind: int(share * 1000) for kind, share in shares.items()}
+    found |= {f"mmproj {kind}": int(kind in mmproj) for kind in ENCODER_TYPES}
+    (tmp_path / "board").mkdir()
+    check = check_repacked(replace(guest(tmp_path / "board"), board=BOARDS[board]), tmp_path, found)
+    assert check.ok == (wrong is None)
+    assert wrong is None or check.detail.startswith(wrong)
+
+
 def test_the_report_states_versions_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.arm.__main__._first_line", lambda name, _: f"{name} 1")
     found = {"Raspberry Pi 5": [Count(type="q8_0", where="mapped", instructions=0.4107, error=5.5e-3)]}
-    text = report([guest(tmp_path)], ["aarch64"], found, [60.0, 120.0])
+    checks = [Check(name="doctor", ok=True, detail="NEON"), Check(name="run", ok=False, detail="exit code 1")]
+    text = report([guest(tmp_path)], {"Raspberry Pi 5": checks}, found, [60.0, 120.0, 180.0])
     assert f"llama-cpp-python {version('llama-cpp-python')}, aarch64-linux-gnu-g++ 1, qemu-aarch64 1" in text
-    assert "Built in 1 minutes, run in 2; " in text
-    assert "Raspberry Pi 5: cortex-a76, `-march=armv8.2-a+dotprod+fp16`; aarch64.\n" in text
+    assert "Built in 1 minutes, checked in 2, counted in 3; " in text
+    assert "Raspberry Pi 5: cortex-a76, `-march=armv8.2-a+dotprod+fp16`\n" in text
+    assert "| doctor | yes | NEON |\n| run | NO | exit code 1 |\n" in text
     assert text.endswith("| Q8_0, mapped | 0.411 | 5.5e-03 |\n")
 
 
@@ -128,8 +214,15 @@ def test_the_folder_is_outside_of_the_project(monkeypatch: pytest.MonkeyPatch) -
     assert default_folder() == Path.home() / ".cache/lfm2vl-edge/arm"
 
 
-def forecast(name: str, quant: str, mmproj: str) -> tuple[int, int]:
-    """Return bytes of the files of a published model, and of the memory that `plan` forecasts."""
+def forecast(name: str, quant: str, mmproj: str, repacked: Mapping[int, float]) -> tuple[int, Costs]:
+    """Return bytes of the files of a published model, and what `plan` forecasts with 4 threads.
+
+    Args:
+        name: name of the model.
+        quant: type of the language file.
+        mmproj: type of the mmproj file.
+        repacked: `REPACKED_ARM`, or nothing for a processor without dot products.
+    """
     model = next(one for one in known_models() if one.name == name)
     sizes = [
         next(file.n_bytes or 0 for file in files if file.quant == kind)
@@ -141,17 +234,23 @@ def forecast(name: str, quant: str, mmproj: str) -> tuple[int, int]:
         "lfm2.block_count": shape.layers,
         "lfm2.attention.head_count": shape.heads,
         "lfm2.attention.head_count_kv": [8 if layer in shape.attention else 0 for layer in range(shape.layers)],
-        "general.file_type": 2,
+        "general.file_type": FILE_TYPES[quant],
     }
-    costs = guess(cost_shape(language, {}, (sizes[0], sizes[1])), mmproj, 256, 4)
-    return sum(sizes), int(costs.memory_bytes)
+    return sum(sizes), guess(cost_shape(language, {}, (sizes[0], sizes[1])), mmproj, 256, 4, repacked=repacked)
 
 
 def test_the_page_states_what_plan_forecasts() -> None:
+    """Memory of Raspberry Pi 4 and 5, and on which sizes of memory it fits."""
     text = (ROOT / "docs/raspberry-pi.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (lfm\S+) \| (\w+) and (\w+) \| (\d+) MB \| ([\d.]+) GB \| (.*) \|$", text, re.MULTILINE)
-    assert len(rows) == 5
-    for name, quant, mmproj, files, memory, fits in rows:
-        n_bytes, needed = forecast(name, quant, mmproj)
-        assert (round(n_bytes / 1e6), f"{needed / 1e9:.2f}") == (int(files), memory)
-        assert fits.split(" | ") == ["yes" if needed <= size * 1e9 else "no" for size in (1, 2, 4, 8, 16)]
+    row = r"^\| (lfm\S+) \| (\w+) and (\w+) \| (\d+) MB \| ([\d.]+) GB \| ([\d.]+) GB \| (.*) \|$"
+    rows = re.findall(row, text, re.MULTILINE)
+    assert {name for name, *_ in rows} == {"lfm2.5-vl-450m", "lfm2.5-vl-1.6b", "lfm2.5-vl-3b"}
+    assert len(rows) >= 7
+    for name, quant, mmproj, files, *stated, fits in rows:
+        found = [forecast(name, quant, mmproj, repacked) for repacked in ({}, REPACKED_ARM)]
+        needed = [costs.memory_bytes for _, costs in found]
+        assert round(found[0][0] / 1e6) == int(files)
+        assert [f"{one / 1e9:.2f}" for one in needed] == stated
+        boards = [[one <= size * 1e9 for one in needed] for size in (1, 2, 4, 8, 16)]
+        words = {(True, True): "yes", (True, False): "Pi 4", (False, False): "no"}
+        assert fits.split(" | ") == [words[pi4, pi5] for pi4, pi5 in boards]
