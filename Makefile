@@ -10,11 +10,12 @@ SOURCE := lfm2vl_edge convert models tests benchmarks .ci/engine.py
 IMAGES_VENV  := .venv-parity-images
 # schemathesis refuses the version of jsonschema-rs that this project needs.
 SCHEMA_VENV  := .venv-schemathesis
-# llama.cpp for Vulkan beside the one for the processor.
+# llama.cpp for GPUs beside the one for the processor.
 VULKAN_VENV  := .venv-vulkan
+CUDA_VENV    := .venv-cuda
 # Tools that build packages, and install them elsewhere.
 PACKAGE_VENV := .venv-package
-ENVIRONMENTS := $(VENV) $(IMAGES_VENV) $(SCHEMA_VENV) $(VULKAN_VENV) $(PACKAGE_VENV)
+ENVIRONMENTS := $(VENV) $(IMAGES_VENV) $(SCHEMA_VENV) $(VULKAN_VENV) $(CUDA_VENV) $(PACKAGE_VENV)
 
 # The public modules, without the modules below them.
 DOCUMENTED := lfm2vl_edge '!lfm2vl_edge\.' lfm2vl_edge.evaluate '!lfm2vl_edge\.evaluate\.' \
@@ -30,7 +31,7 @@ AXE         := $(AXE_FOLDER)/node_modules/axe-core/axe.min.js
 TCMALLOC := $(firstword $(wildcard /usr/lib/*/libtcmalloc_minimal.so.4))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format docs fuzz schemathesis page-tests ray-tests vulkan parity parity-images parity-checkpoints published arm package matrix train scores clean
+.PHONY: help run test check format docs fuzz schemathesis page-tests ray-tests vulkan cuda parity parity-images parity-checkpoints published arm package matrix train scores clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,8 +71,11 @@ page-tests: $(VENV)/.page $(AXE) ## drive the page of `serve` in Chromium, which
 ray-tests: $(VENV)/.ray ## run batches on a local cluster of Ray, and kill one of its workers
 	$(BIN)/pytest -m ray -n 0 tests/batch
 
-vulkan: $(VULKAN_VENV)/.ready ## build llama.cpp for Vulkan, and compare it with the processor: see docs/vulkan.md
+vulkan: $(VULKAN_VENV)/.ready ## build llama.cpp for Vulkan, and compare it with the processor: see docs/gpu.md
 	$(VULKAN_VENV)/bin/pytest -m gpu -n 0 tests/gpu
+
+cuda: $(CUDA_VENV)/.ready ## the same for NVIDIA's GPUs by CUDA
+	$(CUDA_VENV)/bin/pytest -m gpu -n 0 tests/gpu
 
 parity: $(VENV)/.parity ## compare with transformers and torch, on new random checkpoints
 	$(BIN)/pytest -m parity -n 0
@@ -86,7 +90,7 @@ parity-checkpoints: $(IMAGES_VENV)/.ready ## compare 66 layouts of checkpoints w
 published: $(IMAGES_VENV)/.ready ## compare the published models with their checkpoints: 5.5 GB, and 30 GB of downloads in turn
 	$(IMAGES_VENV)/bin/python -m models.published
 
-arm: $(VENV)/.test ## run kernels and packages on emulated 64-bit ARM boards; see docs/raspberry-pi.md
+arm: $(VENV)/.test ## run the package and ggml's kernels on emulated 64-bit ARM boards; see docs/raspberry-pi.md
 	$(BIN)/python -m tests.arm
 
 train: $(VENV)/.train ## train the demonstration model, or resume its training: hours; see models/tiny/README.md
@@ -119,7 +123,7 @@ $(ENVIRONMENTS:%=%/bin/python): %/bin/python:
 	$(PYTHON) -m venv $*
 
 # .ci/engine.py shows how far the compiler is, and leaves out the parts of llama.cpp that are not used.
-$(patsubst %,%/.engine,$(filter-out $(VULKAN_VENV),$(ENVIRONMENTS))): %/.engine: | %/bin/python
+$(patsubst %,%/.engine,$(filter-out $(VULKAN_VENV) $(CUDA_VENV),$(ENVIRONMENTS))): %/.engine: | %/bin/python
 	@$*/bin/python -c 'import llama_cpp' 2>/dev/null || \
 		command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 		{ echo 'missing: a C++ compiler, to build llama.cpp; on Debian and Raspberry Pi OS: apt install build-essential;' \
@@ -159,8 +163,15 @@ $(VULKAN_VENV)/.engine: | $(VULKAN_VENV)/bin/python
 		'llama-cpp-python>=0.3.36'
 	@touch $@
 
-$(VULKAN_VENV)/.ready: pyproject.toml $(VULKAN_VENV)/.engine
-	$(VULKAN_VENV)/bin/pip install --quiet --editable '.[test]'
+$(CUDA_VENV)/.engine: | $(CUDA_VENV)/bin/python
+	@command -v c++ >/dev/null && command -v "$${CUDACXX:-nvcc}" >/dev/null || \
+		{ echo 'missing: nvcc, the compiler of the CUDA toolkit, which CUDACXX may name, or a C++ compiler' >&2; exit 1; }
+	@CMAKE_ARGS="-DGGML_CUDA=on $$CMAKE_ARGS" $(CUDA_VENV)/bin/python .ci/engine.py --no-cache-dir \
+		'llama-cpp-python>=0.3.36'
+	@touch $@
+
+$(VULKAN_VENV)/.ready $(CUDA_VENV)/.ready: %/.ready: pyproject.toml %/.engine
+	$*/bin/pip install --quiet --editable '.[test]'
 	@touch $@
 
 $(SCHEMA_VENV)/.ready: | $(SCHEMA_VENV)/bin/python
