@@ -280,7 +280,7 @@ def test_memory_has_the_weights_that_this_processor_rearranges(
     monkeypatch.setattr("lfm2vl_edge.planning.costs.has_dot_products", lambda: has_dot_products(info))
     for kind in (2, 7, 17, 1):
         shape = replace(COST_SHAPE_450M, language_type=kind)
-        here, none = (guess(shape, "F16", 256, 2, repacked=one).memory_bytes for one in (None, {}))
+        here, none = (guess(shape, "F16", 256, 2).memory_bytes, guess(shape, "F16", 256, 2, repacked={}).memory_bytes)
         assert here - none == pytest.approx(expected.get(kind, 0.0) * shape.language_bytes, abs=1)
 
 
