@@ -403,8 +403,8 @@ def prefill_steps(
     """Do what `prefill` does in steps, between which something else may be computed; the logits are those of the last.
 
     A step restores a state, encodes one view, decodes its embeddings, or decodes a run of at most `most` tokens; None
-    is the whole run. A state is kept at the start of the step after its piece, so that the piece may be computed between
-    the two, together with others.
+    is the whole run. A state is kept at the start of the step after its piece, so that the piece may be computed
+    between the two, together with others.
     """
     with watch.phase("prefill"):
         keys = chain(pieces)

@@ -114,8 +114,8 @@ def test_a_long_system_prompt_and_the_opening_before_an_image_are_decoded_once(m
     remembering, forgetful = with_memory(model, 10**8), with_memory(model, 0)
     for system, restored in ((["Be brief."] * 20, "system"), ([], "opening")):
         given = [{"role": "system", "content": " ".join(system)}] if system else []
-        for number, picture in enumerate((image(0), image(1))):
-            asked = [*given, user("What is this?", picture)]
+        for number, shown in enumerate((image(0), image(1))):
+            asked = [*given, user("What is this?", shown)]
             *_, last = chunks = list(remembering.chat(asked, **GREEDY))
             assert last.stats is not None
             first = split(prepare(model.engine, model.config, asked))[0]
