@@ -6,6 +6,7 @@ import ctypes
 import math
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -52,7 +53,8 @@ class Sampler:
         self._n_logprobs, self._pending = n_logprobs, list[Sampled]()
         self._chain: Any = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         self._shortlist = Shortlist.of(sampling, prompt, self._n_vocab)
-        for sampler in _samplers(sampling, seed, prompt, *sizes):
+        counted = replace(sampling, repetition_penalty=1.0) if self._shortlist else sampling
+        for sampler in samplers(counted, seed, prompt, *sizes):
             llama.llama_sampler_chain_add(self._chain, sampler)  # the chain owns it now
 
     def first(self) -> list[Sampled]:
@@ -95,7 +97,7 @@ class Sampler:
     def _sample(self, context: Any, row: int) -> int:
         logits = self._logits(context, row)
         tokens = self._shortlist.tokens(logits) if self._shortlist else None
-        if tokens is None:
+        if tokens is None:  # the penalty is in the logits then, or in the chain
             return self._note(int(llama.llama_sampler_sample(self._chain, context, row)))
         token = apply_samplers(self._chain, tokens, logits[tokens])
         llama.llama_sampler_accept(self._chain, token)
@@ -126,7 +128,7 @@ class Shortlist:
     """The tokens that can be sampled: llama.cpp's samplers read these instead of the whole vocabulary.
 
     Without it they hash and copy 65,536 tokens for each one of an answer, 1 ms. The samplers drop every token that is
-    not in it, so what they sample is the same.
+    not in it, so what they sample is the same. The repetition penalty is applied here, by llama.cpp's arithmetic.
     """
 
     def __init__(self, penalty: float, distance: float, tokens: Sequence[int], n_vocab: int) -> None:
@@ -135,13 +137,14 @@ class Shortlist:
         Args:
             penalty: the repetition penalty.
             distance: how far below the largest logit a token can be sampled, 0 or more.
-            tokens: of the prompt: the penalty may raise their logits, so they are always in the list.
+            tokens: of the prompt, which the penalty counts too.
             n_vocab: length of the logits.
         """
-        self._penalty, self._distance = penalty, distance
+        self._penalty, self._distance = np.float32(penalty), distance
         self._seen = np.zeros(n_vocab, np.bool_)
         if penalty != 1:
             self._seen[list(tokens)] = True
+        self._penalized: npt.NDArray[np.intp] | None = None
 
     @classmethod
     def of(cls, sampling: Sampling, tokens: Sequence[int], n_vocab: int) -> Shortlist | None:
@@ -156,18 +159,25 @@ class Shortlist:
 
     def add(self, token: int) -> None:
         """Note a token of the answer."""
-        if self._penalty != 1:
+        if self._penalty != 1 and not self._seen[token]:
             self._seen[token] = True
+            self._penalized = None
 
     def tokens(self, logits: Floats) -> npt.NDArray[np.intp] | None:
-        """Return the ids in ascending order; None if the logits, float32 `[n_vocab]`, are not finite numbers."""
+        """Apply the penalty to logits, float32 `[n_vocab]`, in place, and return the ids that can be sampled.
+
+        Returns:
+            Ids in ascending order; None if the logits are not finite numbers.
+        """
+        if self._penalized is None:
+            self._penalized = np.flatnonzero(self._seen)
+        chosen = logits[self._penalized]
+        logits[self._penalized] = np.where(chosen <= 0, chosen * self._penalty, chosen / self._penalty)
         largest = float(logits.max())
         if not math.isfinite(largest):
             return None
-        # The penalty may apply to the largest one: then another one is the largest, but no smaller than this.
-        least = min(largest, largest / self._penalty, largest * self._penalty) - self._distance
-        is_possible = logits >= least - 1e-3 - 1e-5 * abs(largest)  # llama.cpp rounds to float32
-        return np.flatnonzero(is_possible | self._seen)
+        least = largest - self._distance - 1e-3 - 1e-5 * abs(largest)  # llama.cpp rounds to float32
+        return np.flatnonzero(logits >= least)
 
 
 def apply_samplers(chain: Any, tokens: npt.NDArray[np.intp], logits: Floats) -> int:
@@ -208,7 +218,8 @@ def likeliest(logprobs: npt.NDArray[np.float64], count: int) -> list[int]:
     return sorted(chosen.tolist(), key=lambda token: (-logprobs[token], token))
 
 
-def _samplers(sampling: Sampling, seed: int | None, prompt: Sequence[int], n_vocab: int, n_ctx: int) -> Iterator[Any]:
+def samplers(sampling: Sampling, seed: int | None, prompt: Sequence[int], n_vocab: int, n_ctx: int) -> Iterator[Any]:
+    """Yield llama.cpp's samplers for some settings, in order; what takes them owns them."""
     if sampling.repetition_penalty != 1:
         penalties = llama.llama_sampler_init_penalties(n_vocab, n_ctx, sampling.repetition_penalty, 0.0, 0.0)
         for token in prompt:
