@@ -25,7 +25,8 @@ export class Pending {
   async add(files) {
     for (const file of files) {
       try {
-        this.entries.push(this.entry(await openImage(file)));
+        const entry = this.entry(await openImage(file));
+        this.entries = [...this.entries, entry];  // another list: a refresh that still waits for plans sees the change
         announce(`${file.name || "image"} added`);
       } catch (error) {
         this.onProblem(error, file.name || "image");

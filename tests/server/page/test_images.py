@@ -229,6 +229,27 @@ def test_several_images(visit: Visit) -> None:
     assert visit.page.locator("#pending li").count() == 0
 
 
+def test_an_image_that_comes_while_the_plan_of_another_is_awaited(visit: Visit) -> None:
+    held: list[Any] = []
+    is_free = False
+
+    def hold(route: Any) -> None:
+        if is_free:
+            route.continue_()
+        else:
+            held.append(route)
+
+    visit.page.route("**/v1/plan", hold)
+    for number, size in enumerate(((300, 200), (200, 300)), start=1):
+        visit.page.set_input_files("#files", [png(Image.new("RGB", size))])
+        visit.page.wait_for_selector(f"#pending li:nth-child({number})")
+    is_free = True
+    for route in held:
+        route.continue_()
+    visit.page.wait_for_selector("#plan:has-text('2 images: ')")
+    assert visit.page.is_hidden("#problem")
+
+
 def test_a_file_that_is_not_an_image(visit: Visit) -> None:
     damaged = {"name": "notes.png", "mimeType": "image/png", "buffer": b"not an image"}
     visit.page.set_input_files("#files", [damaged, png(Image.new("RGB", (300, 200)))])
