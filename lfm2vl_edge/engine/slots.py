@@ -98,6 +98,10 @@ class Slots:
         if collected:
             self._decode_runs(collected)
 
+    def is_waiting(self, slot: Slot) -> bool:
+        """Return whether tokens of a sequence are decoded at the end of the block of `together`."""
+        return self._collected is not None and slot in self._collected
+
     def decode(self, runs: Mapping[Slot, Sequence[int]], *, more: bool = False) -> None:
         """Append a run of tokens to each of several sequences, in one native call.
 

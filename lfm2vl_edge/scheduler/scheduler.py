@@ -363,12 +363,14 @@ class Scheduler:
         self._is_choice_next = bool(self._choosing) and not (self._filling and self._is_choice_next)
         filling = [] if self._is_choice_next else self._next_to_fill()
         try:
-            with self._slots.together():
+            with ExitStack() as phases, self._slots.together():
                 self._slots.decode({job.slot: [one.token for one in job.run] for job in running})
                 if self._is_choice_next:
                     self._choose()
                 for job in filling:
                     self._fill(job)
+                    if self._slots.is_waiting(job.slot):
+                        phases.enter_context(job.answer.watch.phase("prefill"))
         except EdgeError as error:
             for job in (*running, *filling):
                 self._end(job, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -250,6 +251,23 @@ def test_short_prompts_that_wait_are_decoded_in_one_call_and_a_system_prompt_onc
     restored = [chunks[-1].stats.restored_tokens > 0 for chunks in answers if chunks[-1].stats]
     assert restored == [False, *[bool(system)] * 3]
     assert [call for call in calls if len(call) == len(QUESTIONS) and min(call.values()) > 1] or system
+
+
+def test_prefill_seconds_are_those_of_the_call_that_decodes_the_prompt(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Slots._decode_runs
+
+    def slow(slots: Slots, runs: Any) -> None:
+        if any(len(run.tokens) > 1 for run in runs.values()):
+            time.sleep(0.2)
+        decode(slots, runs)
+
+    monkeypatch.setattr(Slots, "_decode_runs", slow)
+    with Scheduler(model, parallel=2) as scheduler:
+        *_, last = list(ask(scheduler, QUESTIONS[0], None))
+    assert last.stats is not None
+    assert last.stats.prefill_seconds >= 0.2
 
 
 def test_a_failed_call_ends_all_that_were_in_it_and_no_later_one(
