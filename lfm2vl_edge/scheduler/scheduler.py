@@ -98,7 +98,7 @@ class _Job:
     @property
     def n_tokens_left(self) -> int:
         """What is left of its prompt, tokens."""
-        return len(self.answer.prompt.token_ids) - self.slot.length
+        return sum(map(n_tokens, self.answer.pieces)) - self.slot.length
 
     @property
     def is_text(self) -> bool:
@@ -442,7 +442,7 @@ def _fail(future: Future[Choice], error: EdgeError) -> None:
 
 def _context_of(answer: Answer) -> int:
     """Return the tokens of context that an answer needs at most."""
-    return len(answer.prompt.token_ids) + answer.room
+    return sum(map(n_tokens, answer.pieces)) + answer.room
 
 
 def _cost(piece: Piece) -> int:
