@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import os
 import platform
 import resource
@@ -35,18 +36,19 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     if not chosen.keep:
         shutil.rmtree(chosen.work, ignore_errors=True)
-    start = time.monotonic()
+    times = [_spent()]
     _print("building llama.cpp, Debian's Python and the packages for arm64")
     guests = build(chosen.work)
-    built = time.monotonic()
+    times.append(_spent())
     pairs = chosen.work / "pairs"
     make_pairs(guests[0], pairs)
     expected = answer_here(guests[0], pairs)
     checks = {guest.board.title: _printed(guest, check_all(guest, pairs, expected)) for guest in guests}
-    checked = time.monotonic()
+    times.append(_spent())
     _print("counting instructions")
     counts = {guest.board.title: count_products(guest, chosen.work) for guest in guests}
-    text = report(guests, checks, counts, [built - start, checked - built, time.monotonic() - checked])
+    times.append(_spent())
+    text = report(guests, checks, counts, times)
     (chosen.work / "outcome.md").write_text(text, encoding="utf-8")
     _print(f"\n{text}\nalso in {chosen.work / 'outcome.md'}")
     failed = [one.name for found in checks.values() for one in found if not one.ok]
@@ -63,7 +65,7 @@ def report(
     guests: Sequence[Guest],
     checks: Mapping[str, Sequence[Check]],
     counts: Mapping[str, Sequence[Count]],
-    seconds: Sequence[float],
+    times: Sequence[tuple[float, float]],
 ) -> str:
     """Return the outcome as Markdown.
 
@@ -71,17 +73,16 @@ def report(
         guests: the boards.
         checks: title of a board -> its checks.
         counts: title of a board -> its products.
-        seconds: time to build, to check, and to count instructions.
+        times: seconds of a clock and of processor time, before building, checking and counting, and at the end.
     """
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     date = datetime.datetime.now(tz=datetime.timezone.utc).date()
     compiler, emulator = (_first_line(name, "--version") for name in ("aarch64-linux-gnu-g++", "qemu-aarch64"))
     cores = f"{len(os.sched_getaffinity(0))} {platform.machine()} cores"
-    built, checked, counted = (round(one / 60) for one in seconds)
-    minutes = round((used.ru_utime + used.ru_stime) / 60)
+    steps = itertools.pairwise(times)
+    built, checked, counted = (f"{(b - a) / 60:.1f} ({(d - c) / 60:.1f})" for (a, c), (b, d) in steps)
     lines = [
         f"{date}: llama-cpp-python {version('llama-cpp-python')}, {compiler}, {emulator}, {cores}.",
-        f"Built in {built} minutes, checked in {checked}, counted in {counted}; {minutes} minutes of processor time.",
+        f"Built in {built} minutes, checked in {checked}, counted in {counted}; in parentheses, of processor time.",
     ]
     for guest in guests:
         board = guest.board
@@ -95,6 +96,12 @@ def report(
         found = checks[board.title]
         lines += [f"| {one.name} | {'yes' if one.ok else 'NO'} | {one.detail} |" for one in found]
     return "\n".join(lines) + f"\n\nInstructions of each multiplication, and the error:\n\n{table(counts)}"
+
+
+def _spent() -> tuple[float, float]:
+    """Return seconds of a clock, and of processor time of all programs that ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.monotonic(), used.ru_utime + used.ru_stime
 
 
 def _printed(guest: Guest, checks: Iterable[Check]) -> list[Check]:

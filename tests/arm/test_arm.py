@@ -185,9 +185,10 @@ def test_the_report_states_versions_and_errors(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("tests.arm.__main__._first_line", lambda name, _: f"{name} 1")
     found = {"Raspberry Pi 5": [Count(type="q8_0", where="mapped", instructions=0.4107, error=5.5e-3)]}
     checks = [Check(name="doctor", ok=True, detail="NEON"), Check(name="run", ok=False, detail="exit code 1")]
-    text = report([guest(tmp_path)], {"Raspberry Pi 5": checks}, found, [60.0, 120.0, 180.0])
+    times = [(10.0, 1.0), (70.0, 61.0), (190.0, 91.0), (370.0, 97.0)]
+    text = report([guest(tmp_path)], {"Raspberry Pi 5": checks}, found, times)
     assert f"llama-cpp-python {version('llama-cpp-python')}, aarch64-linux-gnu-g++ 1, qemu-aarch64 1" in text
-    assert "Built in 1 minutes, checked in 2, counted in 3; " in text
+    assert "Built in 1.0 (1.0) minutes, checked in 2.0 (0.5), counted in 3.0 (0.1); " in text
     assert "Raspberry Pi 5: cortex-a76, `-march=armv8.2-a+dotprod+fp16`\n" in text
     assert "| doctor | yes | NEON |\n| run | NO | exit code 1 |\n" in text
     assert text.endswith("| Q8_0, mapped | 0.411 | 5.5e-03 |\n")
