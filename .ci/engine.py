@@ -28,6 +28,8 @@ TAIL_LINES: Final = 40
 """Lines of pip's output that are printed if it fails."""
 _STEP: Final = re.compile(r"^\s*\[(\d+)/(\d+)\] ")
 _WHEEL: Final = re.compile(r"^\s*Building wheel for (llama[-_]cpp[-_]python)\b.*\(pyproject\.toml\)")
+_BUILD_OPTIONS: Final = ("CMAKE_ARGS", "CFLAGS", "CXXFLAGS", "SKBUILD_CMAKE_ARGS", "SKBUILD_CMAKE_DEFINE")
+"""Environment variables whose options pip does not see, so that it would reuse a wheel that was built without them."""
 _PHASES: Final = {
     "Downloading": "downloading",
     "Installing build dependencies": "preparing the build",
@@ -40,8 +42,9 @@ def main() -> int:
     """Install the requirements of the command line and return pip's exit code."""
     environment = build_environment(os.environ, available_cores(), available_bytes())
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--verbose", "--progress-bar"]
+    anew = source_options(os.environ)
     process = subprocess.Popen(  # noqa: S603
-        [*command, "off", *sys.argv[1:]],
+        [*command, "off", *anew, *sys.argv[1:]],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -50,7 +53,7 @@ def main() -> int:
         bufsize=1,
     )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # pip gets it too, and stops its compilers
-    progress = Progress(sys.stderr, environment["CMAKE_BUILD_PARALLEL_LEVEL"])
+    progress = Progress(sys.stderr, environment["CMAKE_BUILD_PARALLEL_LEVEL"], is_kept=not anew)
     for line in process.stdout or ():
         progress.read(line.rstrip())
     code = process.wait()
@@ -75,6 +78,17 @@ def build_environment(user: Mapping[str, str], n_cores: int, memory: int | None)
     }
 
 
+def source_options(user: Mapping[str, str]) -> list[str]:
+    """Return pip's options that have llama.cpp compiled anew, and not kept, if the user has set options of the build.
+
+    pip finds what it kept by name and version: it would install a llama.cpp for the processor instead of one for GPUs,
+    and later the other way round.
+    """
+    if not any(user.get(name, "").strip() for name in _BUILD_OPTIONS):
+        return []
+    return ["--no-cache-dir", "--no-binary", "llama-cpp-python"]
+
+
 def available_cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -94,14 +108,19 @@ def available_bytes() -> int | None:
 class Progress:
     """One line about a build, from pip's output.
 
+    Args:
+        output: where it is written.
+        n_jobs: compilers that run at once.
+        is_kept: whether pip keeps the result.
+
     Attributes:
         every: seconds between two lines if the output is not a terminal.
     """
 
     every = 15.0
 
-    def __init__(self, output: TextIO, n_jobs: str) -> None:
-        self._output, self._n_jobs = output, n_jobs
+    def __init__(self, output: TextIO, n_jobs: str, *, is_kept: bool = True) -> None:
+        self._output, self._n_jobs, self._is_kept = output, n_jobs, is_kept
         self._is_terminal = output.isatty()
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._start = self._printed = time.monotonic()
@@ -118,7 +137,7 @@ class Progress:
             self._phase = f"compiling, step {step[1]} of {step[2]}"
         elif _WHEEL.match(line) and not self._is_compiling:
             self._is_compiling = True
-            self._write(estimate(self._n_jobs))
+            self._write(estimate(self._n_jobs, is_kept=self._is_kept))
         self._phase = next((phase for start, phase in _PHASES.items() if line.lstrip().startswith(start)), self._phase)
 
     def close(self, code: int) -> None:
@@ -141,8 +160,10 @@ class Progress:
         self._output.flush()
 
 
-def estimate(n_jobs: str) -> str:
+def estimate(n_jobs: str, *, is_kept: bool) -> str:
     """Return what to expect before the compiler starts."""
+    if not is_kept:
+        return f"compiling llama.cpp with {n_jobs} jobs and your options of the build; pip does not keep the result"
     return f"compiling llama.cpp with {n_jobs} jobs, once: about 6 minutes on 2 cores; pip keeps the result"
 
 

@@ -29,6 +29,9 @@ sys.exit(int(os.environ.get("FAKE_EXIT", "0")))
 """
 
 
+BUILD_OPTIONS = ("CMAKE_ARGS", "CFLAGS", "CXXFLAGS", "SKBUILD_CMAKE_ARGS", "SKBUILD_CMAKE_DEFINE")
+
+
 @pytest.fixture
 def engine() -> ModuleType:
     spec = importlib.util.spec_from_file_location("ci_engine", SCRIPT)
@@ -41,7 +44,8 @@ def engine() -> ModuleType:
 
 def run(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     (tmp_path / "pip.py").write_text(PIP)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), **variables}
+    plain = {name: value for name, value in os.environ.items() if name not in BUILD_OPTIONS}
+    environment = {**plain, "PYTHONPATH": str(tmp_path), **variables}
     command = [sys.executable, str(SCRIPT), "llama-cpp-python>=0.3.36"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -85,6 +89,21 @@ def test_options_of_the_user_stay_and_come_last(engine: ModuleType) -> None:
     assert Path(hook.split("=", 1)[1]) == SCRIPT.with_name("llama.cmake")
     assert found["CMAKE_BUILD_PARALLEL_LEVEL"] == "1"
     assert found["HOME"] == "/root"
+
+
+@pytest.mark.parametrize("variable", BUILD_OPTIONS)
+def test_options_of_the_build_have_it_built_anew(tmp_path: Path, variable: str) -> None:
+    """pip would take the wheel that it kept, which was built without them."""
+    done = run(tmp_path, **{variable: "-DGGML_CUDA=on"}, FAKE_EXIT="1")
+    words = done.stderr.splitlines()[-2]
+    assert "'--no-cache-dir', '--no-binary', 'llama-cpp-python', 'llama-cpp-python>=0.3.36'" in words
+    assert "pip keeps" not in done.stderr
+
+
+def test_without_options_pip_keeps_what_it_builds(tmp_path: Path) -> None:
+    done = run(tmp_path, CMAKE_ARGS=" ", FAKE_EXIT="1")
+    assert "--no-" not in done.stderr
+    assert "pip keeps the result" in done.stderr
 
 
 @pytest.mark.parametrize(("n_cores", "gigabytes", "n_jobs"), [(2, 16, 2), (8, 3, 4), (4, 0.2, 1), (4, None, 4)])
