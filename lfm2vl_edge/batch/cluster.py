@@ -25,7 +25,7 @@ from lfm2vl_edge.batch.settings import BatchOptions, image_settings, question_se
 from lfm2vl_edge.batch.shards import Form, JsonLines, ShardsOutput
 from lfm2vl_edge.batch.storage import arrow
 from lfm2vl_edge.batch.table import Tables
-from lfm2vl_edge.batch.worker import Outcome, Worker, answer_rows
+from lfm2vl_edge.batch.worker import OnEnd, Outcome, Worker, answer_rows
 from lfm2vl_edge.errors import EdgeError, EngineError, ModelNotPulled, clip
 from lfm2vl_edge.host import available_cpus
 from lfm2vl_edge.opening import OpenOptions, check_count, decide
@@ -160,8 +160,9 @@ def run_on_ray(
         state = Progress(rows=sum(pending), earlier=sum(output.known.done), errors=Counter(output.known.errors))
         if state.rows:
             rows = rows_to_ask(sources, known, pending)
-            with closing(_forecast(decided, sources, pending, cluster)) as forecast, _started(ray, cluster):
-                answered = _answered(ray, list(rows), options, cluster)
+            parallel = cluster.workers * options.at_once
+            with closing(_forecast(decided, sources, pending, parallel)) as forecast, _started(ray, cluster):
+                answered = _answered(ray, list(rows), options, cluster, forecast.add)
                 store(answered, output, state, forecast, report, fail_fast=options.fail_fast)
         output.end(ordered=options.ordered)
     return state
@@ -194,11 +195,11 @@ def _settings(cluster: ClusterOptions, decided: Opening | None) -> dict[str, str
     return {"model": name, "image settings": image_settings(decided)}
 
 
-def _forecast(decided: Opening | None, sources: Sequence[Source], pending: bytes, cluster: ClusterOptions) -> Forecast:
+def _forecast(decided: Opening | None, sources: Sequence[Source], pending: bytes, parallel: int) -> Forecast:
     planner = None
     if decided is not None:
         planner = Planner(config=decided.config.image, budget=decided.budget, costs=decided.costs)
-    return Forecast(planner, sources, pending, cluster.workers)
+    return Forecast(planner, sources, pending, parallel)
 
 
 def _check_reached(url: str) -> None:
@@ -239,7 +240,7 @@ def _started(ray: Any, cluster: ClusterOptions) -> Iterator[None]:
 
 
 def _answered(
-    ray: Any, rows: Sequence[tuple[int, Row]], options: BatchOptions, cluster: ClusterOptions
+    ray: Any, rows: Sequence[tuple[int, Row]], options: BatchOptions, cluster: ClusterOptions, on_end: OnEnd
 ) -> Iterator[tuple[int, Outcome]]:
     """Yield index and outcome of each row, as the actors return them."""
     context = ray.data.DataContext.get_current()
@@ -260,7 +261,9 @@ def _answered(
     )
     for table in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
         for index, outcome in zip(*table.columns, strict=True):
-            yield index.as_py(), pickle.loads(outcome.as_py())  # noqa: S301  # of our own actors
+            found = index.as_py(), pickle.loads(outcome.as_py())  # noqa: S301  # of our own actors
+            on_end(*found)
+            yield found
 
 
 def _block(rows: Iterable[tuple[int, Row]]) -> Any:

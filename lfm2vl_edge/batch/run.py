@@ -19,7 +19,7 @@ from lfm2vl_edge.batch.settings import BatchOptions, settings_of
 from lfm2vl_edge.batch.shards import ShardsOutput
 from lfm2vl_edge.batch.storage import arrow
 from lfm2vl_edge.batch.table import Tables
-from lfm2vl_edge.batch.worker import Outcome, Worker, answer_rows
+from lfm2vl_edge.batch.worker import LOADING, Outcome, Worker, answer_rows
 from lfm2vl_edge.errors import DataError, clip, shorten
 from lfm2vl_edge.model import Model
 from lfm2vl_edge.planning.costs import COST_SHAPE_450M, guess
@@ -141,8 +141,12 @@ def run_sources(
         pending = pending_rows(output.known, known, options)
         state = Progress(rows=sum(pending), earlier=sum(output.known.done), errors=Counter(output.known.errors))
         if state.rows:
-            with Worker(model, options) as worker, closing(_forecast(model, sources, pending, options)) as forecast:
-                answered = answer_rows(worker, rows_to_ask(sources, known, pending), ordered=options.ordered)
+            with (
+                Worker(model, options) as worker,
+                closing(_forecast(model, sources, pending, options.at_once)) as forecast,
+            ):
+                rows = rows_to_ask(sources, known, pending)
+                answered = answer_rows(worker, rows, ordered=options.ordered, on_end=forecast.add)
                 store(answered, output, state, forecast, report, fail_fast=options.fail_fast)
         output.end(ordered=options.ordered)
     return state
@@ -167,11 +171,11 @@ def open_output(path: Path, settings: Mapping[str, str], known: Scan, options: B
     return LinesOutput(path, settings, known, **how)
 
 
-def _forecast(model: Model, sources: Sequence[Source], pending: bytes, options: BatchOptions) -> Forecast:
+def _forecast(model: Model, sources: Sequence[Source], pending: bytes, parallel: int) -> Forecast:
     image = model.config.image
     costs = model.budget.costs or guess(COST_SHAPE_450M, "F16", image.tile_tokens, model.engine.info.n_threads)
     planner = Planner(config=image, budget=model.budget, costs=costs)
-    return Forecast(planner, sources, pending, 1 if options.choose else options.parallel)
+    return Forecast(planner, sources, pending, parallel, LOADING)
 
 
 def rows_to_ask(sources: Sequence[Source], known: Scan, pending: bytes) -> Iterator[tuple[int, Row]]:
@@ -200,10 +204,9 @@ def store(
     start = time.monotonic()
     for found in answered:
         if found is not None:
-            index, outcome = found
+            _, outcome = found
             output.add(outcome.record)
             state.add(outcome)
-            forecast.add(index, outcome)
             if fail_fast and outcome.error_kind is not None:
                 raise DataError(f"row {shorten(outcome.record['id'])}: {outcome.record['error']['message']}")
         state.seconds = time.monotonic() - start

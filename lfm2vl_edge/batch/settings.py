@@ -78,6 +78,11 @@ class BatchOptions:
         if not is_integer(part, 1) or not is_integer(count, 1) or part > count:
             raise ConfigError(f"shard is {shorten(f'{part}/{count}')}; it must be I/N, I from 1 to N")
 
+    @property
+    def at_once(self) -> int:
+        """Answers that run at the same time; choosing among given answers does one after another."""
+        return 1 if self.choose else self.parallel
+
     def has(self, id_digest: int) -> bool:
         """Return whether a row belongs to this part: by its id, so that a new row moves no other one."""
         return id_digest % self.shard[1] == self.shard[0] - 1

@@ -7,12 +7,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from lfm2vl_edge.batch.rows import IMAGE_COLUMNS, Reference, Row, answer_options
 from lfm2vl_edge.batch.settings import BatchOptions, row_options
@@ -55,7 +55,7 @@ KINDS: Final[Mapping[type[Exception], str]] = {
     Exception: "bug",
 }
 """Errors of a row, the special ones first, and their names in the output."""
-_AHEAD: Final = 2
+LOADING: Final = 2
 """Rows whose images are loaded while the model answers others."""
 _STATE_BYTES: Final = 64_000_000
 """For states of prompts: rows with one image, or one long beginning, mostly follow each other."""
@@ -86,6 +86,10 @@ class Outcome:
         return None if self.record["error"] is None else str(self.record["error"]["kind"])
 
 
+OnEnd: TypeAlias = Callable[[int, Outcome], None]
+"""Receives index and outcome of a row."""
+
+
 @dataclass(slots=True)
 class _Work:
     """What a row takes and returns, while it is answered."""
@@ -114,7 +118,7 @@ class Worker:
 
     def __init__(self, model: Model, options: BatchOptions) -> None:
         self._model, self._options = model, options
-        self.n_threads = (1 if options.choose else options.parallel) + _AHEAD
+        self.n_threads = options.at_once + LOADING
         self._choosing = threading.Lock()
         self._scheduler = None
         if not options.choose:
@@ -218,7 +222,7 @@ class Worker:
 
 
 def answer_rows(
-    worker: Worker, rows: Iterable[tuple[int, Row]], *, ordered: bool
+    worker: Worker, rows: Iterable[tuple[int, Row]], *, ordered: bool, on_end: OnEnd | None = None
 ) -> Iterator[tuple[int, Outcome] | None]:
     """Yield index and outcome of each row, in order or as they come; None after a while without one.
 
@@ -228,21 +232,27 @@ def answer_rows(
         worker: answers them.
         rows: index and row.
         ordered: whether the outcomes have the order of the rows.
+        on_end: is called for each row when it ends, which may be before its turn.
     """
     left = iter(rows)
     running: deque[tuple[int, Future[Outcome]]] = deque()
+    working: dict[Future[Outcome], int] = {}
     pool = ThreadPoolExecutor(worker.n_threads, thread_name_prefix="row")
     try:
         while True:
             # As many rows as threads are in work; in order, some more may be ready before their turn.
             for index, row in islice(left, _WINDOW + worker.n_threads - len(running)):
                 running.append((index, pool.submit(worker.answer, row)))
+                working[running[-1][1]] = index
             if not running:
                 return
+            for future in [one for one in working if one.done()]:
+                number = working.pop(future)
+                if on_end is not None:
+                    on_end(number, future.result())
             ready = [one for one in ([running[0]] if ordered else running) if one[1].done()]
             if not ready:
-                some = [running[0][1]] if ordered else [future for _, future in running]
-                wait(some, _TICK, FIRST_COMPLETED)
+                wait(working, _TICK, FIRST_COMPLETED)
                 yield None
             for one in ready:
                 running.remove(one)

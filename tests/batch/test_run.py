@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from lfm2vl_edge import ConfigError, DataError, Model
 from lfm2vl_edge.batch import BatchOptions, Progress, run_batch
@@ -421,41 +420,6 @@ def test_rows_of_any_columns_and_ids_come_out_as_they_went_in(tiny: Model, image
 def test_options_that_are_not_valid_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         BatchOptions(**wrong)
-
-
-def test_the_forecast_is_right_for_sorted_sizes(tiny: Model, tmp_path: Path) -> None:
-    """The small images come first: the mean of what was measured would be far too short."""
-    from lfm2vl_edge.batch.forecast import Forecast, Planner
-    from lfm2vl_edge.batch.inputs import open_inputs
-    from lfm2vl_edge.batch.worker import Outcome
-    from lfm2vl_edge.planning.budget import settings_for
-    from lfm2vl_edge.planning.costs import COST_SHAPE_450M, guess
-    from lfm2vl_edge.planning.geometry import plan
-    from lfm2vl_edge.stats import Stats
-
-    sizes = [(64, 64)] * 60 + [(1000, 1000)] * 40
-    for number, (height, width) in enumerate(sizes):
-        Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(tmp_path / f"{number}.png")
-    config, costs = tiny.config.image, guess(COST_SHAPE_450M, "F16", 64, 2)
-    planner = Planner(config=config, budget=tiny.budget, costs=costs)
-    forecast = Forecast(planner, open_inputs([str(tmp_path)]), b"\1" * len(sizes), 1)
-    forecast._thread.join()
-    now, seconds = [0.0], []
-    forecast._elapsed = lambda: now[0]  # type: ignore[method-assign]
-    for index, (height, width) in enumerate(sizes):
-        views = plan(height, width, settings_for(height, width, config, tiny.budget))
-        spent = {"encode_seconds": 3 * costs.encode(views), "prefill_seconds": costs.prefill(views) / 2}
-        count = {"images": 1, "views": 1, "encoded_views": 1, "image_tokens": 1, "prompt_tokens": 1}
-        rest = {"restored_tokens": 0, "completion_tokens": 9, "preprocess_seconds": 0.0, "first_token_seconds": 0.0}
-        stats = Stats(**count, **rest, **spent, decode_seconds=0.5)  # type: ignore[arg-type]
-        now[0] += sum(spent.values()) + 0.5
-        seconds.append(now[0])
-        forecast.add(index, Outcome(record={"error": None}, stats=(stats,)))
-        if index == 10:
-            predicted = forecast.seconds_left()
-    assert predicted == pytest.approx(seconds[-1] - seconds[10], rel=0.01)
-    assert forecast.seconds_left() == 0
-    forecast.close()
 
 
 def run(*arguments: object, cwd: Path, check: int = 0) -> subprocess.CompletedProcess[str]:
