@@ -107,7 +107,7 @@ def _assemble(work: Path, board: Board, target: Path) -> None:
     shutil.copytree(package, partial / "llama_cpp", ignore=shutil.ignore_patterns("lib", "__pycache__"))
     stated = partial / f"{ENGINE.replace('-', '_')}-{installed.version}.dist-info"
     stated.mkdir()
-    (stated / "METADATA").write_text(str(installed.metadata), encoding="utf-8")
+    (stated / "METADATA").write_text(installed.read_text("METADATA") or "", encoding="utf-8")
     libraries = partial / "llama_cpp/lib"
     libraries.mkdir()
     for folder in (work / f"build-{BOARDS[0].name}", work / f"build-{board.name}"):
