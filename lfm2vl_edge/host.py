@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
@@ -22,6 +23,9 @@ CACHE_VARIABLE: Final = "LFM2VL_CACHE"
 """The environment variable that names the cache folder."""
 DATA_VARIABLE: Final = "LFM2VL_DATA"
 """The environment variable that names the data folder."""
+_LLAMA_VARIABLES: Final = ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")
+"""llama_cpp's environment variables for other folders of libllama and of libmtmd."""
+_LLAMA_LIBRARY: Final = re.compile(r"lib(ggml|llama|mtmd)\b.*\.(so|dylib)(\.|$)")
 PARTIAL: Final = ".partial"
 """Suffix of a file that is being written."""
 _PARTIAL_SECONDS: Final = 60
@@ -221,6 +225,31 @@ def _folder(variable: str, xdg_variable: str, usual: str, environment: Mapping[s
         return Path(chosen)
     base = Path(environment.get(xdg_variable, ""))
     return (base if base.is_absolute() else Path.home() / usual) / _PROGRAM  # XDG: relative paths are ignored
+
+
+def llama_folders() -> tuple[Path, Path] | None:
+    """Return the folders from which llama_cpp loads libllama and libmtmd; None if it is not installed.
+
+    It is not imported.
+    """
+    package = find_spec("llama_cpp")
+    if package is None or package.origin is None:
+        return None
+    usual = Path(package.origin).parent / "lib"
+    llama, mtmd = (Path(os.environ.get(variable, usual)) for variable in _LLAMA_VARIABLES)
+    return llama, mtmd
+
+
+def llama_libraries(llama: Path, mtmd: Path) -> tuple[Path, ...]:
+    """Return the shared libraries of llama.cpp that two folders have, sorted, each once even if links name it.
+
+    Args:
+        llama: folder of libllama, and of ggml; if a link names libllama, ggml may be beside the file itself.
+        mtmd: folder of libmtmd.
+    """
+    folders = {llama, *(path.resolve().parent for path in llama.glob("libllama.*"))}
+    found = [*mtmd.glob("libmtmd*"), *(path for folder in folders for path in folder.glob("lib*"))]
+    return tuple(sorted({path.resolve() for path in found if _LLAMA_LIBRARY.match(path.name) and path.is_file()}))
 
 
 # Files

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from numpy.ctypeslib import as_array
 
-from lfm2vl_edge.engine.library import LOG, bindings
+from lfm2vl_edge.engine.library import LOG, bindings, libllama
 from lfm2vl_edge.errors import EngineError, StateError, clip, shorten
+from lfm2vl_edge.host import llama_folders, llama_libraries
 
 llama: Final = bindings("llama_cpp")
 """llama_cpp's bindings of llama.h."""
@@ -29,14 +30,13 @@ ABORTED: Final = 2
 """llama_decode's code after the abort callback returned true."""
 NO_MEMORY_SLOT: Final = 1
 """llama_decode's code when the context is full."""
-_GGML: Final = re.compile(r"libggml[.\d]*\.(so|dylib)[.\d]*")
-"""Has ggml's registry of devices, for which llama-cpp-python has no functions."""
 _GPU_TYPES: Final = frozenset((1, 2))
 """ggml-backend.h's GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU, which shares the processor's memory."""
 _GPU_LIBRARY: Final = re.compile(r"libggml-(cann|cuda|hip|metal|musa|opencl|sycl|vulkan|webgpu)\..*")
 """Is there if llama.cpp was built for such GPUs, whether this machine has one or not."""
 _PID: Final = os.getpid()
-_NATIVE: Final = re.compile(r"\.(so|dylib)(\.|$)")
+_FOLDERS: Final = (Path(llama._lib._name).absolute().parent, (llama_folders() or (Path(),))[-1])  # noqa: SLF001
+"""From which libllama was loaded, and from which libmtmd is if it is needed."""
 
 
 def check(function: str, code: int) -> None:
@@ -84,10 +84,8 @@ def parts(whole: Any, size: int) -> Iterator[tuple[Any, bool]]:
 
 
 def libraries() -> tuple[Path, ...]:
-    """Return the shared libraries that llama_cpp installs, sorted, each once even if links name it."""
-    folder = Path(llama.__file__).parent / "lib"
-    found = (path.resolve() for path in folder.iterdir() if path.is_file() and _NATIVE.search(path.name))
-    return tuple(sorted(set(found)))
+    """Return the shared libraries of the llama.cpp that was loaded, sorted, each once even if links name it."""
+    return llama_libraries(*_FOLDERS)
 
 
 def native_function(name: str, prototype: Any) -> Any:
@@ -100,7 +98,7 @@ def native_function(name: str, prototype: Any) -> Any:
     Raises:
         EngineError: the libraries do not have it.
     """
-    library = llama._lib  # noqa: SLF001  # another path could load a second copy; its dependencies are searched too
+    library = llama._lib  # noqa: SLF001  # its dependencies are searched too
     if not hasattr(library, name):
         raise EngineError(f"the installed llama.cpp has no function {name}; install llama-cpp-python 0.3.36")
     return prototype((name, library))
@@ -252,10 +250,11 @@ def build() -> str | None:
 
 
 def _ggml() -> Any:
-    path = next((path for path in libraries() if _GGML.fullmatch(path.name)), None)
-    if path is None:
-        raise EngineError("the installed llama-cpp-python has no ggml library, so a GPU cannot be chosen by name")
-    library = ctypes.CDLL(str(path))
+    """Return ggml's registry of devices, for which llama_cpp has no functions.
+
+    It is found through libllama, whose dependencies are searched too: another path could load a second copy.
+    """
+    library = libllama()
     library.ggml_backend_dev_count.restype = ctypes.c_size_t
     library.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
     library.ggml_backend_dev_get.restype = ctypes.c_void_p

@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 from lfm2vl_edge.errors import EngineError, clip
-from lfm2vl_edge.host import ProcessLock, has_amx, importing
+from lfm2vl_edge.host import ProcessLock, has_amx, llama_folders
 
-_FOLDER_VARIABLE: Final = "LLAMA_CPP_LIB_PATH"
-"""llama_cpp's environment variable for another folder."""
 _NAMES: Final = ("libllama.so", "libllama.dylib")
 """In the order in which llama_cpp searches for them."""
 _PARAMETER_WORDS: Final = 64
@@ -49,7 +45,8 @@ def bindings(name: str) -> Any:
         ImportError: llama_cpp is not installed.
         EngineError: its libraries do not load.
     """
-    with importing(), _loading():
+    # Not in `importing`: modules call this while they are imported, and a thread that is in it may wait for them.
+    with _loading():
         module = import_module(f"llama_cpp.{name}")
     LOG.attach()  # llama_cpp sets a callback of its own when it is imported
     return module
@@ -66,13 +63,13 @@ def libllama() -> Any:
     with _loading():
         path = _path() or import_module("llama_cpp.llama_cpp")._lib._name  # noqa: SLF001
         library = ctypes.CDLL(str(path))  # a separate object: the types below do not change llama_cpp's
-    library.llama_model_default_params.restype = ModelParams
-    library.llama_model_load_from_file.argtypes = [ctypes.c_char_p, ModelParams]
-    library.llama_model_load_from_file.restype = ctypes.c_void_p
-    library.llama_model_free.argtypes = [ctypes.c_void_p]
-    library.llama_supports_gpu_offload.restype = ctypes.c_bool
-    library.llama_print_system_info.restype = ctypes.c_char_p
-    library.llama_log_set.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        library.llama_model_default_params.restype = ModelParams
+        library.llama_model_load_from_file.argtypes = [ctypes.c_char_p, ModelParams]
+        library.llama_model_load_from_file.restype = ctypes.c_void_p
+        library.llama_model_free.argtypes = [ctypes.c_void_p]
+        library.llama_supports_gpu_offload.restype = ctypes.c_bool
+        library.llama_print_system_info.restype = ctypes.c_char_p
+        library.llama_log_set.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.llama_log_set(ctypes.cast(LOG.callback, ctypes.c_void_p), None)
     return library
 
@@ -82,7 +79,7 @@ def _loading() -> Iterator[None]:
     """Explain why libraries do not load, such as those for CUDA where NVIDIA's driver is not installed."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # RuntimeError: llama_cpp's, around an OSError
+    except (OSError, AttributeError, RuntimeError) as error:  # RuntimeError: llama_cpp's, around an OSError
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise EngineError(
             f"llama.cpp does not load: {clip(str(reason))}; install the library that is missing (libcuda.so.1 comes "
@@ -103,10 +100,7 @@ def has_wrong_products() -> bool:
 
 def _path() -> Path | None:
     """Return the file that llama_cpp will load; None if it has a name or place that is unknown here."""
-    chosen = os.environ.get(_FOLDER_VARIABLE)
-    package = find_spec("llama_cpp")  # does not import it
-    locations = package.submodule_search_locations if package else None
-    folders = [Path(chosen)] if chosen else [Path(location) / "lib" for location in locations or ()]
+    folders = (llama_folders() or ())[:1]
     return next((path for folder in folders for name in _NAMES if (path := folder / name).is_file()), None)
 
 

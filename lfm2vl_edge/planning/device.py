@@ -8,7 +8,6 @@ never an error.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 from collections.abc import Mapping
@@ -18,12 +17,11 @@ from typing import Final, Literal
 
 from lfm2vl_edge.config import is_finite, is_integer
 from lfm2vl_edge.errors import ConfigError, ModelNotFound, shorten
-from lfm2vl_edge.host import available_cpus, cache_folder, cpu_name, write_whole
+from lfm2vl_edge.host import available_cpus, cache_folder, cpu_name, llama_folders, llama_libraries, write_whole
 from lfm2vl_edge.planning.costs import Costs, line_through
 
 VERSION: Final = 1
 """Version of the file format; a file of another version is not used."""
-_ENGINE: Final = "llama_cpp"
 _HEAD_BYTES: Final = 1 << 20
 """Start of a language file that is hashed to identify it, with its size: metadata and start of the vocabulary."""
 _MAX_FILE_BYTES: Final = 1 << 20
@@ -151,11 +149,9 @@ def profile_key(model: Path, n_gpu_layers: int = 0, device: str | None = None) -
 
 def _engine_build() -> str:
     """Return a text that differs between builds of the engine, without loading it; `none` if it is not installed."""
-    spec = importlib.util.find_spec(_ENGINE)
-    if spec is None or spec.origin is None:
-        return "none"
-    libraries = (path for path in (Path(spec.origin).parent / "lib").glob("*") if path.is_file())
-    return " ".join(sorted(f"{path.name}:{path.stat().st_size}" for path in libraries if not path.is_symlink()))
+    folders = llama_folders()
+    libraries = llama_libraries(*folders) if folders else ()
+    return " ".join(sorted(f"{path.name}:{path.stat().st_size}" for path in libraries)) or "none"
 
 
 def save_profile(profile: Profile, key: ProfileKey) -> Path:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import closing
@@ -21,10 +23,11 @@ from lfm2vl_edge.engine import library
 from lfm2vl_edge.engine.ffi import llama
 from lfm2vl_edge.engine.language import LanguageFile, start_reading
 from lfm2vl_edge.engine.library import LOG, libllama
-from lfm2vl_edge.host import has_amx
+from lfm2vl_edge.host import has_amx, llama_libraries
 from lfm2vl_edge.model import model_of
 from lfm2vl_edge.models.names import find_model, find_pair
 from lfm2vl_edge.opening import Opening, OpenOptions, open_model
+from lfm2vl_edge.planning.device import profile_key
 from tests.conftest import Pair
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "shapes.png")
@@ -68,6 +71,161 @@ def test_a_library_in_another_place_is_found_through_llama_cpp(
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
     assert library._path() is None
     assert libllama.__wrapped__()._handle == llama._lib._handle
+
+
+def own_libraries(folder: Path) -> dict[str, str]:
+    """Copy libllama and ggml into a folder, and return an environment in which llama_cpp loads them from there."""
+    for path in Path(llama._lib._name).parent.glob("lib*"):
+        if not path.name.startswith("libmtmd"):
+            shutil.copy(path, folder / path.name)
+    return {**os.environ, "LLAMA_CPP_LIB_PATH": str(folder)}
+
+
+def run(
+    script: str, *arguments: str | Path, environment: dict[str, str] | None = None, cwd: Path | None = None
+) -> str:
+    """Run a script in a process of its own, which is ended if it hangs, and return its stdout."""
+    code = f"import faulthandler, sys; faulthandler.dump_traceback_later(60, exit=True)\n{script}"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environ = {**(environment or os.environ), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=cwd)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_the_libraries_in_another_place_are_those_that_were_loaded(tmp_path: Path, is_relative: bool) -> None:
+    """Linux says which files are mapped."""
+    environment = own_libraries(tmp_path)
+    if is_relative:
+        environment["LLAMA_CPP_LIB_PATH"] = tmp_path.name
+    loaded = run(
+        "import json, os\n"
+        "from lfm2vl_edge.engine import encoder, ffi\n"
+        "from lfm2vl_edge.engine.encoder import mtmd\n"
+        "os.chdir('/')\n"
+        "assert ffi.backends() == ['CPU'] and ffi.gpu_names() == {} and ffi.build()\n"
+        "lines = open('/proc/self/maps').read().splitlines()\n"
+        "mapped = {line.split()[5] for line in lines if 'r-xp' in line and '.so' in line}\n"
+        "print(json.dumps([sorted(mapped), [str(path) for path in ffi.libraries()]]))\n",
+        environment=environment,
+        cwd=tmp_path.parent,
+    )
+    mapped, named = json.loads(loaded)
+    native = [path for path in mapped if re.search(r"/lib(ggml|llama|mtmd)[^/]*$", path)]
+    assert {Path(path).name.partition(".")[0] for path in native} == {
+        "libggml", "libggml-base", "libggml-cpu", "libllama", "libmtmd"
+    }  # fmt: skip
+    assert set(native) <= set(named)
+    assert {str(Path(path).parent) for path in named if "libmtmd" not in path} == {str(tmp_path)}
+
+
+def test_a_profile_belongs_to_the_libraries_in_another_place(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = find_model(pair("a", "F16"))
+    usual = profile_key(model).engine
+    for name, value in own_libraries(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    assert profile_key(model).engine == usual
+    for path in tmp_path.glob("libggml-cpu*"):
+        path.write_bytes(path.read_bytes() + b"another build")
+    assert profile_key(model).engine != usual
+
+
+@pytest.mark.parametrize("folder", ["", "nothing", "file"])
+def test_a_place_without_libraries_is_one_line(
+    folder: str, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", folder)
+    model = find_model(pair("a", "F16"))
+    assert re.fullmatch(r"(libmtmd\S*( |$))+", profile_key(model).engine)
+    assert library._path() is None
+    done = subprocess.run(
+        [sys.executable, "-m", "lfm2vl_edge", "run", EXAMPLE, "What?", "-m", str(model)],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    (error,) = done.stderr.splitlines()
+    assert error.startswith("error: llama.cpp does not load: Shared library with base name 'llama' not found; ")
+
+
+def test_a_library_of_another_version_is_one_line(tmp_path: Path) -> None:
+    path = Path(llama._lib._name)
+    shutil.copy(path.with_name(path.name.replace("llama", "ggml-base")), tmp_path / path.name)
+    environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(tmp_path), "LFM2VL_MODEL": "tiny"}
+    command = [sys.executable, "-m", "lfm2vl_edge", "run", EXAMPLE, "What?"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout) == (1, "")
+    (error,) = done.stderr.splitlines()
+    assert re.match(r"error: llama\.cpp does not load: .*llama_\w+; install the library", error), error
+
+
+def test_libraries_are_found_beside_the_file_that_a_link_names(tmp_path: Path) -> None:
+    build, links, package = (tmp_path / name for name in ("build", "links", "package"))
+    for folder in (build, links, package):
+        folder.mkdir()
+    for name in ("libllama.so.0.5", "libggml.so", "libggml-cuda.so.0", "libm.so.6", "libggml.txt"):
+        (build / name).write_bytes(b"")
+    (build / "libllama.so").symlink_to("libllama.so.0.5")
+    (links / "libllama.so").symlink_to(build / "libllama.so")
+    for name in ("libmtmd.0.dylib", "libllama.dylib"):
+        (package / name).write_bytes(b"")
+    expected = ["libggml-cuda.so.0", "libggml.so", "libllama.so.0.5", "libmtmd.0.dylib"]
+    for folder in (links, build):
+        assert [path.name for path in llama_libraries(folder, package)] == expected
+
+
+IMPORT_AT_ONCE = """
+import threading
+from pathlib import Path
+from lfm2vl_edge import host
+from lfm2vl_edge.engine import language
+
+begun = threading.Event()
+
+def meet(event, arguments):
+    # The main thread goes on with the module, whose lock it has, when the other thread is going to wait for it too.
+    is_main = threading.current_thread() is threading.main_thread()
+    if event == "exec" and arguments[0].co_filename.endswith("ffi.py") and is_main:
+        begun.set()
+        while threading.active_count() > 1 and host._imports.acquire(blocking=False):
+            host._imports.release()
+    if event == "import" and arguments[0] == "lfm2vl_edge.engine.ffi" and not is_main:
+        begun.wait()
+
+sys.addaudithook(meet)
+"""
+
+
+@pytest.mark.parametrize("reason", ["only_vocabulary", "amx"])
+def test_a_language_file_is_read_while_the_bindings_are_imported(pair: Pair, reason: str) -> None:
+    """Each of two threads had a lock that the other one waited for."""
+    run(
+        f"{IMPORT_AT_ONCE}\n"
+        "language.has_wrong_products = lambda: sys.argv[2] == 'amx'\n"
+        "options = {} if sys.argv[2] == 'amx' else {sys.argv[2]: True}\n"
+        "file = language.LanguageFile(Path(sys.argv[1]), 0, None, **options)\n"
+        "import lfm2vl_edge.engine.llama\n"
+        "assert file.take()\n",
+        find_model(pair("a", "F16")),
+        reason,
+    )
+
+
+def test_the_bindings_are_imported_at_once_by_an_answer_and_a_program() -> None:
+    """The program imports them as any module, the answer so that no fork happens meanwhile."""
+    run(
+        f"{IMPORT_AT_ONCE}\n"
+        "thread = threading.Thread(target=language._import_bindings)\n"
+        "thread.start()\n"
+        "import lfm2vl_edge.engine.llama\n"
+        "thread.join()\n",
+    )
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_a_profile_belongs_to_model_gpu_and_engine(folder: Path, monkeypatch: py
         other.setattr(device_module, "cpu_name", lambda: "another processor")
         assert load_profile(key_of(folder)) is None
     with monkeypatch.context() as other:
-        other.setattr(device_module, "_ENGINE", "json")
+        other.setattr(device_module, "llama_folders", lambda: None)
         assert load_profile(key_of(folder)) is None
     with model.open("ab") as file:
         file.write(b"x")
