@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,17 @@ def _talk(case: dict[str, Any], arrays: dict[str, Any]) -> Conversation:
         logits=arrays[f"{case['name']}.logits"],
         embeddings=arrays.get(f"{case['name']}.embeddings"),
     )
+
+
+MAY_FORK = (sys.executable, "-W", "ignore:This process:DeprecationWarning")
+"""Python, without the warning of 3.12 and newer that a process with several threads forks."""
+
+
+def pytest_unconfigure() -> None:
+    """Close the two files that llama_cpp opens when it is imported, and leaves to the end of the process."""
+    utilities = sys.modules.get("llama_cpp._utils")
+    for name in ("outnull_file", "errnull_file") if utilities else ():
+        getattr(utilities, name).close()
 
 
 Pair = Callable[[str, str], Path]

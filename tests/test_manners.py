@@ -16,7 +16,7 @@ import pytest
 from lfm2vl_edge import Model
 from lfm2vl_edge.models import gguf
 from lfm2vl_edge.models.names import find_pair
-from tests.conftest import Pair
+from tests.conftest import MAY_FORK, Pair
 
 STATE = """
 import os, signal, sys, threading
@@ -62,7 +62,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
 def run(code: str, *arguments: object) -> None:
-    command = [sys.executable, "-c", STATE + OPENING + code, *map(str, arguments)]
+    command = [*MAY_FORK, "-c", STATE + OPENING + code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -6,7 +6,6 @@ import gc
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from lfm2vl_edge import ConfigError, EngineError, ImageError, Model, PromptError
 from lfm2vl_edge.engine import Constraint, Engine
 from lfm2vl_edge.host import available_cpus, physical_cores
 from lfm2vl_edge.opening import OpenOptions
-from tests.conftest import IMAGES, Pair, conversations
+from tests.conftest import IMAGES, MAY_FORK, Pair, conversations
 
 SMALL = IMAGES / "small.png"
 WIDE = IMAGES / "wide.png"
@@ -411,7 +410,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_while_another_thread_computes_may_not_use_the_model(pair: Pair) -> None:
-    command = [sys.executable, "-c", FORKED_IN_USE, str(pair("a", "F16"))]
+    command = [*MAY_FORK, "-c", FORKED_IN_USE, str(pair("a", "F16"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -417,3 +417,14 @@ def test_a_llama_cpp_with_a_gpu_gets_the_number_of_its_layers(pair: Pair, monkey
     with closing(LanguageFile(find_model(pair("a", "F16")), 0, None)) as language:
         libllama().llama_model_free(language.take())
     assert counts == [(0, None)]  # its own default would be all, and long batches on a GPU also without layers there
+
+
+def test_the_tests_leave_no_file_open() -> None:
+    """llama_cpp opens two when it is imported; Python prints at its end that they are open."""
+    name = (
+        f"{Path(__file__).relative_to(Path(__file__).parents[2])}::test_parameters_are_passed_on_as_llama_cpp_has_them"
+    )
+    command = [sys.executable, "-X", "dev", "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", name]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout
+    assert "unclosed file" not in done.stdout + done.stderr
