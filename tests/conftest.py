@@ -75,7 +75,7 @@ MAY_FORK = (sys.executable, "-W", "ignore:This process:DeprecationWarning")
 """Python, without the warning of 3.12 and newer that a process with several threads forks."""
 
 
-def pytest_unconfigure() -> None:
+def pytest_sessionfinish() -> None:
     """Close the two files that llama_cpp opens when it is imported, and leaves to the end of the process."""
     utilities = sys.modules.get("llama_cpp._utils")
     for name in ("outnull_file", "errnull_file") if utilities else ():

@@ -75,6 +75,7 @@ def run(words: Sequence[str | Path], folder: Path = ROOT, **environment: str) ->
         Failed: it ended with another exit code than 0.
     """
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("LFM2VL_", "PYTHON"))}
+    environ["PATH"] = search_path(environ)
     done = subprocess.run(words, cwd=folder, env=environ | environment, capture_output=True, text=True)
     if done.returncode:
         lines = f"{done.stdout}\n{done.stderr}".strip().splitlines()
@@ -83,6 +84,12 @@ def run(words: Sequence[str | Path], folder: Path = ROOT, **environment: str) ->
             f"{Path(words[0]).name} {' '.join(map(str, words[1:3]))}: {short[:100]}", "\n".join(lines[-_TAIL:])
         )
     return done.stdout
+
+
+def search_path(environ: Mapping[str, str]) -> str:
+    """Return PATH, and before it the folders of pyenv's versions of Python: its programs only start chosen ones."""
+    root = Path(environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    return os.pathsep.join([*map(str, sorted(root.glob("versions/3.*/bin"))), environ.get("PATH", os.defpath)])
 
 
 def pythons(uv: str, minors: Sequence[str]) -> Iterator[tuple[str, str | None]]:
