@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
@@ -149,35 +150,45 @@ def _disk_cache(cache: bool | None) -> Path | None:
     return cache_folder() if is_used else None
 
 
-def load_argument(argument: str, max_pixels: int, cache: bool | None) -> OpenedImage:
-    """Return an image, decoded: a path, an http(s) URL, a data URL, or - for stdin; `cache` as for `opening`."""
-    return _decoded(open_argument(argument, max_pixels), cache)
+def load_argument(argument: str, max_pixels: int, cache: bool | None, most: float = math.inf) -> OpenedImage:
+    """Return an image with its pixels in memory, unless the disk cache has an entry of it, with whatever settings.
 
-
-def decode_early(opened: OpenedImage, cache: bool | None) -> OpenedImage:
-    """Return an image, decoded unless it is so large that its plan shall be checked first."""
-    return opened if opened.height * opened.width > _EARLY_PIXELS else _decoded(opened, cache)
-
-
-def _decoded(opened: OpenedImage, cache: bool | None) -> OpenedImage:
-    """Return an image with its pixels in memory, unless the disk cache has an entry of it, with whatever settings."""
-    folder = _disk_cache(cache)
-    if folder is not None and opened.content is not None:
-        from lfm2vl_edge.cache.disk import CACHE_BYTES, CacheFolder
-        from lfm2vl_edge.cache.memory import KeyCache
-
-        if KeyCache.on_disk(CacheFolder(folder, CACHE_BYTES)).has(opened.content()):
-            return opened
+    Args:
+        argument: a path, an http(s) URL, a data URL, or - for stdin.
+        max_pixels: the largest image that is decoded, pixels.
+        cache: as for `opening`.
+        most: a larger image is not decoded yet, pixels.
+    """
+    is_known = _known_images(cache)
+    opened = open_argument(argument, max_pixels, is_known)
+    if opened.height * opened.width > most or (is_known and opened.content and is_known(opened.content())):
+        return opened
     pixels = opened.pixels()
     return replace(opened, pixels=lambda: pixels)
 
 
-def open_argument(argument: str, max_pixels: int) -> OpenedImage:
-    """Return the upright size of an image and a way to its pixels, which are not decoded."""
+def load_early(argument: str, max_pixels: int, cache: bool | None) -> OpenedImage:
+    """Return an image as `load_argument`, not decoded if it is so large that its plan shall be checked first."""
+    return load_argument(argument, max_pixels, cache, _EARLY_PIXELS)
+
+
+def _known_images(cache: bool | None) -> Callable[[bytes], bool] | None:
+    """Return what says whether the disk cache has an entry of an image, by its content; None if there is no cache."""
+    folder = _disk_cache(cache)
+    if folder is None:
+        return None
+    from lfm2vl_edge.cache.disk import CACHE_BYTES, CacheFolder
+    from lfm2vl_edge.cache.memory import KeyCache
+
+    return KeyCache.on_disk(CacheFolder(folder, CACHE_BYTES)).has
+
+
+def open_argument(argument: str, max_pixels: int, is_known: Callable[[bytes], bool] | None = None) -> OpenedImage:
+    """Return the upright size of an image and a way to its pixels, which are not decoded; see `open_image`."""
     from lfm2vl_edge.image.load import open_image
 
     source: ImageInput = read_stdin() if argument == STDIN else argument
-    return open_image(source, max_pixels=max_pixels)
+    return open_image(source, max_pixels=max_pixels, is_known=is_known)
 
 
 def pull_visibly(

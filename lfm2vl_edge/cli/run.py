@@ -11,7 +11,7 @@ import typer
 
 from lfm2vl_edge.cli import _options as opt
 from lfm2vl_edge.cli._answers import note_truncation, note_unused_variables, show_answer, statistics
-from lfm2vl_edge.cli._loading import decode_early, open_argument, opening
+from lfm2vl_edge.cli._loading import load_early, opening
 from lfm2vl_edge.cli._output import at_once, reporting, to_json, write_line, write_out
 from lfm2vl_edge.cli._tools import ToolOptions, calls_as_json, write_calls
 from lfm2vl_edge.errors import PromptError, clip, shorten
@@ -69,7 +69,7 @@ def run(
         opt.refuse_stdin_twice([*names, answer.json_schema, tool.tools])
         options = answer.values() | tool.values()
         with opening(model, image, verbose, remember=len(questions) > 1, cache=cache) as when_open:
-            loaded = [decode_early(open_argument(name, image.max_pixels), cache) for name in names]
+            loaded = [load_early(name, image.max_pixels, cache) for name in names]
             opened = when_open()
             interrupt.cancel = opened.cancel
             note_unused_variables(options, opened)

@@ -3,25 +3,27 @@
 Before Pillow sees a file, its metadata are removed (EXIF, XMP, profiles, text), so that only the pixels decide whether
 an image can be loaded; of the metadata, the orientation alone is read, here. Then its header is read, which decides
 whether its pixels may be decoded. Nothing global in Pillow is changed but its size limit and Python's warnings, under
-a lock, while it reads. Besides `draw.py`, only this module handles Pillow's order of width before height.
+a lock, while it reads. Besides `draw.py`, only this module handles Pillow's order of width before height. Pillow is
+imported when it reads the first file: an image that was decoded before, and is known by its content, does not need it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import IO, Any, Final, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 import PIL
-from PIL import Image, UnidentifiedImageError
 
 from lfm2vl_edge.config import MAX_MEGAPIXELS
 from lfm2vl_edge.errors import ImageError, clip
@@ -35,12 +37,16 @@ from lfm2vl_edge.image.metadata import (
     remove_metadata,
     without_exif_item,
 )
+from lfm2vl_edge.image.ranges import range_of, scaled
 from lfm2vl_edge.image.source import open_source
+
+if TYPE_CHECKING:
+    import PIL.Image  # noqa: TC004  # `_import_pillow` does it
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 """`[height, width, 3]`, RGB, 0..255."""
 ImageInput: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any] | OpenedImage"
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | PIL.Image.Image | npt.NDArray[Any] | OpenedImage"
 )
 """A path, an http, https or `data:` URL, base64 text, encoded bytes, a Pillow image, a uint8 or uint16 array `[H, W]`
 or `[H, W, 1|3|4]`, or what `open_image` returned."""
@@ -137,19 +143,32 @@ def load_image(source: ImageInput, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     return open_image(source, max_pixels=max_pixels).pixels()
 
 
-def open_image(source: ImageInput, *, max_pixels: int = MAX_PIXELS) -> OpenedImage:
+def open_image(
+    source: ImageInput, *, max_pixels: int = MAX_PIXELS, is_known: Callable[[bytes], bool] | None = None
+) -> OpenedImage:
     """Return the upright size of an image, and a way to its pixels. Of a file, only the header is read.
 
     Arguments and errors as for `load_image`; what is damaged behind the header is an error of `pixels`.
+
+    Args:
+        source: see `ImageInput`.
+        max_pixels: the largest height x width that is decoded.
+        is_known: returns whether the image of some `OpenedImage.content` was decoded before. The header of such an
+            image is not checked by Pillow again.
     """
     if isinstance(source, OpenedImage):
         return source
-    if isinstance(source, (np.ndarray, Image.Image)):
+    if isinstance(source, np.ndarray) or _is_pillow_image(source):
         pixels = _from_array(source) if isinstance(source, np.ndarray) else _from_pillow(source, max_pixels)
         return OpenedImage(pixels.shape[0], pixels.shape[1], lambda: pixels)
     name, file = open_source(source)
     with file:
-        return _opened(name, file, max_pixels)
+        return _opened(name, file, max_pixels, is_known)
+
+
+def _is_pillow_image(source: object) -> TypeGuard[PIL.Image.Image]:
+    kind = getattr(sys.modules.get("PIL.Image"), "Image", None)  # None also while another thread imports it
+    return kind is not None and isinstance(source, kind)
 
 
 def _from_file(name: str, file: IO[bytes], max_pixels: int) -> Pixels:
@@ -157,7 +176,9 @@ def _from_file(name: str, file: IO[bytes], max_pixels: int) -> Pixels:
     return _opened(name, file, max_pixels).pixels()
 
 
-def _opened(name: str, file: IO[bytes], max_pixels: int) -> OpenedImage:
+def _opened(
+    name: str, file: IO[bytes], max_pixels: int, is_known: Callable[[bytes], bool] | None = None
+) -> OpenedImage:
     data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
         raise ImageError(f"{name} has more than {_MAX_BYTES / 1e6:g} MB; give a smaller image")
@@ -170,17 +191,30 @@ def _opened(name: str, file: IO[bytes], max_pixels: int) -> OpenedImage:
         raise _corrupt(name, error) from error
     if header is None:
         raise _unknown(name, data[:80])
-    _check_size(header.width, header.height, max_pixels, header)  # before Pillow sees it: some formats it decodes now
+    size = header.width, header.height
+    _check_size(*size, max_pixels, header)  # before Pillow sees it: some formats it decodes now
+    if orientation is not None and is_known is not None:
+        opened = _of_size(size, orientation, data, header, name)
+        if opened.content is not None and is_known(opened.content()):
+            return opened
     with _identify(data, header.format, name) as image:
         _check_size(image.width, image.height, max_pixels, header)
-        turn = orientation or _stated_orientation(image)
-        height, width = image.size if turn >= 5 else image.size[::-1]
-    return OpenedImage(
-        height,
-        width,
-        lambda: _decode_file(data, header.format, name, turn),
-        lambda: _content(data, header.format, turn, _pillow_versions()),
-    )
+        return _of_size(image.size, orientation or _stated_orientation(image), data, header, name)
+
+
+def _of_size(size: tuple[int, int], turn: int, data: bytes, header: Header, name: str) -> OpenedImage:
+    """Return an encoded image of a width and a height, as stored, and an orientation.
+
+    A size that is not the header's is part of what `content` returns: by that of the header it is never known.
+    """
+    height, width = size if turn >= 5 else size[::-1]
+    other = [] if size == (header.width, header.height) else [size]
+
+    @functools.cache
+    def content() -> bytes:
+        return _content(data, header.format, turn, _pillow_versions(), *other)
+
+    return OpenedImage(height, width, lambda: _decode_file(data, header.format, name, turn), content)
 
 
 def _content(data: bytes, *decoding: object) -> bytes:
@@ -198,23 +232,30 @@ def _decode_file(data: bytes, form: str, name: str, orientation: int) -> Pixels:
         return _decode(image, name, orientation)
 
 
-def _identify(data: bytes, form: str, name: str) -> Image.Image:
+def _identify(data: bytes, form: str, name: str) -> PIL.Image.Image:
     """Let Pillow read the header.
 
     Raises:
         ImageError: this Pillow cannot read the format, or the file is corrupt.
     """
+    _import_pillow()
     with importing():
-        Image.preinit()  # else Image.open imports the usual formats
+        PIL.Image.preinit()  # else PIL.Image.open imports the usual formats
         with suppress(ImportError):
             import_module(f"PIL.{_PLUGINS[form]}")
     try:
         with _reading_pillow(lift_limit=True):
-            return Image.open(io.BytesIO(data), formats=(form,) if form in Image.OPEN else ())
-    except UnidentifiedImageError:
+            return PIL.Image.open(io.BytesIO(data), formats=(form,) if form in PIL.Image.OPEN else ())
+    except PIL.UnidentifiedImageError:
         raise _unknown(name, data[:80]) from None
     except Exception as error:
         raise _corrupt(name, error) from error
+
+
+def _import_pillow() -> None:
+    """Import what is used of Pillow here; whoever has an image of Pillow has done so."""
+    with importing():
+        import_module("PIL.Image")
 
 
 @contextmanager
@@ -222,13 +263,13 @@ def _reading_pillow(*, lift_limit: bool) -> Iterator[None]:
     """Silence warnings; lift Pillow's own size limit, a global below ours. The lock keeps both from staying so."""
     with _pillow_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        limit = Image.MAX_IMAGE_PIXELS
+        limit = PIL.Image.MAX_IMAGE_PIXELS
         try:
             if lift_limit:
-                Image.MAX_IMAGE_PIXELS = None
+                PIL.Image.MAX_IMAGE_PIXELS = None
             yield
         finally:
-            Image.MAX_IMAGE_PIXELS = limit
+            PIL.Image.MAX_IMAGE_PIXELS = limit
 
 
 def _corrupt(name: str, error: Exception) -> ImageError:
@@ -295,7 +336,7 @@ def _decode_heif(name: str, data: bytes) -> Pixels:
         raise _corrupt(f"{name} (HEIC)", error) from error
 
 
-def _from_pillow(image: Image.Image, max_pixels: int) -> Pixels:
+def _from_pillow(image: PIL.Image.Image, max_pixels: int) -> Pixels:
     """Decode an image that the caller opened; if it cannot be loaded, try its file again without its metadata."""
     _check_size(*image.size, max_pixels)
     file = getattr(image, "fp", None)
@@ -308,9 +349,9 @@ def _from_pillow(image: Image.Image, max_pixels: int) -> Pixels:
         return _from_file("the given image", io.BytesIO(file.read()), max_pixels)
 
 
-def _decode(image: Image.Image, name: str, orientation: int | None = None) -> Pixels:
+def _decode(image: PIL.Image.Image, name: str, orientation: int | None = None) -> Pixels:
     try:
-        with _reading_pillow(lift_limit=image.width * image.height > (Image.MAX_IMAGE_PIXELS or MAX_PIXELS)):
+        with _reading_pillow(lift_limit=image.width * image.height > (PIL.Image.MAX_IMAGE_PIXELS or MAX_PIXELS)):
             transparent = _transparent_colour(image)
             image.load()
             return _upright_rgb(image, transparent, orientation or _stated_orientation(image))
@@ -320,7 +361,7 @@ def _decode(image: Image.Image, name: str, orientation: int | None = None) -> Pi
         raise _corrupt(name, error) from error
 
 
-def _upright_rgb(image: Image.Image, transparent: tuple[int, ...] | None, orientation: int) -> Pixels:
+def _upright_rgb(image: PIL.Image.Image, transparent: tuple[int, ...] | None, orientation: int) -> Pixels:
     """Convert a loaded image part by part, so that no more than one copy of its pixels is made."""
     width, height = image.size
     result = np.empty((width, height, 3) if orientation >= 5 else (height, width, 3), np.uint8)
@@ -328,7 +369,7 @@ def _upright_rgb(image: Image.Image, transparent: tuple[int, ...] | None, orient
     most = _range_of(image) if _is_deep(image) else None
     for box in _parts(width, height):
         part = image.crop(box)
-        pixels = _to_rgb(part) if most is None else _from_array(_scaled(np.asarray(part), most))
+        pixels = _to_rgb(part) if most is None else _from_array(scaled(np.asarray(part), most))
         if transparent is not None:
             pixels = _whiten(pixels, part, transparent)
         stored[box[1] : box[3], box[0] : box[2]] = pixels
@@ -353,13 +394,13 @@ def _parts(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
             yield left, top, min(left + across, width), min(top + down, height)
 
 
-def _stated_orientation(image: Image.Image) -> int:
+def _stated_orientation(image: PIL.Image.Image) -> int:
     """Return the orientation that Pillow knows of, or that its EXIF bytes state if Pillow cannot read them."""
     stored = image.info.get("exif")
     stored = stored if isinstance(stored, bytes) else b""
     try:
         value = image.getexif().get(ORIENTATION)
-        unchanged = Image.Exif()
+        unchanged = PIL.Image.Exif()
         unchanged.load(stored)
         if value is None and ORIENTATION in unchanged:
             return 1  # the caller deleted it
@@ -370,18 +411,18 @@ def _stated_orientation(image: Image.Image) -> int:
     return int(value) if value in range(1, 9) else 1
 
 
-def _is_deep(image: Image.Image) -> bool:
+def _is_deep(image: PIL.Image.Image) -> bool:
     """Return whether an image has more than 8 bits for a colour in Pillow."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
-def _range_of(image: Image.Image) -> int:
+def _range_of(image: PIL.Image.Image) -> int:
     """Return the largest value of the range that `load_image` documents: 1, 255 or 65535."""
     is_file = image.format in ("PNG", "PPM", "JPEG2000") or (image.mode not in ("I", "F") and image.format is not None)
-    return _range((np.asarray(image.crop(box)) for box in _parts(*image.size)), is_deep=is_file)
+    return range_of((np.asarray(image.crop(box)) for box in _parts(*image.size)), is_deep=is_file)
 
 
-def _to_rgb(image: Image.Image) -> Pixels:
+def _to_rgb(image: PIL.Image.Image) -> Pixels:
     """Return the pixels of a loaded image of 8 bits; alpha and transparent palette colours become white."""
     mode, stated = image.mode, image.info.get("transparency")
     if mode == "LAB":
@@ -400,12 +441,12 @@ def _to_rgb(image: Image.Image) -> Pixels:
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # else a copy
 
 
-def _over_white(image: Image.Image) -> Image.Image:
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image)
+def _over_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return PIL.Image.alpha_composite(white, image)
 
 
-def _transparent_colour(image: Image.Image) -> tuple[int, ...] | None:
+def _transparent_colour(image: PIL.Image.Image) -> tuple[int, ...] | None:
     """Return the transparent colour of an image without alpha, in the values that its pixels have once loaded.
 
     A PNG states it in the depth of the file. Pillow expands 1, 2 and 4 bits to 8, and keeps the upper half of the 16
@@ -426,56 +467,10 @@ def _transparent_colour(image: Image.Image) -> tuple[int, ...] | None:
     return tuple(value * {"L;2": 85, "L;4": 17}.get(stored, 1) for value in values)
 
 
-def _whiten(pixels: Pixels, image: Image.Image, colour: tuple[int, ...]) -> Pixels:
+def _whiten(pixels: Pixels, image: PIL.Image.Image, colour: tuple[int, ...]) -> Pixels:
     stored = np.asarray(image.convert("L") if image.mode == "1" else image)
     is_colour = (stored.reshape(*stored.shape[:2], -1) == np.array(colour)).all(2, keepdims=True)
     return np.where(is_colour, np.uint8(255), pixels)
-
-
-def _range(parts: Iterable[npt.NDArray[Any]], *, is_deep: bool = False) -> int:
-    """Return the largest value of the range in which values are: 1, 255 or 65535.
-
-    Args:
-        parts: all values, in arrays of one type.
-        is_deep: the range is 0..65535.
-
-    Raises:
-        ImageError: the values do not show what their range is.
-    """
-    low, high, all_whole, kind, item_size = np.inf, -np.inf, True, "u", 1
-    for part in parts:
-        values, kind, item_size = _finite(part), part.dtype.kind, part.dtype.itemsize
-        low, high = min(low, values.min()), max(high, values.max())
-        all_whole = all_whole and (kind != "f" or np.array_equal(values, np.rint(values)))
-    remedy = "give uint8 with values 0..255"
-    if low < 0 or high > 65535:
-        raise ImageError(f"the image's values are {low:g} to {high:g}, of 0..65535 at most; scale them and {remedy}")
-    if kind == "f" and high <= 1:
-        return 1
-    if not all_whole:
-        raise ImageError(f"float values up to {high:g} are ambiguous, as 0..1 or 0..255 is expected; {remedy}")
-    if is_deep or high > 255:
-        return 65535
-    if item_size == 2 and high > 0:
-        raise ImageError(
-            f"16-bit values that nowhere exceed {high} are ambiguous, an 8-bit image or almost black; {remedy}"
-        )
-    return 255
-
-
-def _finite(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return values with NaN as 0; infinite ones remain and are outside any range."""
-    return np.nan_to_num(values, nan=0.0, posinf=np.inf, neginf=-np.inf) if values.dtype.kind == "f" else values
-
-
-def _scaled(values: npt.NDArray[Any], most: int) -> Pixels:
-    """Scale values of the range 0..most to 0..255; Pillow's own conversion clips at 255."""
-    values = _finite(values)
-    if most == 1:
-        return np.asarray(np.rint(values * 255), np.uint8)
-    if most == 65535:
-        return np.asarray((values.astype(np.uint32) + 128) // 257, np.uint8)
-    return values.astype(np.uint8)
 
 
 def _from_array(array: npt.NDArray[Any]) -> Pixels:
@@ -486,9 +481,10 @@ def _from_array(array: npt.NDArray[Any]) -> Pixels:
             f"an array of shape {clip(str(array.shape))} is not an image; give [H, W], [H, W, 3] or [H, W, 4]"
         )
     if array.dtype == np.uint16:
-        array = _scaled(array, _range([array]))
+        array = scaled(array, range_of([array]))
     if array.dtype != np.uint8:
         raise ImageError(f"an array of {clip(str(array.dtype))} is ambiguous; give uint8 with values 0..255")
     if array.shape[2] == 4:
-        return np.ascontiguousarray(np.asarray(_over_white(Image.fromarray(array, "RGBA")).convert("RGB")))
+        _import_pillow()
+        return np.ascontiguousarray(np.asarray(_over_white(PIL.Image.fromarray(array, "RGBA")).convert("RGB")))
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from typer.testing import CliRunner
 
 from lfm2vl_edge import ImageConfig, ImageError, Model, open_image
@@ -22,6 +23,7 @@ from lfm2vl_edge.cache.disk import KEYS, STATE, VIEW, CacheFolder, DiskCache, en
 from lfm2vl_edge.cache.memory import KeyCache, chain
 from lfm2vl_edge.cli import app
 from lfm2vl_edge.image import load, tiles
+from lfm2vl_edge.image.headers import Header, read_header
 from lfm2vl_edge.prompt.prepare import prepare, split
 from tests.conftest import IMAGES, Pair
 
@@ -336,3 +338,89 @@ def test_a_disk_that_fails_is_no_error(tmp_path: Path) -> None:
     assert cache.get(b"a" * 32, "settings") is None
     cache.put(b"a" * 32, "settings", [b"b" * 32])
     assert cache.get(b"a" * 32, "settings") == [b"b" * 32]
+
+
+FORMATS = ("png", "jpeg", "webp", "gif", "tiff", "bmp")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_header_of_a_known_image_is_read_without_pillow(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each orientation, the size is that of Pillow's own transposition, and the pixels are the same."""
+    path = tmp_path / "image"
+    identified, asked = list[str](), list[bytes]()
+    identify = load._identify
+
+    def counted(data: bytes, form: str, name: str) -> Image.Image:
+        identified.append(form)
+        return identify(data, form, name)
+
+    def is_known(content: bytes) -> bool:
+        asked.append(content)
+        return True
+
+    monkeypatch.setattr(load, "_identify", counted)
+    for turn in range(1, 9 if form in ("png", "jpeg", "webp", "tiff") else 2):
+        exif = Image.Exif()
+        exif[274] = turn
+        Image.open(WIDE).convert("RGB").save(path, form, exif=exif)
+        usual = open_image(path)
+        assert usual.content is not None
+        identified.clear()
+        asked.clear()
+        known = open_image(path, is_known=is_known)
+        is_read_here = form != "bmp"  # whose orientation Pillow reads
+        assert (len(identified), asked) == ((0, [usual.content()]) if is_read_here else (1, []))
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+        assert (known.height, known.width) == (upright.height, upright.width) == (usual.height, usual.width)
+        assert np.array_equal(known.pixels(), usual.pixels())
+
+
+def test_an_image_is_not_known_by_a_size_that_only_its_header_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wider(data: bytes) -> Header:
+        header = read_header(data)
+        assert header is not None
+        return replace(header, width=header.width + 1)
+
+    usual = open_image(WIDE).content
+    monkeypatch.setattr(load, "read_header", wider)
+    other = open_image(WIDE).content
+    assert usual is not None
+    assert other is not None
+    assert other() != usual()
+    again = open_image(WIDE, is_known=lambda content: content == other())
+    assert (again.height, again.width, 3) == np.asarray(Image.open(WIDE).convert("RGB")).shape
+
+
+LOADED = """
+import sys
+from lfm2vl_edge.cli import build
+build(["run"])(sys.argv[1:], standalone_mode=False)
+print(*sorted(name for name in sys.modules if name.startswith("PIL.")), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg"])
+def test_a_repeated_run_does_not_import_what_decodes_images(form: str, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{form}"
+    Image.open(TILED).convert("RGB").save(path)
+
+    def run(image: Path) -> tuple[str, str]:
+        arguments = ["run", image, QUESTION, "-m", folder, "-n", 4, "-t", 1, "--temperature", 0, "--cache"]
+        command = [sys.executable, "-c", LOADED, *map(str, arguments)]
+        environment = os.environ | {"LFM2VL_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout, done.stderr
+
+    (first, loaded), (second, loaded_again) = run(path), run(path)
+    assert second == first
+    assert "PIL.Image " in loaded
+    assert {word for word in loaded_again.split() if word.startswith("PIL.")} <= {"PIL._imaging", "PIL._version"}
+    broken = tmp_path / f"broken.{form}"
+    broken.write_bytes((whole := path.read_bytes())[: len(whole) // 2])
+    for _ in range(2):
+        nothing, message = run(broken)
+        assert nothing == ""
+        assert "is a corrupt image" in message
