@@ -17,10 +17,11 @@ from lfm2vl_edge.batch.output import Known, LinesOutput, Output
 from lfm2vl_edge.batch.rows import Row
 from lfm2vl_edge.batch.settings import BatchOptions, settings_of
 from lfm2vl_edge.batch.shards import ShardsOutput
-from lfm2vl_edge.batch.storage import arrow
+from lfm2vl_edge.batch.storage import Place, arrow
 from lfm2vl_edge.batch.table import Tables
 from lfm2vl_edge.batch.worker import LOADING, Outcome, Worker, answer_rows
 from lfm2vl_edge.errors import DataError, clip, shorten
+from lfm2vl_edge.image.web import display_url, is_url
 from lfm2vl_edge.model import Model
 from lfm2vl_edge.planning.costs import COST_SHAPE_450M, guess
 
@@ -108,14 +109,21 @@ def run_batch(
 
 
 def prepare_inputs(
-    inputs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], stdin: Callable[[], bytes] | None = None
+    inputs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    stdin: Callable[[], bytes] | None = None,
+    *,
+    on_cluster: bool = False,
 ) -> list[Source]:
-    """Return the sources of a batch; see `open_inputs`.
+    """Return the sources of a batch; see `open_inputs`. Only a batch on a cluster stores its output under a URL.
 
     Raises:
-        DataError: an input cannot be used, the output has another suffix, or one of the inputs is the output.
+        DataError: an input cannot be used, the output has another suffix or place, or one of the inputs is the output.
     """
     target = Path(out)
+    if is_url(os.fspath(out)) and not (on_cluster and Place(os.fspath(out)).is_remote):
+        need = "s3:// or gs://" if on_cluster else "a file or folder of this machine; s3:// and gs:// need --ray"
+        raise DataError(f"the output {clip(display_url(os.fspath(out)))} cannot be written; name {need}")
     if target.suffix.lower() not in OUTPUTS:
         raise DataError(f"the output {clip(str(out))} must end with .jsonl or .parquet; name another file")
     for one in inputs:

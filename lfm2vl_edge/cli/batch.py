@@ -170,7 +170,7 @@ def batch(
         opt.refuse_stdin_twice([*inputs, answer.json_schema])
         from lfm2vl_edge.batch.run import prepare_inputs, run_sources
 
-        sources = prepare_inputs(inputs, out, opt.read_stdin)
+        sources = prepare_inputs(inputs, out, opt.read_stdin, on_cluster=ray.ray is not None)
         with _bar(quiet) as show:
             report = _watched(show, interrupt)
             if ray.ray is not None:

@@ -232,6 +232,20 @@ def test_an_output_of_another_kind_is_refused(tmp_path: Path, out: str) -> None:
         prepare_inputs([tmp_path / "a.png"], tmp_path / out)
 
 
+@pytest.mark.parametrize("on_cluster", [False, True])
+@pytest.mark.parametrize(
+    "out", ["s3://b/out.jsonl", "gs://b/out.parquet", "http://u:secret@h/out.jsonl", "file:/out.jsonl"]
+)
+def test_an_output_under_a_url_is_not_a_folder_of_that_name(tmp_path: Path, out: str, on_cluster: bool) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    if on_cluster and out.startswith(("s3", "gs")):
+        assert prepare_inputs([tmp_path / "a.png"], out, on_cluster=True)
+        return
+    with pytest.raises(DataError, match="^the output .* cannot be written; name ") as error:
+        prepare_inputs([tmp_path / "a.png"], out, on_cluster=on_cluster)
+    assert "secret" not in str(error.value)
+
+
 def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
     path = lines(tmp_path / "rows.jsonl", {"image": "a.png"})
     (tmp_path / "link.jsonl").symlink_to(path)

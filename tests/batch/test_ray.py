@@ -123,7 +123,7 @@ def test_a_store_of_objects_gets_whole_files(images: Path, tmp_path: Path, monke
     (tmp_path / "bucket" / "out.jsonl").mkdir(parents=True)
     monkeypatch.setattr(storage, "filesystem_of", lambda url: (here, url.partition("://")[2]))
     where = ClusterOptions(workers=1, cpus_per_worker=1, model="tiny")
-    sources = prepare_inputs([images], "s3://bucket/out.jsonl")
+    sources = prepare_inputs([images], "s3://bucket/out.jsonl", on_cluster=True)
     assert run_on_ray(sources, "s3://bucket/out.jsonl", options(), where).done == 12
     assert len(stored(tmp_path / "bucket" / "out.jsonl")) == 12
     assert not (tmp_path / "bucket" / "out.jsonl" / "_pending.jsonl").exists()

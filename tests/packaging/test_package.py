@@ -18,6 +18,7 @@ from typing import Final
 import pytest
 
 import lfm2vl_edge
+from tests.packaging.matrix import search_path
 
 hatchling = pytest.importorskip("hatchling.build", reason="needs hatchling: pip install hatchling")
 
@@ -129,8 +130,12 @@ def test_the_source_distribution_has_what_the_checks_need(built: tuple[Path, Pat
         ("watch", "paho", ["watch", "-", "-m", "tiny", "--mqtt", "mqtt://127.0.0.1:1"]),
         ("batch", "pyarrow", ["batch", "x.heic", "-m", "tiny", "-p", "What?", "-o", "out.parquet"]),
         ("batch", "pyarrow", ["batch", "rows.parquet", "-m", "tiny", "-o", "out.jsonl"]),
+        ("batch", "pyarrow", ["batch", "s3://nowhere/rows.jsonl", "-m", "tiny", "-p", "What?", "-o", "out.jsonl"]),
         ("ray", "ray", ["batch", "x.heic", "-m", "tiny", "-p", "What?", "-o", "out.jsonl", "--ray", "local"]),
         ("heic", "pillow_heif", ["run", "x.heic", "-m", "tiny", "What?"]),
+        ("heic", "pillow_heif", ["detect", "x.heic", "circle", "-m", "tiny"]),
+        ("heic", "pillow_heif", ["choose", "x.heic", "Which?", "-m", "tiny", "-o", "a", "-o", "b"]),
+        ("heic", "pillow_heif", ["plan", "x.heic", "-m", "tiny"]),
     ],
 )
 def test_a_command_without_its_extra_names_it_in_one_line(
@@ -143,6 +148,15 @@ def test_a_command_without_its_extra_names_it_in_one_line(
     assert len(stderr.splitlines()) == 1, stderr
     assert stderr.startswith("error: ")
     assert HINT.findall(stderr) == [extra]
+
+
+def test_the_matrix_finds_the_versions_of_pyenv(tmp_path: Path) -> None:
+    """Its programs are in PATH, but start only those that were chosen for a folder."""
+    for name in ("3.10.13", "3.12.1"):
+        (tmp_path / "versions" / name / "bin").mkdir(parents=True)
+    found = search_path({"PYENV_ROOT": str(tmp_path), "PATH": "/usr/bin"}).split(os.pathsep)
+    assert found == [*(str(tmp_path / "versions" / name / "bin") for name in ("3.10.13", "3.12.1")), "/usr/bin"]
+    assert search_path({"PYENV_ROOT": str(tmp_path / "none"), "PATH": "/usr/bin"}) == "/usr/bin"
 
 
 def test_every_hint_names_an_extra_that_exists(built: tuple[Path, Path]) -> None:
