@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import struct
+import subprocess
 import sys
 import textwrap
 import threading
@@ -514,3 +515,29 @@ def test_a_process_forked_while_another_thread_decodes_can_decode() -> None:
     finally:
         ended.set()
         thread.join()
+
+
+WHILE_PILLOW_IS_IMPORTED = """
+import sys
+from lfm2vl_edge import ImageError, load_image
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "PIL.ExifTags":  # PIL.Image imports it before it has its class
+            assert not hasattr(sys.modules["PIL.Image"], "Image")
+            try:
+                load_image("missing.png")
+            except ImageError as error:
+                print(error)
+
+sys.meta_path.insert(0, Finder())
+import PIL.Image
+"""
+
+
+def test_an_image_is_opened_while_pillow_is_being_imported() -> None:
+    """As a thread meets it if another one imports Pillow for the first image."""
+    command = [sys.executable, "-c", WHILE_PILLOW_IS_IMPORTED]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "missing.png" in result.stdout
