@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -33,6 +34,7 @@ from lfm2vl_edge.errors import ConfigError, EdgeError, EngineError, clip
 from lfm2vl_edge.evaluate.verify import divergence
 from lfm2vl_edge.host import total_memory, write_whole
 from lfm2vl_edge.image.synthetic import sample_image
+from lfm2vl_edge.image.tiles import Tile
 from lfm2vl_edge.models.download import remove
 from lfm2vl_edge.models.facts import read_facts
 from lfm2vl_edge.models.manifest import find_checkpoint, read_manifest
@@ -49,8 +51,9 @@ QUESTIONS: Final = (
     "Is there a flag in the image? Answer yes or no.",
     "Detect the person's face.",
 )
-SIZES: Final = ((96, 160), (300, 1100), (1080, 1920))
-"""Height, width of synthetic images, beside the photograph: enlarged, reduced or tiled, and tiled."""
+SIZES: Final = ((96, 160), (300, 1100), (700, 1000))
+"""Height, width of synthetic images, beside the photograph: enlarged; reduced; and the fewest tiles that show rows and
+columns of different numbers, six and a thumbnail."""
 MAX_TOKENS: Final = 96
 EMBEDDING_ERROR: Final = 1e-5
 """Most relative error of image embeddings in float32; 9.1e-7 was measured on random weights."""
@@ -239,7 +242,7 @@ def compare_model(model: Model, prompts: list[dict[str, str]], theirs: Mapping[s
         equal_ids += model.token_ids(messages(prompt)) == ids.tolist()
         equal_views += sizes == views.tolist()
         if (expected := theirs.get(f"embeddings.{number}")) is not None:
-            errors.append(relative_error(expected, model.embed_image(prompt["image"])))
+            errors.append(relative_error(expected, embeddings(model, tiles)))
         logits.append(model.next_token_logits(messages(prompt)))
     return {
         "prompts": len(prompts),
@@ -250,6 +253,12 @@ def compare_model(model: Model, prompts: list[dict[str, str]], theirs: Mapping[s
         "embedding_error": max(errors),
         "float": next_tokens(logits, theirs),
     }
+
+
+def embeddings(model: Model, tiles: Sequence[Tile]) -> Floats:
+    """Return float32 `[n, n_embd]`: the embeddings of views, in order, which the model keeps for the next prompts."""
+    engine, known = model.engine, model.runtime.caches.embeddings
+    return np.concatenate([known.of(tile, partial(engine.encode, tile.pixels, tile.n_tokens)) for tile in tiles])
 
 
 def relative_error(expected: Floats, found: Floats) -> float:

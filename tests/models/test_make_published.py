@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import pytest
 
 from lfm2vl_convert import convert_checkpoint
 from lfm2vl_edge import Model
+from lfm2vl_edge.cache.memory import Caches
 from lfm2vl_edge.engine.quantize import quantize_file
 from lfm2vl_edge.errors import ConfigError, DownloadError
 from lfm2vl_edge.models.hub import RemoteFile, Repository, read_repository
 from models.published import __main__ as program
 from models.published import compare, refresh
+from models.published import theirs as theirs_program
 from tests.conftest import IMAGES, REFERENCE, HubHere, conversations
 from tests.hub_server import Fault, sha256
 
@@ -205,6 +208,37 @@ def test_values_equal_those_of_transformers(
     assert found["transformers"]["n_ids"] == len(theirs["ids.0"])
     assert found["transformers"]["embedding_error"] <= 5e-6
     assert found["transformers"]["float"]["most"] <= 1e-5
+
+
+def test_views_are_encoded_once_whatever_the_number_of_questions(
+    model: Model, stored_values: tuple[list[dict[str, str]], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, theirs = stored_values
+    theirs |= {f"{name}.1": theirs[f"{name}.0"] for name in ("ids", "views", "logits")}
+    encode, encoded = model.engine.encode, list[int]()
+
+    def counted(pixels: Any, n_tokens: int) -> Any:
+        encoded.append(n_tokens)
+        return encode(pixels, n_tokens)
+
+    monkeypatch.setattr(model.engine, "encode", counted)
+    monkeypatch.setattr(model, "runtime", replace(model.runtime, caches=Caches()))
+    assert compare.compare_model(model, prompts * 2, theirs)["equal_ids"] == 2
+    assert len(encoded) == 4
+
+
+def test_transformers_encodes_an_image_once() -> None:
+    given, known = list[Any](), dict[str, Any]()
+
+    def encode(*views: Any, **options: Any) -> Any:
+        given.append((views, options))
+        return object()
+
+    first = theirs_program.encoded_once(encode, known, "a.png")(1, spatial_shapes=2)
+    assert theirs_program.encoded_once(encode, known, "a.png")(1, spatial_shapes=2) is first
+    assert theirs_program.encoded_once(encode, known, "b.png")(3) is not first
+    assert given == [((1,), {"spatial_shapes": 2}), ((3,), {})]
+    assert known["a.png"] is first
 
 
 @pytest.mark.parametrize(
