@@ -2,20 +2,22 @@
 
     python -m benchmarks.batch -m MODEL --rows 8 --runs 3
 
-The three answer the same new images in turns, in one process each; every row prints the medians and the ratio of each
-pair. llama-server has as many slots as clients, and gets images of the size that the model's plan would make of them,
-as it has no levels of detail. Nothing else should run on the machine.
+The three answer new images in turns, in one process each, as a batch moves the weights of its process into huge pages;
+every row prints the medians and the ratio of each pair. llama-server has as many slots as clients, and gets images of
+the size that the model's plan would make of them, as it has no levels of detail. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated
 
@@ -41,15 +43,33 @@ Work = Callable[[list[Path]], None]
 """Answers about images."""
 
 
-def loop(model: Model, n_tokens: int) -> Work:
-    """Return the work of a model that is asked one image at a time."""
-    options: AskOptions = {"temperature": 1.0, "seed": 1, "max_tokens": n_tokens}
+@contextmanager
+def loop(model: str, threads: int, detail: Detail, n_tokens: int) -> Iterator[Work]:
+    """Open a model in another process, and return its work: it is asked one image at a time."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_answer, args=(there, model, threads, detail, n_tokens), daemon=True)
+    process.start()
+    there.close()
+    here.recv()
 
     def work(paths: list[Path]) -> None:
-        for path in paths:
-            model.ask(path, PROMPT, **options)
+        here.send(paths)
+        here.recv()
 
-    return work
+    yield work
+    here.close()
+    process.join()
+
+
+def _answer(connection: Connection, model: str, threads: int, detail: Detail, n_tokens: int) -> None:
+    options: AskOptions = {"temperature": 1.0, "seed": 1, "max_tokens": n_tokens}
+    with Model.open(model, n_threads=threads, detail=detail) as opened, suppress(EOFError):
+        connection.send(True)
+        while True:
+            for path in connection.recv():
+                opened.ask(path, PROMPT, **options)
+            connection.send(True)
 
 
 def together(model: Model, n_tokens: int, parallel: int) -> Work:
@@ -140,8 +160,11 @@ def main(
     """Measure a batch against a loop and against llama-server."""
     pair = resolve_model(model).pair
     for name, detail, n_tokens in rows_of((("full", 64), ("fast", 128))):
-        with Model.open(model, n_threads=threads, detail=detail) as opened:
-            sides = {"batch": together(opened, n_tokens, parallel), "one at a time": loop(opened, n_tokens)}
+        with (
+            Model.open(model, n_threads=threads, detail=detail) as opened,
+            loop(model, threads, detail, n_tokens) as one_at_a_time,
+        ):
+            sides = {"batch": together(opened, n_tokens, parallel), "one at a time": one_at_a_time}
             if no_server:
                 compare(name, sides, rows, runs)
                 continue
