@@ -4,7 +4,7 @@
 
 The three answer new images in turns, in one process each, as a batch moves the weights of its process into huge pages;
 every row prints the medians and the ratio of each pair. llama-server has as many slots as clients, and gets images of
-the size that the model's plan would make of them, as it has no levels of detail. Nothing else should run on the machine.
+the size that the model's plan would make of them, as it has no levels of detail. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
