@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from benchmarks.shapes import SHAPES
 from tests.arm.build import run, source
 from tests.arm.guest import Guest
 
@@ -90,6 +91,29 @@ def _product(guest: Guest, kind: str, where: str, times: int) -> tuple[int, floa
     if done.returncode or found is None:
         raise SystemExit(f"{done.stderr}the product of {kind} ({where}) failed with exit code {done.returncode}")
     return int(found[1]), float(done.stdout)
+
+
+def products(width: int, hidden: int, blocks: int, side: int, projector: int, language: int) -> int:
+    """Return the multiplications in a view's products with weights; attention comes on top.
+
+    Args:
+        width: of a patch's embedding; a patch has as many values, 3 x 16 x 16, in the 450M model only.
+        hidden: width of the feed-forward layers.
+        blocks: transformer blocks.
+        side: pixels of the view's sides.
+        projector: width of the projector's inner layer.
+        language: width of an image token.
+    """
+    patches = (side // 16) ** 2
+    each = 3 * 16 * 16 * width + blocks * width * (4 * width + 2 * hidden)
+    return patches * each + patches // 4 * projector * (4 * width + language)
+
+
+def products_450m() -> int:
+    """Return `products` of a 512x512 view of the 450M model."""
+    shape = SHAPES["lfm2.5-vl-450m"]
+    width, hidden, _, blocks = shape.vision
+    return products(width, hidden, blocks, 512, shape.projector, shape.hidden)
 
 
 def table(counts: Mapping[str, Sequence[Count]]) -> str:

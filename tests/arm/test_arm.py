@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -9,22 +10,24 @@ import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.make_checkpoint import encoder_tensors, projector_tensors
 from benchmarks.shapes import SHAPES
-from lfm2vl_edge.config import ENCODER_TYPES, LANGUAGE_TYPES
+from lfm2vl_edge.config import ENCODER_TYPES, LANGUAGE_TYPES, ImageConfig
 from lfm2vl_edge.diagnose.facts import read_machine
-from lfm2vl_edge.models.registry import known_models
-from lfm2vl_edge.planning.costs import REPACKED_ARM, Costs, cost_shape, guess
+from lfm2vl_edge.models.registry import find_published, known_models
+from lfm2vl_edge.planning.costs import AVX2, REPACKED_ARM, Costs, cost_shape, guess
+from lfm2vl_edge.planning.geometry import plan
 from tests.arm import build
 from tests.arm.__main__ import default_folder, report
 from tests.arm.answers import Answers, combinations
 from tests.arm.checks import FILE_TYPES, Check, check_repacked, differences, other_bytes
-from tests.arm.counts import Count, table
+from tests.arm.counts import Count, products_450m, table
 from tests.arm.guest import BOARDS, ROOT, Guest, features_of
 
 
@@ -85,6 +88,20 @@ def test_requirements_are_those_of_the_wheel_in_the_versions_installed_here(tmp_
     assert {"numpy", "rich", "pygments", "diskcache", "pytest", "hypothesis"} <= found.keys()
     assert found["numpy"] == version("numpy")
     assert not {"pydantic", "llama-cpp-python"} & found.keys()
+
+
+def test_a_board_gets_the_installed_metadata_and_its_own_libraries(tmp_path: Path) -> None:
+    for board in BOARDS:
+        library = tmp_path / f"build-{board.name}/bin/libggml-cpu.so"
+        library.parent.mkdir(parents=True)
+        library.write_text(board.name)
+    (tmp_path / "build-pi4/libllama.so").touch()
+    build._assemble(tmp_path, BOARDS[1], tmp_path / "engine-pi5")
+    stated = tmp_path / f"engine-pi5/llama_cpp_python-{version(build.ENGINE)}.dist-info/METADATA"
+    assert stated.read_text(encoding="utf-8") == distribution(build.ENGINE).read_text("METADATA")
+    libraries = tmp_path / "engine-pi5/llama_cpp/lib"
+    assert {one.name for one in libraries.iterdir()} == {"libggml-cpu.so", "libllama.so"}
+    assert (libraries / "libggml-cpu.so").read_text() == "pi5"
 
 
 def test_features_are_those_that_doctor_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +220,14 @@ def test_a_type_without_a_kernel_is_shown_and_is_not_wrong() -> None:
     assert not some.is_wrong
 
 
+def test_products_of_a_view_are_those_of_the_matrices_in_its_checkpoint() -> None:
+    patches, total = (512 // 16) ** 2, 0
+    for name, shape in [*encoder_tensors(SHAPES["lfm2.5-vl-450m"], 12), *projector_tensors(SHAPES["lfm2.5-vl-450m"])]:
+        if name.endswith(".weight") and len(shape) == 2 and "position" not in name:
+            total += math.prod(shape) * (patches // 4 if "projector" in name else patches)
+    assert products_450m() == total
+
+
 @pytest.mark.parametrize(("kind", "error"), [("f16", 6e-3), ("q4_0", 2e-2)])
 def test_an_error_beyond_rounding_is_wrong(kind: str, error: float) -> None:
     assert Count(type=kind, where="mapped", instructions=1.0, error=error).is_wrong
@@ -216,7 +241,7 @@ def test_the_folder_is_outside_of_the_project(monkeypatch: pytest.MonkeyPatch) -
 
 
 def forecast(name: str, quant: str, mmproj: str, repacked: Mapping[int, float]) -> tuple[int, Costs]:
-    """Return bytes of the files of a published model, and what `plan` forecasts with 4 threads.
+    """Return bytes of the files of a published model, and what `plan` forecasts on 4 cores that were not measured.
 
     Args:
         name: name of the model.
@@ -235,9 +260,17 @@ def forecast(name: str, quant: str, mmproj: str, repacked: Mapping[int, float]) 
         "lfm2.block_count": shape.layers,
         "lfm2.attention.head_count": shape.heads,
         "lfm2.attention.head_count_kv": [8 if layer in shape.attention else 0 for layer in range(shape.layers)],
+        "lfm2.feed_forward_length": shape.feed_forward,
         "general.file_type": FILE_TYPES[quant],
     }
-    return sum(sizes), guess(cost_shape(language, {}, (sizes[0], sizes[1])), mmproj, 256, 4, repacked=repacked)
+    width, hidden, _, blocks = shape.vision
+    encoder = {
+        "clip.vision.embedding_length": width,
+        "clip.vision.feed_forward_length": hidden,
+        "clip.vision.block_count": blocks,
+    }
+    sizes_of = cost_shape(language, encoder, (sizes[0], sizes[1]))
+    return sum(sizes), guess(sizes_of, mmproj, 256, 4, AVX2, repacked)
 
 
 def test_the_page_states_what_plan_forecasts() -> None:
@@ -255,3 +288,29 @@ def test_the_page_states_what_plan_forecasts() -> None:
         boards = [[one <= size * 1e9 for one in needed] for size in (1, 2, 4, 8, 16)]
         words = {(True, True): "yes", (True, False): "Pi 4", (False, False): "no"}
         assert fits.split(" | ") == [words[pi4, pi5] for pi4, pi5 in boards]
+
+
+def test_the_page_states_the_seconds_that_plan_prints() -> None:
+    """On a board that `tune` did not measure: encoder and language tower for two sizes, and a word of an answer."""
+    text = (ROOT / "docs/raspberry-pi.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (lfm\S+) \| (\w+) and (\w+) \| ([\d. +|]+) \|$", text, re.MULTILINE)
+    assert {name for name, *_ in rows} == {"lfm2.5-vl-450m", "lfm2.5-vl-1.6b", "lfm2.5-vl-3b"}
+    for name, quant, mmproj, stated in rows:
+        published = find_published(name)
+        assert published is not None
+        config = ImageConfig().with_changes(published.image)
+        _, costs = forecast(name, quant, mmproj, {})
+        plans = [plan(height, width, config) for width, height in ((512, 512), (1920, 1080))]
+        found = [f"{costs.encode(one):.1f} + {costs.prefill(one):.1f}" for one in plans]
+        assert stated.split(" | ") == [*found, f"{costs.decode_seconds:.3f}"]
+
+
+def test_the_page_multiplies_products_of_a_view_by_counts_of_one() -> None:
+    text = (ROOT / "docs/raspberry-pi.md").read_text(encoding="utf-8")
+    counted = re.findall(r"^\| (\w+, \w+) \| ([\d.]+|-) \| \S+ \| ([\d.]+|-) \| \S+ \|$", text, re.MULTILINE)
+    computed = re.findall(r"^\| (\w+, \w+) \| ([\d.]+|-) \| ([\d.]+|-) \|$", text, re.MULTILINE)
+    assert len(computed) == 5
+    for name, *stated in computed:
+        each = next(numbers for other, *numbers in counted if other == name)
+        assert stated == [one if one == "-" else f"{products_450m() * float(one) / 1e9:.1f}" for one in each]
+    assert f"{products_450m() / 1e9:.1f} 10^9 multiplications" in text
