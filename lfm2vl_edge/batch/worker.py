@@ -73,12 +73,10 @@ class Outcome:
     Attributes:
         record: what the output stores, by name.
         stats: of its answers, one for each question; none if it failed before.
-        preprocess_seconds: reading, decoding and resizing its images.
     """
 
     record: dict[str, Any]
     stats: tuple[Stats, ...] = ()
-    preprocess_seconds: float = 0.0
 
     @property
     def error_kind(self) -> str | None:
@@ -96,7 +94,6 @@ class _Work:
 
     row: Row
     start: float = field(default_factory=time.perf_counter)
-    preprocess_seconds: float = 0.0
     turns: list[Turn] = field(default_factory=list)
     stats: list[Stats] = field(default_factory=list)
     more: dict[str, Any] = field(default_factory=dict)
@@ -143,7 +140,7 @@ class Worker:
             record = _record(work, None, error, self._options.prompt)
         else:
             record = _record(work, answer, None, self._options.prompt)
-        return Outcome(record=record, stats=tuple(work.stats), preprocess_seconds=work.preprocess_seconds)
+        return Outcome(record=record, stats=tuple(work.stats))
 
     def _answer(self, work: _Work) -> Any:
         row, prompt = work.row, work.row.filled(self._options.prompt)
@@ -152,7 +149,6 @@ class Worker:
         options: AskOptions = answer_options(self._options.answer, row.overrides)  # type: ignore[assignment]
         budget = {name: row.overrides[name] for name in IMAGE_COLUMNS if name in row.overrides}
         images = [self._preprocessed(one, budget) for one in row.images]
-        work.preprocess_seconds = time.perf_counter() - work.start
         if self._options.choose:
             return self._choose(work, images, prompt)
         if self._options.detect is not None:
@@ -250,7 +246,7 @@ def answer_rows(
                 number = working.pop(future)
                 if on_end is not None:
                     on_end(number, future.result())
-            ready = [one for one in ([running[0]] if ordered else running) if one[1].done()]
+            ready = [one for one in ([running[0]] if ordered else running) if one[1] not in working]
             if not ready:
                 wait(working, _TICK, FIRST_COMPLETED)
                 yield None
