@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,8 @@ from PIL import Image
 from lfm2vl_edge import Model
 from lfm2vl_edge.batch.forecast import Forecast, Planner
 from lfm2vl_edge.batch.inputs import open_inputs
-from lfm2vl_edge.batch.worker import LOADING, Outcome
+from lfm2vl_edge.batch.rows import Row
+from lfm2vl_edge.batch.worker import LOADING, Outcome, answer_rows
 from lfm2vl_edge.planning.budget import settings_for
 from lfm2vl_edge.planning.costs import COST_SHAPE_450M, guess
 from lfm2vl_edge.planning.geometry import plan
@@ -118,3 +122,34 @@ def test_the_forecast_is_right_for_mixed_sizes(
     rows = [row_of(tiny, size, rng.randint(15, 64), encode=2, prefill=2) for size in sizes]
     schedule(rows, parallel, start=2.0)
     assert abs(error_of(forecast_of(tiny, tmp_path, sizes, parallel), rows, monkeypatch)) < 0.1
+
+
+class Late(Future[Outcome]):
+    """Ends between the first time that it is looked at and the second."""
+
+    seen = False
+
+    def done(self) -> bool:
+        seen, self.seen = self.seen, True
+        return seen
+
+
+class Pool(ThreadPoolExecutor):
+    """Answers at once, without threads."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = Late()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_every_row_ends_once_and_before_it_is_yielded(ordered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfm2vl_edge.batch.worker.ThreadPoolExecutor", Pool)
+    worker = SimpleNamespace(n_threads=4, answer=lambda _: Outcome(record={"error": None}), close=lambda: None)
+    rows = [(number, Row(id=number)) for number in range(100)]
+    ended: list[int] = []
+    on_end = lambda index, _: ended.append(index)  # noqa: E731
+    for found in answer_rows(worker, rows, ordered=ordered, on_end=on_end):  # type: ignore[arg-type]
+        assert found is None or found[0] in ended
+    assert sorted(ended) == list(range(100))
