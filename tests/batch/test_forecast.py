@@ -125,13 +125,13 @@ def test_the_forecast_is_right_for_mixed_sizes(
 
 
 class Late(Future[Outcome]):
-    """Ends between the first time that it is looked at and the second."""
+    """Ends between the first check and the second."""
 
-    seen = False
+    checked = False
 
     def done(self) -> bool:
-        seen, self.seen = self.seen, True
-        return seen
+        checked, self.checked = self.checked, True
+        return checked
 
 
 class Pool(ThreadPoolExecutor):
