@@ -23,6 +23,8 @@ from tests.arm.build import build, missing
 from tests.arm.checks import Check, answer_here, check_all, make_pairs
 from tests.arm.counts import Count, count_products, table
 from tests.arm.guest import Guest
+from tests.arm.views import View, count_views
+from tests.arm.views import table as view_table
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -47,12 +49,15 @@ def main(arguments: Sequence[str]) -> int:
     times.append(_spent())
     _print("counting instructions")
     counts = {guest.board.title: count_products(guest, chosen.work) for guest in guests}
+    views = count_views(guests, chosen.work, pairs)
     times.append(_spent())
-    text = report(guests, checks, counts, times)
+    text = report(guests, checks, (counts, views), times)
     (chosen.work / "outcome.md").write_text(text, encoding="utf-8")
     _print(f"\n{text}\nalso in {chosen.work / 'outcome.md'}")
     failed = [one.name for found in checks.values() for one in found if not one.ok]
-    return int(bool(failed) or any(one.is_wrong for found in counts.values() for one in found))
+    wrong = [one.is_wrong for found in counts.values() for one in found]
+    wrong += [one.is_wrong for found in views.values() for one in found]
+    return int(bool(failed) or any(wrong))
 
 
 def default_folder() -> Path:
@@ -64,7 +69,7 @@ def default_folder() -> Path:
 def report(
     guests: Sequence[Guest],
     checks: Mapping[str, Sequence[Check]],
-    counts: Mapping[str, Sequence[Count]],
+    counted: tuple[Mapping[str, Sequence[Count]], Mapping[str, Sequence[View]]],
     times: Sequence[tuple[float, float]],
 ) -> str:
     """Return the outcome as Markdown.
@@ -72,17 +77,17 @@ def report(
     Args:
         guests: the boards.
         checks: title of a board -> its checks.
-        counts: title of a board -> its products.
+        counted: title of a board -> its products, and -> its views.
         times: seconds of a clock and of processor time, before building, checking and counting, and at the end.
     """
     date = datetime.datetime.now(tz=datetime.timezone.utc).date()
     compiler, emulator = (_first_line(name, "--version") for name in ("aarch64-linux-gnu-g++", "qemu-aarch64"))
     cores = f"{len(os.sched_getaffinity(0))} {platform.machine()} cores"
     steps = itertools.pairwise(times)
-    built, checked, counted = (f"{(b - a) / 60:.1f} ({(d - c) / 60:.1f})" for (a, c), (b, d) in steps)
+    built, checked, counting = (f"{(b - a) / 60:.1f} ({(d - c) / 60:.1f})" for (a, c), (b, d) in steps)
     lines = [
         f"{date}: llama-cpp-python {version('llama-cpp-python')}, {compiler}, {emulator}, {cores}.",
-        f"Built in {built} minutes, checked in {checked}, counted in {counted}; in parentheses, of processor time.",
+        f"Built in {built} minutes, checked in {checked}, counted in {counting}; in parentheses, of processor time.",
     ]
     for guest in guests:
         board = guest.board
@@ -95,7 +100,10 @@ def report(
         ]
         found = checks[board.title]
         lines += [f"| {one.name} | {'yes' if one.ok else 'NO'} | {one.detail} |" for one in found]
-    return "\n".join(lines) + f"\n\nInstructions of each multiplication, and the error:\n\n{table(counts)}"
+    counts, views = counted
+    lines += ["", "Instructions of each multiplication, and the error:", "", table(counts)]
+    lines += ["10^9 instructions of a 512x512 view, of these the products:", "", view_table(views, counts)]
+    return "\n".join(lines)
 
 
 def _spent() -> tuple[float, float]:

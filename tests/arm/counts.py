@@ -61,13 +61,20 @@ def count_products(guest: Guest, work: Path) -> list[Count]:
     """
     folder = guest.launcher.parent
     ggml = source(work) / "vendor/llama.cpp/ggml/include"
-    plugin, program = folder / "count.so", folder / "product"
-    run("cc", "-O2", "-shared", "-fPIC", HERE / "count.c", "-o", plugin, log=folder / "count.log")
+    program = folder / "product"
+    counter(folder)
     libraries = guest.engine / "llama_cpp/lib"
     linked = ("-L", libraries, "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{libraries}", "-fopenmp", "-lm")
     compiled = ("-O2", "-I", ggml, HERE / "product.c", "-o", program)
     run("aarch64-linux-gnu-gcc", *compiled, *linked, log=folder / "product.log")
     return [_counted(guest, kind, where) for kind, where in TYPES]
+
+
+def counter(folder: Path) -> Path:
+    """Compile the plugin that counts into a folder, and return its file."""
+    plugin = folder / "count.so"
+    run("cc", "-O2", "-shared", "-fPIC", HERE / "count.c", "-o", plugin, log=folder / "count.log")
+    return plugin
 
 
 def _counted(guest: Guest, kind: str, where: str) -> Count:

@@ -75,17 +75,20 @@ class Guest:
         cpuinfo.parent.mkdir(exist_ok=True)
         cpuinfo.write_text(f"Model\t\t: qemu {self.board.cpu}\nFeatures\t: {' '.join(features)}\n", encoding="ascii")
 
-    def python(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    def python(
+        self, *arguments: str, cwd: Path | None = None, plugin: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run Python on the board.
 
         Args:
             arguments: of Python.
             cwd: current folder; the default is the parent of the tree, so that the installed package is imported.
+            plugin: a plugin of qemu.
         """
         return subprocess.run(
             [str(self.launcher), *arguments],
             cwd=cwd or self.tree.parent,
-            env=self.environment(),
+            env=self.environment() | ({"QEMU_PLUGIN": f"file={plugin}"} if plugin else {}),
             capture_output=True,
             text=True,
             errors="replace",

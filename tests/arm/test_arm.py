@@ -29,6 +29,8 @@ from tests.arm.answers import Answers, combinations
 from tests.arm.checks import FILE_TYPES, Check, check_repacked, differences, other_bytes
 from tests.arm.counts import Count, products_450m, table
 from tests.arm.guest import BOARDS, ROOT, Guest, features_of
+from tests.arm.views import View, marked, whole
+from tests.arm.views import table as view_table
 
 
 def guest(folder: Path) -> Guest:
@@ -203,12 +205,14 @@ def test_the_report_states_versions_and_errors(tmp_path: Path, monkeypatch: pyte
     found = {"Raspberry Pi 5": [Count(type="q8_0", where="mapped", instructions=0.4107, error=5.5e-3)]}
     checks = [Check(name="doctor", ok=True, detail="NEON"), Check(name="run", ok=False, detail="exit code 1")]
     times = [(10.0, 1.0), (70.0, 61.0), (190.0, 91.0), (370.0, 97.0)]
-    text = report([guest(tmp_path)], {"Raspberry Pi 5": checks}, found, times)
+    views = {"Raspberry Pi 5": [View(type="Q8_0", where="mapped", instructions=4.56e10, ratio=1.0002)]}
+    text = report([guest(tmp_path)], {"Raspberry Pi 5": checks}, (found, views), times)
     assert f"llama-cpp-python {version('llama-cpp-python')}, aarch64-linux-gnu-g++ 1, qemu-aarch64 1" in text
     assert "Built in 1.0 (1.0) minutes, checked in 2.0 (0.5), counted in 3.0 (0.1); " in text
     assert "Raspberry Pi 5: cortex-a76, `-march=armv8.2-a+dotprod+fp16`\n" in text
     assert "| doctor | yes | NEON |\n| run | NO | exit code 1 |\n" in text
-    assert text.endswith("| Q8_0, mapped | 0.411 | 5.5e-03 |\n")
+    assert "| Q8_0, mapped | 0.411 | 5.5e-03 |\n" in text
+    assert text.endswith("| Q8_0, mapped | 45.6 | 36.8 | 1.0002 |\n")
 
 
 def test_a_type_without_a_kernel_is_shown_and_is_not_wrong() -> None:
@@ -220,12 +224,33 @@ def test_a_type_without_a_kernel_is_shown_and_is_not_wrong() -> None:
     assert not some.is_wrong
 
 
+def test_the_whole_follows_from_one_block() -> None:
+    """Of an encoder whose ends take 7, and each block 5."""
+    assert whole(7 + 5, 7, 12) == 7 + 12 * 5
+
+
 def test_products_of_a_view_are_those_of_the_matrices_in_its_checkpoint() -> None:
     patches, total = (512 // 16) ** 2, 0
     for name, shape in [*encoder_tensors(SHAPES["lfm2.5-vl-450m"], 12), *projector_tensors(SHAPES["lfm2.5-vl-450m"])]:
         if name.endswith(".weight") and len(shape) == 2 and "position" not in name:
             total += math.prod(shape) * (patches // 4 if "projector" in name else patches)
     assert products_450m() == total
+
+
+def test_marks_are_read_in_pairs() -> None:
+    output = "".join(f"{number} instructions at a mark\nnoise\n" for number in (10, 35, 90, 91)) + "99 instructions\n"
+    assert marked(output) == [25, 1]
+    assert marked("99 instructions\n") == []
+
+
+def test_a_view_without_a_kernel_is_shown_and_a_wrong_count_is_not_taken() -> None:
+    none = View(type="Q8_0", where="repacked", instructions=None, ratio=None)
+    some = View(type="Q8_0", where="repacked", instructions=2e10, ratio=0.96)
+    count = Count(type="q8_0", where="repacked", instructions=0.1, error=5e-3)
+    text = view_table({"Pi 4": [none], "Pi 5": [some]}, {"Pi 5": [count]})
+    assert text.splitlines()[2:] == [f"| Q8_0, repacked | - | - | - | 20.0 | {products_450m() / 1e10:.1f} | 0.9600 |"]
+    assert not none.is_wrong
+    assert some.is_wrong
 
 
 @pytest.mark.parametrize(("kind", "error"), [("f16", 6e-3), ("q4_0", 2e-2)])
