@@ -29,9 +29,11 @@ RESOLUTIONS: Final = {"oldest": "lowest-direct", "newest": "highest"}
 TESTS: Final = (
     "tests/test_model.py",
     "tests/image/test_load.py",
+    "tests/image/test_load_threads.py",
     "tests/prompt",
     "tests/structured",
     "tests/server/test_chat.py",
+    "tests/watch/test_mqtt.py",
     "tests/watch/test_outputs.py",
     "tests/batch/test_table.py",
     "tests/convert/test_writing.py",

@@ -31,7 +31,8 @@ from lfm2vl_edge.watch.outbox import Outbox
 from lfm2vl_edge.watch.reader import Reader, Source, SourceLost
 from lfm2vl_edge.watch.watcher import Watcher, WatchSettings
 from tests.watch.conftest import CHOICE, free_port, scene
-from tests.watch.test_outputs import DEVICE, FAST, MOSQUITTO, Receiver, hook, mosquitto
+from tests.watch.test_mqtt import DEVICE, FAST, MOSQUITTO, mosquitto
+from tests.watch.test_outputs import Receiver, hook
 
 RATE: Final = 5.0
 SIZE: Final = (480, 640)
