@@ -19,6 +19,7 @@ import numpy.typing as npt
 from numpy.ctypeslib import as_array
 
 from lfm2vl_edge.engine.library import LOG, bindings, libllama
+from lfm2vl_edge.engine.states import of_caches, of_one_cache
 from lfm2vl_edge.errors import EngineError, StateError, clip, shorten
 from lfm2vl_edge.host import llama_folders, llama_libraries
 
@@ -105,7 +106,7 @@ def native_function(name: str, prototype: Any) -> Any:
 
 
 def sequence_bytes(context: Any, sequence: int = 0) -> npt.NDArray[np.uint8]:
-    """Return a copy of a sequence of a llama context, uint8 `[n_bytes]`.
+    """Return a copy of a sequence of a llama context, uint8 `[n_bytes]`, as that of a context with one cache.
 
     Raises:
         EngineError: llama.cpp wrote a different number of bytes than it announced.
@@ -115,18 +116,27 @@ def sequence_bytes(context: Any, sequence: int = 0) -> npt.NDArray[np.uint8]:
     written = llama.llama_state_seq_get_data(context, _bytes_at(state), size, sequence)
     if not size or written != size:
         raise EngineError(f"llama_state_seq_get_data wrote {written} of {size} bytes{LOG.reason()}")
-    return state
+    return of_one_cache(state)
 
 
-def set_sequence_bytes(context: Any, state: npt.NDArray[np.uint8], n_tokens: int, sequence: int = 0) -> None:
+def set_sequence_bytes(
+    context: Any, state: npt.NDArray[np.uint8], n_tokens: int, sequence: int = 0, *, n_caches: int = 1
+) -> None:
     """Replace a sequence of a llama context by uint8 `[n_bytes]` from `sequence_bytes`, after `n_tokens` tokens.
+
+    Args:
+        context: the native context.
+        state: the bytes.
+        n_tokens: tokens that they hold.
+        sequence: its number.
+        n_caches: caches of the context: 1, or one for each sequence.
 
     Raises:
         StateError: llama.cpp rejects the bytes, or finds another number of tokens in them; the sequence is empty then.
     """
     memory = llama.llama_get_memory(context)
     llama.llama_memory_seq_rm(memory, sequence, -1, -1)
-    whole = np.ascontiguousarray(state, np.uint8)
+    whole = of_caches(np.ascontiguousarray(state, np.uint8), n_caches)
     read = llama.llama_state_seq_set_data(context, _bytes_at(whole), whole.size, sequence)
     if not whole.size or read != whole.size:
         llama.llama_memory_seq_rm(memory, sequence, -1, -1)

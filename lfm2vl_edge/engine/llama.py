@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -317,9 +318,8 @@ class LlamaEngine:
             EngineError: no memory for it.
         """
         self._abort.lower()
-        self._slots = Slots(
-            lambda n_tokens: self._new_context(n_tokens, count), self.encode, self._in_use, self._abort, count, n_ctx
-        )
+        new_context = partial(self._new_context, n_sequences=count)
+        self._slots = Slots(new_context, self.encode, self._in_use, self._abort, count, n_ctx)
         return self._slots
 
     def cancel(self) -> None:
@@ -412,9 +412,9 @@ class LlamaEngine:
         self._context = self._new_context(n_tokens)
         self._n_ctx = int(llama.llama_n_ctx(self._context))
 
-    def _new_context(self, n_tokens: int, n_sequences: int = 1) -> Any:
-        params = self._context_params(n_tokens)
-        params.n_seq_max, params.kv_unified = n_sequences, n_sequences > 1
+    def _new_context(self, n_tokens: int, is_shared: bool = False, *, n_sequences: int = 1) -> Any:
+        params = self._context_params(n_tokens, n_sequences)
+        params.n_seq_max, params.kv_unified = n_sequences, is_shared
         context = require(
             "llama_init_from_model",
             llama.llama_init_from_model(self._model, params),
@@ -423,11 +423,11 @@ class LlamaEngine:
         self._abort.attach(context)
         return context
 
-    def _context_params(self, n_tokens: int) -> Any:
-        """Return the parameters of a context for `n_tokens` tokens."""
+    def _context_params(self, n_tokens: int, n_sequences: int = 1) -> Any:
+        """Return the parameters of a context for `n_tokens` tokens of all sequences together."""
         params = llama.llama_context_default_params()
-        most = max(n_tokens, self._settings.n_ctx_max)
-        params.n_ctx = min(-(-n_tokens // _CONTEXT_STEP) * _CONTEXT_STEP, most)
+        step, most = _CONTEXT_STEP * n_sequences, max(n_tokens, self._settings.n_ctx_max * n_sequences)
+        params.n_ctx = min(-(-n_tokens // step) * step, most)
         params.n_batch = self.n_batch
         if not self._uses_gpu:
             params.n_ubatch = _CPU_ROWS

@@ -2,6 +2,11 @@
 
 One native call decodes the tokens of many sequences; the embeddings of a view go through alone. A sequence cannot be
 shortened, because the convolutions of LFM2 keep no history: it is cleared, or replaced by a snapshot.
+
+Each sequence has cells of its own in the key-value cache, so that its sums have the same order whatever the others
+hold: its logits are those of the sequence alone, to the bit (measured on x86-64 with F16, Q8_0 and Q4_0). All have as
+many as the longest one needs; when that is more than `MOST_SEPARATE` together, they share the cells of one cache
+instead.
 """
 
 from __future__ import annotations
@@ -9,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -31,12 +36,16 @@ if TYPE_CHECKING:
     from lfm2vl_edge.engine.sampling import Sampler
     from lfm2vl_edge.image.load import Pixels
 
+MOST_SEPARATE: Final = 32_768
+"""Tokens of all sequences together, with which each has cells of its own: 400 MB (450M and 1.6B)."""
+
 
 class Slots:
     """The sequences 0 to `count - 1` of one context, used by one thread at a time.
 
     Args:
-        open_context: returns a new native context for a number of tokens, those of all sequences together.
+        open_context: returns a new native context for a number of tokens, those of all sequences together, and whether
+            they share its cells.
         encode: the engine's encoder: see `Engine.encode`.
         in_use: the engine's guard: native memory is not freed inside its block.
         abort: the engine's flag that stops a decode.
@@ -49,7 +58,7 @@ class Slots:
 
     def __init__(
         self,
-        open_context: Callable[[int], Any],
+        open_context: Callable[[int, bool], Any],
         encode: Callable[[Pixels, int], Floats],
         in_use: Callable[[], AbstractContextManager[None]],
         abort: AbortFlag,
@@ -62,22 +71,53 @@ class Slots:
         self._collected: dict[Slot, _Run] | None = None  # what `together` decodes at its end
         self._context: Any = None
         self.n_ctx = 0
-        """Tokens that fit now."""
-        self._open(n_ctx)
+        """Tokens of all sequences together that there is room for now."""
+        self.is_shared = False
+        """Whether sequences share the cells of one cache now."""
+        self._open(n_ctx, is_shared=False)
 
-    def reserve(self, n_tokens: int) -> None:
-        """Make room for this many tokens of all sequences together; sequences keep what they hold.
+    def reserve(self, lengths: Sequence[int]) -> None:
+        """Make room for sequences of these lengths, tokens; sequences keep what they hold.
 
-        Logits of the last call are lost if the context grows.
+        Logits of the last call are lost if the context changes.
 
         Raises:
-            EngineError: no memory for the context.
+            EngineError: no memory for the context; it is as before.
         """
-        if n_tokens > self.n_ctx:
-            states = [(slot, slot.snapshot(), slot.length) for slot in self.slots if slot.length]
-            self._open(max(n_tokens, 2 * self.n_ctx))
+        longest, count = max(lengths), len(self.slots)
+        is_empty = not any(slot.length for slot in self.slots)
+        is_shared = count * longest > MOST_SEPARATE or (self.is_shared and not is_empty)
+        needed = sum(lengths) if is_shared else count * longest
+        if is_shared == self.is_shared and needed <= self.n_ctx:
+            return
+        doubled = 2 * self.n_ctx if is_shared == self.is_shared else 0
+        self._replace_context(max(needed, doubled if is_shared else min(doubled, MOST_SEPARATE)), is_shared)
+
+    def _replace_context(self, n_ctx: int, is_shared: bool) -> None:
+        """Open another context, or the same again if there is no memory for it, with what the sequences hold."""
+        before = self.n_ctx, self.is_shared
+        states = [(slot, slot.snapshot(), slot.length) for slot in self.slots if slot.length]
+        try:
+            self._open(n_ctx, is_shared)
+        except EngineError:
+            self._open(*before)
+            raise
+        finally:
             for slot, state, length in states:
                 slot.restore(state, length)
+
+    def move(self, slot: Slot, target: Slot) -> None:
+        """Move what a sequence holds to an empty one; logits of the last call are lost.
+
+        llama.cpp computes sequences together whose numbers follow each other.
+
+        Raises:
+            EngineError: the target is not empty.
+        """
+        if target.length:
+            raise EngineError(f"sequence {target.number} is not empty")
+        target.restore(slot.snapshot(), slot.length)
+        slot.clear()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -158,7 +198,8 @@ class Slots:
         with self._in_use():
             llama.llama_memory_seq_rm(llama.llama_get_memory(self._context), slot.number, -1, -1)
             if n_tokens:
-                set_sequence_bytes(self._context, state, n_tokens, slot.number)
+                n_caches = 1 if self.is_shared else len(self.slots)
+                set_sequence_bytes(self._context, state, n_tokens, slot.number, n_caches=n_caches)
         slot.length = n_tokens
 
     def close(self) -> None:
@@ -167,16 +208,17 @@ class Slots:
         if context:
             llama.llama_free(context)
 
-    def _open(self, n_ctx: int) -> None:
+    def _open(self, n_ctx: int, is_shared: bool) -> None:
         with self._in_use():
             self.close()
-            self._context = self._open_context(n_ctx)
-            self.n_ctx = int(llama.llama_n_ctx(self._context))
+            self._context = self._open_context(n_ctx, is_shared)
+            self.n_ctx, self.is_shared = int(llama.llama_n_ctx(self._context)), is_shared
         for slot in self.slots:
             slot.length = 0
         self._rows = {}
 
-    def _decode_runs(self, runs: Mapping[Slot, _Run]) -> None:
+    def _decode_runs(self, given: Mapping[Slot, _Run]) -> None:
+        runs = dict(sorted(given.items(), key=lambda item: item[0].number))  # as llama.cpp computes them together
         owners = [slot.number for slot, run in runs.items() for _ in run.tokens]
         positions = [run.start + index for run in runs.values() for index in range(len(run.tokens))]
         ends = np.cumsum([len(run.tokens) for run in runs.values()]) - 1

@@ -47,6 +47,8 @@ _FIRST_CONTEXT: Final = 4096
 """Tokens of all sequences together, before the context grows: 50 MB (450M)."""
 _VIEW_COST: Final = 256
 """What encoding a view takes, in tokens of a prompt that could be decoded meanwhile (450M, measured: 1.4 times)."""
+_MOST_MOVED: Final = 2048
+"""Tokens of a sequence that is moved, so that others are computed with it; copying 25 MB takes about a step."""
 _MOST_WAITING: Final = 10_000
 """Each keeps the pixels of its views, 0.8 MB for 512x512."""
 _MOST_PASSED: Final = 8
@@ -110,8 +112,9 @@ class _Job:
 class Scheduler:
     """Answers many requests at the same time on one model, which answers nothing else meanwhile.
 
-    Requests may be submitted from any thread. With several answers at the same time the last bits of logits may
-    differ from those of one answer alone.
+    Requests may be submitted from any thread. On a processor, answers are those of the model alone, to the bit, while
+    `parallel` times the longest prompt with its answer is at most `MOST_SEPARATE` tokens; beyond that, and on a GPU,
+    the last bits of logits may differ.
 
     Args:
         model: an opened model; close it after the scheduler.
@@ -132,7 +135,7 @@ class Scheduler:
         if not isinstance(model.engine, SharedEngine):
             raise EngineError("this engine has one sequence; open a model from its files")
         self._runtime, self._engine = model.runtime, model.engine
-        # States that other sequences were beside may differ in the last bits, so they are not those of the model.
+        # States that other sequences were beside may differ in the last bits, see above: not those of the model.
         known = self._runtime.caches
         self._caches = Caches(states=known.states.variant("shared", state_bytes), embeddings=known.embeddings)
         self._waiting: deque[tuple[Answer, Stream]] = deque()
@@ -279,7 +282,7 @@ class Scheduler:
         while self._waiting and len(self._jobs()) < self.parallel:
             answer, stream = self._waiting[0]
             try:
-                self._slots.reserve(sum(_context_of(job.answer) for job in self._jobs()) + _context_of(answer))
+                self._slots.reserve([_context_of(one) for one in (*(job.answer for job in self._jobs()), answer)])
             except EngineError as error:  # no memory for it: later, or never if it is the only one
                 if self._jobs():
                     return
@@ -359,6 +362,7 @@ class Scheduler:
         One native call does all of it, but for what belongs to views and choices. One step, so that a running answer
         waits no longer than for one view.
         """
+        self._close_gap()
         running = dict(self._running)
         self._is_choice_next = bool(self._choosing) and not (self._filling and self._is_choice_next)
         filling = [] if self._is_choice_next else self._next_to_fill()
@@ -382,6 +386,16 @@ class Scheduler:
         for job in filling:
             if job in self._filling and not job.n_tokens_left:
                 self._start(job)
+
+    def _close_gap(self) -> None:
+        """Move the last running answer to a free sequence before it: neighbours are computed together."""
+        taken = {job.slot for job in self._jobs()}
+        last = max(self._running, key=lambda job: job.slot.number, default=None)
+        free = next((slot for slot in self._slots.slots if slot not in taken), None)
+        if last and free and free.number < last.slot.number and last.slot.length <= _MOST_MOVED:
+            with self._errors_of(last):
+                self._slots.move(last.slot, free)
+                last.slot = free
 
     def _take(self, job: _Job) -> None:
         """Turn sampled tokens into chunks, and end the answer if it ends with one of them."""

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,13 @@ def ask(scheduler: Scheduler, question: str, image: Any = SHAPES, **options: Any
 
 def text_of(stream: Stream) -> str:
     return "".join(chunk.text for chunk in stream)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_answers_are_those_of_one_request_alone(model: Model) -> None:
@@ -153,6 +160,45 @@ def test_the_context_grows_while_answers_run(model: Model) -> None:
         assert scheduler.counts()["n_ctx"] > before
 
 
+def test_logits_are_those_of_one_request_alone_to_the_bit(model: Model) -> None:
+    asked = [user_message(SHAPES if index % 2 else [], question) for index, question in enumerate(QUESTIONS * 3)]
+    options: AskOptions = {**OPTIONS, "logprobs": 5}
+    alone = [[chunk.logprobs for chunk in model.chat([message], **options)] for message in asked]
+    with Scheduler(model, parallel=4) as scheduler:
+        streams = [scheduler.submit([message], **options) for message in asked]
+        assert [[chunk.logprobs for chunk in stream] for stream in streams] == alone
+
+
+def test_long_sequences_share_cells_until_they_end(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lfm2vl_edge.engine.slots.MOST_SEPARATE", 4 * 1024)
+    question = "What do you see? " * 240
+    alone, short = model.ask([], question, **OPTIONS), model.ask([], QUESTIONS[0], **OPTIONS)
+    with Scheduler(model, parallel=4) as scheduler:
+        slots = scheduler._slots
+        assert text_of(ask(scheduler, QUESTIONS[0], None)) == short
+        assert not slots.is_shared
+        assert text_of(ask(scheduler, question, None)) == alone
+        assert slots.is_shared
+        assert text_of(ask(scheduler, QUESTIONS[0], None)) == short
+        assert not slots.is_shared
+
+
+def test_running_answers_move_together_when_one_ends(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_calls(monkeypatch)
+    alone = model.ask([], QUESTIONS[1], temperature=0.0, max_tokens=3)
+    with Scheduler(model, parallel=3) as scheduler:
+        long = [ask(scheduler, QUESTIONS[0], None, **LONG)]
+        wait_until(lambda: Counter({0: 1}) in calls)
+        brief = ask(scheduler, QUESTIONS[1], None, max_tokens=3)
+        long.append(ask(scheduler, QUESTIONS[2], None, **LONG))
+        assert text_of(brief) == alone
+        del calls[:]
+        wait_until(lambda: Counter({0: 1, 1: 1}) in calls)
+        assert not any(2 in call for call in calls[-20:])
+        for stream in long:
+            stream.close()
+
+
 def test_the_model_answers_nothing_else_meanwhile(model: Model) -> None:
     with Scheduler(model):
         with pytest.raises(EngineError, match="answering already"):
@@ -227,8 +273,8 @@ def test_a_prompt_is_decoded_together_with_the_next_token_of_running_answers(
 ) -> None:
     alone = model.ask([], QUESTIONS[2], **OPTIONS)
     calls = count_calls(monkeypatch)
-    with Scheduler(model, parallel=2) as scheduler, ask(scheduler, QUESTIONS[0], None, temperature=1.0) as first:
-        next(first)
+    with Scheduler(model, parallel=2) as scheduler, ask(scheduler, QUESTIONS[0], None, **LONG):
+        wait_until(lambda: Counter({0: 1}) in calls)
         assert text_of(ask(scheduler, QUESTIONS[2], None)) == alone
     assert [call for call in calls if len(call) == 2 and min(call.values()) == 1 < max(call.values())]
 
