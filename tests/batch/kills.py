@@ -1,8 +1,6 @@
 """Kill a batch at random moments, again and again, and compare its output with that of an undisturbed run.
 
 python -m tests.batch.kills 100
-
-One row at a time: rows that are computed together may differ in the last bits of logits, and a few in their text.
 """
 
 from __future__ import annotations
@@ -37,8 +35,8 @@ def write_images(folder: Path, count: int, side: int = 96) -> None:
 
 
 def command(*arguments: object) -> list[str]:
-    """Return a command of a batch of the demonstration model with short answers, one row at a time."""
-    options = ["-m", "tiny", "-n", "16", "--parallel", "1", "-q"]
+    """Return a command of a batch of the demonstration model with short answers."""
+    options = ["-m", "tiny", "-n", "16", "-q"]
     return [sys.executable, "-m", "lfm2vl_edge", "batch", *map(str, arguments), *options]
 
 
