@@ -4,9 +4,10 @@ One native call decodes the tokens of many sequences; the embeddings of a view g
 shortened, because the convolutions of LFM2 keep no history: it is cleared, or replaced by a snapshot.
 
 Each sequence has cells of its own in the key-value cache, so that its sums have the same order whatever the others
-hold: its logits are those of the sequence alone, to the bit (measured on x86-64 with F16, Q8_0 and Q4_0). All have as
-many as the longest one needs; when that is more than `MOST_SEPARATE` together, they share the cells of one cache
-instead.
+hold. With at most 256 tokens its logits are those of the sequence alone, to the bit (measured on x86-64 with F16,
+Q8_0 and Q4_0); from 512 cells on llama.cpp's attention divides the cells of a sequence that is alone among its
+threads. All have as many cells as the longest one needs; when that is more than `MOST_SEPARATE` together, they share
+the cells of one cache instead.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ _FIRST_CONTEXT: Final = 4096
 """Tokens of all sequences together, before the context grows: 50 MB (450M)."""
 _VIEW_COST: Final = 256
 """What encoding a view takes, in tokens of a prompt that could be decoded meanwhile (450M, measured: 1.4 times)."""
-_MOST_MOVED: Final = 2048
-"""Tokens of a sequence that is moved, so that others are computed with it; copying 25 MB takes about a step."""
+_MOST_MOVED: Final = 512
+"""Tokens of a sequence that is moved, so that others are computed with it: copying takes about a step's time."""
 _MOST_WAITING: Final = 10_000
 """Each keeps the pixels of its views, 0.8 MB for 512x512."""
 _MOST_PASSED: Final = 8
@@ -112,9 +112,8 @@ class _Job:
 class Scheduler:
     """Answers many requests at the same time on one model, which answers nothing else meanwhile.
 
-    Requests may be submitted from any thread. On a processor, answers are those of the model alone, to the bit, while
-    `parallel` times the longest prompt with its answer is at most `MOST_SEPARATE` tokens; beyond that, and on a GPU,
-    the last bits of logits may differ.
+    Requests may be submitted from any thread. On a processor, answers of at most 256 tokens with their prompts are
+    those of the model alone, to the bit; of longer ones, and on a GPU, the last bits of logits may differ.
 
     Args:
         model: an opened model; close it after the scheduler.
