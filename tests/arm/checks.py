@@ -30,8 +30,9 @@ COMMANDS: Final = (
 """Commands with the same output on both sides."""
 CONVERTED: Final = "Q8_0"
 """The type that is also converted, and verified, on the board."""
-TESTS: Final = tuple(f"tests/engine/test_{name}.py" for name in ("gelu", "penalties", "shortlist", "snapshot"))
-"""Tests that run on the board: of products and functions of ggml, of sampling, and of states."""
+_TESTED: Final = ("gelu", "penalties", "shortlist", "slots", "snapshot")
+TESTS: Final = tuple(f"tests/engine/test_{name}.py" for name in _TESTED)
+"""Tests that run on the board: of products and functions of ggml, of sampling, of states and of several sequences."""
 MOST_DIVERGENCE: Final = 0.02
 """Nats between the first tokens of two sides. A product of quantized numbers is summed in another order, and its
 operands are rounded to 8 bits, where a difference of the last bit becomes one of 1/127 of a block's largest value."""
