@@ -224,3 +224,17 @@ def serving(hub: Hub) -> Iterator[Hub]:
     """Serve a hub on a free port during the block."""
     with listening(type("Handler", (_Handler,), {"hub": hub})) as hub.url:
         yield hub
+
+
+def trickling_headers(handler: BaseHTTPRequestHandler) -> None:
+    """Send a header that takes longer than a client waits."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    for _ in range(400):
+        handler.wfile.write(b"x")
+        time.sleep(0.05)
+
+
+def continues(handler: BaseHTTPRequestHandler) -> None:
+    """Send interim responses until the client disconnects."""
+    while True:
+        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)

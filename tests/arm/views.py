@@ -80,7 +80,9 @@ def count_views(guests: Sequence[Guest], work: Path, pairs: Path) -> dict[str, l
     Raises:
         SystemExit: something cannot be made or run.
     """
-    files = {kind: (_mmproj(guests[0], work, kind), pairs / f"mmproj-{NAME}-{kind}.gguf") for kind, _ in TYPES}
+    files = {
+        kind: (large, pairs / f"mmproj-{NAME}-{kind}.gguf") for kind, large in _make_files(guests[0], work).items()
+    }
 
     def counted(guest: Guest) -> list[View]:
         plugin = counter(guest.launcher.parent)
@@ -90,18 +92,17 @@ def count_views(guests: Sequence[Guest], work: Path, pairs: Path) -> dict[str, l
         return dict(zip((guest.board.title for guest in guests), pool.map(counted, guests), strict=True))
 
 
-def _mmproj(guest: Guest, work: Path, kind: str) -> Path:
-    """Return an mmproj file with two blocks of the 450M model's shape, of random weights."""
+def _make_files(guest: Guest, work: Path) -> dict[str, Path]:
+    """Return each type's mmproj file with two blocks of the 450M model's shape, of random weights."""
     folder, checkpoint = work / "views", work / _CHECKPOINT
-    file = folder / f"mmproj-{_CHECKPOINT}-{kind}.gguf"
-    if file.exists():
-        return file
     make(checkpoint, SHAPE, layers=2, tokenizer=DEFAULT_TOKENIZER)
-    command = ["convert", str(checkpoint), "-o", str(folder), "--quant", "Q4_0", "--mmproj-quant", kind, "--force"]
-    done = here_python(guest, ["-m", "lfm2vl_edge", *command])
-    if done.returncode:
-        raise SystemExit(f"{done.stderr}convert --mmproj-quant {kind} failed on this machine")
-    return file
+    files = {kind: folder / f"mmproj-{_CHECKPOINT}-{kind}.gguf" for kind, _ in TYPES}
+    for kind in files:
+        command = ["convert", str(checkpoint), "-o", str(folder), "--quant", "Q4_0", "--mmproj-quant", kind, "--force"]
+        done = here_python(guest, ["-m", "lfm2vl_edge", *command])
+        if done.returncode:
+            raise SystemExit(f"{done.stderr}convert --mmproj-quant {kind} failed on this machine")
+    return files
 
 
 def _counted(guest: Guest, plugin: Path, kind: str, where: str, files: tuple[Path, Path]) -> View:

@@ -26,7 +26,7 @@ from lfm2vl_edge.cli.run import split_arguments
 from lfm2vl_edge.image.web import Limits, display_url, fetch, is_url
 from tests.conftest import IMAGES
 from tests.fake_engine import scripted
-from tests.hub_server import listening
+from tests.hub_server import continues, listening, trickling_headers
 
 SMALL = IMAGES / "small.png"
 PNG = SMALL.read_bytes()
@@ -57,13 +57,6 @@ def trickle(handler: BaseHTTPRequestHandler) -> None:
     handler.end_headers()
     for byte in PNG[:400]:
         handler.wfile.write(bytes([byte]))
-        time.sleep(0.05)
-
-
-def trickling_headers(handler: BaseHTTPRequestHandler) -> None:
-    handler.wfile.write(b"HTTP/1.0 200 OK\r\nX-Long: ")
-    for _ in range(400):
-        handler.wfile.write(b"x")
         time.sleep(0.05)
 
 
@@ -186,12 +179,6 @@ def test_a_slow_body_is_stopped_at_the_limit_of_time(site: Site, slow: Send) -> 
     site.pages["/x"] = slow
     with pytest.raises(ImageError, match="the download of .*/x takes more than 0.3 s; try again, or download"):
         fetch(f"{site.url}/x", Limits(seconds=0.3))
-
-
-def continues(handler: BaseHTTPRequestHandler) -> None:
-    """Answers before the answer, as fast as the connection takes them."""
-    while True:
-        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
 
 
 @pytest.mark.parametrize("slow", [trickle, trickling_headers, continues, endless])

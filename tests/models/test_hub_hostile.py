@@ -20,7 +20,7 @@ from lfm2vl_edge.image import web
 from lfm2vl_edge.models import hub
 from lfm2vl_edge.models.hub import RemoteFile, Repository, download_file, read_repository, remove_cached
 from tests.conftest import HubHere
-from tests.hub_server import COMMIT, Fault, Hub, listening, sha256
+from tests.hub_server import COMMIT, Fault, Hub, continues, listening, sha256, trickling_headers
 from tests.models.conftest import DATA, REPO
 from tests.models.test_hub import get, partial_files
 
@@ -221,13 +221,6 @@ def test_endless_answers_are_bounded(
     assert str(caught.value).isprintable()
 
 
-def slow_headers(handler: BaseHTTPRequestHandler) -> None:
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
-    for _ in range(300):
-        handler.wfile.write(b"x")
-        time.sleep(0.05)
-
-
 def slow_body(handler: BaseHTTPRequestHandler) -> None:
     handler.send_response(200)
     handler.end_headers()
@@ -236,12 +229,7 @@ def slow_body(handler: BaseHTTPRequestHandler) -> None:
         time.sleep(0.05)
 
 
-def continues(handler: BaseHTTPRequestHandler) -> None:
-    while True:
-        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
-
-
-@pytest.mark.parametrize("answer", [slow_headers, slow_body, continues])
+@pytest.mark.parametrize("answer", [trickling_headers, slow_body, continues])
 def test_connections_that_deliver_next_to_nothing_are_closed(
     hub_here: HubHere, monkeypatch: pytest.MonkeyPatch, answer: Answer
 ) -> None:
